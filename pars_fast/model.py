@@ -1,0 +1,40 @@
+"""The ranker's network: packed BERT encoder, pooling, and a linear score head.
+
+Source: PARS (arXiv 2510.03243), section on the predictor: pooled [CLS] and Linear(H, 1). Mean pooling:
+Reimers & Gurevych 2019 (arXiv 1908.10084), section 3.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from pars_fast.encoder import PackedBertEncoder
+
+Pooling = Literal["cls", "mean"]
+
+
+class ScoreModel(PackedBertEncoder):
+    """Scores packed prompts; a larger score means a longer expected answer. Scores have no unit."""
+
+    def __init__(self, config: BertConfig, pooling: Pooling) -> None:
+        super().__init__(config)
+        self.pooling = pooling
+        self.score_head = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T,) int32 ids and (B + 1,) int32 offsets -> (B,) float32 scores."""
+        hidden = super().forward(input_ids, cu_seqlens)
+        if hidden.is_cuda and not torch.is_grad_enabled():
+            from pars_fast.kernels.pool_score import pool_score
+
+            weight, bias = self.score_head.weight[0], self.score_head.bias
+            return pool_score(hidden, weight, bias, cu_seqlens, pooling=self.pooling)
+        return self.score_head(self.pool(hidden, cu_seqlens))[:, 0].float()
+
+    def pool(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T, H) -> (B, H): the first token of each prompt, or the mean of its tokens."""
+        if self.pooling == "cls":
+            return hidden[cu_seqlens[:-1]]
+        return torch.segment_reduce(hidden, "mean", lengths=cu_seqlens.diff().long(), axis=0)

@@ -1,0 +1,211 @@
+"""`Ranker`: load a checkpoint, score prompts, save it again.
+
+A checkpoint is a Hugging Face style directory: `config.json` (a BERT config with a `pars_fast` section),
+`model.safetensors`, tokenizer files. Nothing in it is executed: no remote code, no pickle.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, BertConfig
+
+from pars_fast.calibration import TokenMap
+from pars_fast.errors import CheckpointError, PromptError
+from pars_fast.model import Pooling, ScoreModel
+from pars_fast.tokenization import PackedBatch, encode, pack
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default"
+MAX_TOKENS = 128  # PARS's window
+
+
+class Ranker:
+    """A prompt-aware ranker: larger score = longer expected answer.
+
+    Attributes:
+        model: the network, in eval mode on `device`.
+        tokenizer: WordPiece tokenizer, truncating to `max_tokens`.
+        max_tokens: prompt window in WordPiece tokens, [CLS] and [SEP] included.
+        token_map: isotonic map from score to expected output tokens, None for an uncalibrated ranker.
+    """
+
+    def __init__(
+        self, model: ScoreModel, config: BertConfig, tokenizer: Tokenizer, *, max_tokens: int = MAX_TOKENS,
+        token_map: TokenMap | None = None,
+    ) -> None:
+        if not 3 <= max_tokens <= config.max_position_embeddings:
+            raise CheckpointError(f"max_tokens must be in 3..{config.max_position_embeddings}, got {max_tokens}")
+        self.model = model.eval()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.token_map = token_map
+        tokenizer.enable_truncation(max_tokens)
+        tokenizer.no_padding()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.score_head.weight.device
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path = "default", *, device: str | torch.device | None = None) -> "Ranker":
+        """Load a ranker directory; `default` is the one in the package.
+
+        Weights are copied to private memory, float32 on the CPU and float16 on a GPU.
+
+        Args:
+            path: a directory written by `save_pretrained` or `pars-fast train`, or `default`.
+            device: where to run; None takes the GPU where there is one.
+        Raises: CheckpointError: if the directory is missing, damaged, of another architecture, or holds
+            weights that are not finite.
+        """
+        directory = DEFAULT_CHECKPOINT if str(path) == "default" else Path(path)
+        settings = _read_config(directory)
+        section = settings.get("pars_fast")
+        if not isinstance(section, dict) or section.get("pooling") not in get_args(Pooling):
+            raise CheckpointError(f"{directory}: config.json has no pars_fast section, so this is an encoder "
+                                  "without a score head; make a ranker of it with `pars-fast train --init`")
+        config = _bert_config(directory, settings)
+        model = ScoreModel(config, section["pooling"])
+        _load_weights(directory, model)
+        token_map = section.get("token_map")
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(
+            model.to(target, torch.float16 if target.type == "cuda" else torch.float32),
+            config,
+            _read_tokenizer(directory, config),
+            max_tokens=section.get("max_tokens", MAX_TOKENS),
+            token_map=TokenMap(tuple(token_map["scores"]), tuple(token_map["tokens"])) if token_map else None,
+        )
+
+    @classmethod
+    def from_encoder(cls, path: str | Path, *, pooling: Pooling, max_tokens: int = MAX_TOKENS) -> "Ranker":
+        """A ranker with an untrained score head on a BERT-family encoder (directory), in float32 on the CPU.
+
+        Raises: CheckpointError: as `from_pretrained`.
+        """
+        directory = Path(path)
+        config = _bert_config(directory, _read_config(directory))
+        model = ScoreModel(config, pooling)
+        _load_weights(directory, model, new_head=True)
+        return cls(model, config, _read_tokenizer(directory, config), max_tokens=max_tokens)
+
+    def score(self, prompts: Sequence[str], *, batch_tokens: int = 8192) -> Tensor:
+        """Score prompts: (B,) float32 on the CPU, in the order given; larger = longer expected answer.
+
+        Prompts longer than the window are cut to its head. `batch_tokens` bounds the tokens of one forward.
+
+        Raises: PromptError: if there is no prompt, or one is empty or no text; names its position.
+        """
+        if isinstance(prompts, str):
+            raise PromptError("prompts must be a list of strings, got one string; wrap it in a list")
+        ids = encode(self.tokenizer, prompts, self.max_tokens)
+        chunks: list[list[list[int]]] = [[]]
+        tokens = 0
+        for prompt in ids:
+            if chunks[-1] and tokens + len(prompt) > batch_tokens:
+                chunks.append([])
+                tokens = 0
+            chunks[-1].append(prompt)
+            tokens += len(prompt)
+        return torch.cat([self.score_ids(pack(chunk)).cpu() for chunk in chunks])
+
+    @torch.inference_mode()
+    def score_ids(self, batch: PackedBatch) -> Tensor:
+        """Score a packed batch of WordPiece ids: (B,) float32 on the ranker's device.
+
+        Raises: PromptError: if an id lies outside the vocabulary, or a prompt is longer than the encoder's
+            positions (checked for batches in host memory; on a GPU a check would wait for it).
+        """
+        if batch.input_ids.device.type == "cpu":
+            low, high = batch.input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise PromptError(f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}")
+            if (longest := int(batch.cu_seqlens.diff().max())) > self.config.max_position_embeddings:
+                raise PromptError(f"a prompt has {longest} tokens, the encoder takes at most "
+                                  f"{self.config.max_position_embeddings}")
+        batch = batch.to(self.device)
+        return self.model(batch.input_ids, batch.cu_seqlens)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the directory that `from_pretrained` reads; weights as float16.
+
+        Raises: OSError: if the directory cannot be written.
+        """
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        section: dict[str, Any] = {"pooling": self.model.pooling, "max_tokens": self.max_tokens}
+        if self.token_map is not None:
+            section["token_map"] = {"scores": self.token_map.scores, "tokens": self.token_map.tokens}
+        settings = {**self.config.to_diff_dict(), "architectures": ["BertModel"], "model_type": "bert",
+                    "dtype": "float16", "pars_fast": section}
+        (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        weights = {name: value.half().contiguous() for name, value in self.model.state_dict().items()}
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        self.tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "BertTokenizerFast", "model_max_length": self.max_tokens}, indent=2) + "\n")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((directory / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory}: no config.json there; give a directory written by "
+                              "`pars-fast train` or a BERT-family model directory") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}/config.json: cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{directory}/config.json: expected a JSON object")
+    return settings
+
+
+def _bert_config(directory: Path, settings: dict[str, Any]) -> BertConfig:
+    if settings.get("model_type") != "bert":
+        raise CheckpointError(f"{directory}: model_type is {settings.get('model_type')!r}; only BERT-family "
+                              "encoders (BERT, MiniLM, BGE) are supported")
+    return BertConfig(**{key: value for key, value in settings.items() if key != "pars_fast"})
+
+
+def _read_tokenizer(directory: Path, config: BertConfig) -> Tokenizer:
+    try:
+        if (directory / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{directory}: the tokenizer files are missing or damaged ({error})") from error
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise CheckpointError(f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the encoder "
+                              f"{config.vocab_size}; they belong to different models")
+    return tokenizer
+
+
+def _load_weights(directory: Path, model: ScoreModel, *, new_head: bool = False) -> None:
+    path = directory / "model.safetensors"
+    try:
+        weights = load_safetensors(path.read_bytes())  # a copy: a file truncated later cannot hurt us
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory}: no model.safetensors there; other formats are not read") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated ({error})") from error
+    weights = {name.removeprefix("bert."): value for name, value in weights.items()}
+    wanted = model.state_dict()
+    if new_head:
+        weights |= {name: value for name, value in wanted.items() if name.startswith("score_head.")}
+    for name, value in wanted.items():
+        if name not in weights:
+            raise CheckpointError(f"{path}: no tensor {name!r}; the weights are of another architecture")
+        if weights[name].shape != value.shape:
+            raise CheckpointError(f"{path}: {name!r} is {tuple(weights[name].shape)}, "
+                                  f"config.json says {tuple(value.shape)}")
+        if not weights[name].isfinite().all():
+            raise CheckpointError(f"{path}: {name!r} holds NaN or infinity")
+    model.load_state_dict({name: weights[name].to(value.dtype) for name, value in wanted.items()})

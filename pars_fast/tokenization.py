@@ -1,0 +1,70 @@
+"""Prompt text to a packed batch of WordPiece ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pars_fast.errors import PromptError
+
+# A WordPiece token rarely spans more characters than this; text past the window is not even read, so a
+# prompt of a million characters costs no more than one that fills the window.
+MAX_CHARS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """`input_ids` (T,) int32; `cu_seqlens` (B + 1,) int32, prompt i owns rows cu_seqlens[i]:cu_seqlens[i+1]."""
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return PackedBatch(self.input_ids.to(device), self.cu_seqlens.to(device))
+
+
+def pack(ids: Sequence[Sequence[int]]) -> PackedBatch:
+    """Lay prompts end to end.
+
+    Raises: PromptError: if there is no prompt, or one has no token.
+    """
+    if not ids:
+        raise PromptError("no prompts: an empty batch cannot be scored")
+    lengths = torch.tensor([len(prompt) for prompt in ids], dtype=torch.int32)
+    if not lengths.all():
+        raise PromptError(f"prompt {int((lengths == 0).nonzero()[0])} has no tokens")
+    cu_seqlens = torch.zeros(len(ids) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, dim=0, out=cu_seqlens[1:])
+    flat = torch.tensor([token for prompt in ids for token in prompt], dtype=torch.int32)
+    return PackedBatch(flat, cu_seqlens)
+
+
+def encode(tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """WordPiece ids of each prompt with [CLS] and [SEP], cut to `max_tokens`.
+
+    Raises: PromptError: if a prompt is not a string, is empty, or holds code points that are no text.
+    """
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise PromptError(f"prompt {index} must be a string, got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise PromptError(f"prompt {index} is empty")
+    windows = [prompt[: max_tokens * MAX_CHARS_PER_TOKEN] for prompt in prompts]
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(windows)]
+    except (UnicodeEncodeError, TypeError) as error:
+        bad = next((i for i, window in enumerate(windows) if not _is_text(window)), None)
+        raise PromptError(f"prompt {bad} holds code points that are no text (lone surrogates)") from error
+
+
+def _is_text(prompt: str) -> bool:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
