@@ -8,7 +8,7 @@ the same split in every file.
 import gzip
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -138,9 +138,21 @@ class LabelledPrompts:
     log_length: NDArray[np.float64]
     group: NDArray[np.int64]
 
+    def at_most(self, per_group: int | None, seed: int) -> "LabelledPrompts":
+        """A seeded sample of at most `per_group` prompts of each file; None keeps all."""
+        if per_group is None:
+            return self
+        shuffled = np.random.default_rng(seed).permutation(len(self.prompts))
+        kept = np.sort(np.concatenate([
+            shuffled[self.group[shuffled] == group][:per_group] for group in np.unique(self.group)
+        ]))
+        return LabelledPrompts([self.prompts[i] for i in kept], self.log_length[kept], self.group[kept])
 
-def label_prompts(files: Sequence[LengthFile], split: Split, model: str) -> LabelledPrompts:
-    """Prompts of `split` with their label, rows without one left out.
+
+def label_prompts(
+    files: Sequence[LengthFile], split: Split, model: str, *, forbidden: Set[str] = frozenset()
+) -> LabelledPrompts:
+    """Prompts of `split` with their label; rows without one, or with a `forbidden` prompt, are left out.
 
     Raises: DataError: if nothing is left, or a file has no column `model`.
     """
@@ -149,7 +161,7 @@ def label_prompts(files: Sequence[LengthFile], split: Split, model: str) -> Labe
     group: list[int] = []
     for index, file in enumerate(files):
         for row, label in zip(file.rows, log_lengths(file, model), strict=True):
-            if row.split == split and not math.isnan(label):
+            if row.split == split and not math.isnan(label) and row.prompt.strip() not in forbidden:
                 prompts.append(row.prompt)
                 labels.append(float(label))
                 group.append(index)

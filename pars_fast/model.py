@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from pars_fast.encoder import PackedBertEncoder
+from pars_fast.encoder import PackedBertEncoder, SelfAttention
 
 Pooling = Literal["cls", "mean"]
 
@@ -38,3 +38,11 @@ class ScoreModel(PackedBertEncoder):
         if self.pooling == "cls":
             return hidden[cu_seqlens[:-1]]
         return torch.segment_reduce(hidden, "mean", lengths=cu_seqlens.diff().long(), axis=0)
+
+    def set_dropout(self, probability: float) -> None:
+        """Dropout of hidden states and attention while training."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+            elif isinstance(module, SelfAttention):
+                module.dropout_p = probability

@@ -154,6 +154,14 @@ class Ranker:
             {"tokenizer_class": "BertTokenizerFast", "model_max_length": self.max_tokens}, indent=2) + "\n")
 
 
+def is_ranker(directory: Path) -> bool:
+    """Whether a model directory holds a ranker, and not just an encoder.
+
+    Raises: CheckpointError: if it has no readable config.json.
+    """
+    return "pars_fast" in _read_config(directory)
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     try:
         settings = json.loads((directory / "config.json").read_text())

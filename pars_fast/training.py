@@ -26,7 +26,7 @@ from pars_fast.errors import CheckpointError, ParsFastError, require_extra
 from pars_fast.losses import LOSSES
 from pars_fast.metrics import pair_accuracies
 from pars_fast.model import Pooling
-from pars_fast.ranker import MAX_TOKENS, Ranker
+from pars_fast.ranker import DEFAULT_CHECKPOINT, MAX_TOKENS, Ranker, is_ranker
 from pars_fast.tokenization import encode, pack
 
 CHECKPOINT_EVERY_S = 240.0
@@ -37,7 +37,8 @@ class Recipe:
     """What a run depends on, besides its data. Defaults: PARS.
 
     `batch_prompts` 16 gives 120 pairs a step (PARS: 128); a pointwise loss may want more. `max_tokens` is
-    the prompt window in WordPiece tokens.
+    the prompt window in WordPiece tokens. `max_prompts_per_file` keeps one large file from drowning the
+    others; None takes all.
     """
 
     loss: str = "margin"
@@ -49,6 +50,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_fraction: float = 0.1
     clip_norm: float = 1.0
+    dropout: float = 0.1
+    max_prompts_per_file: int | None = None
     max_tokens: int = MAX_TOKENS
     seed: int = 42
 
@@ -88,34 +91,43 @@ def resolve_encoder(name: str) -> Path:
                               "local BERT-family directory, or `minilm` for the weights of the train extra") from error
 
 
-def train(files: Sequence[LengthFile], init: str, recipe: Recipe, out: Path) -> Ranker:
+def train(
+    files: Sequence[LengthFile], init: str, recipe: Recipe, out: Path, *, exclude: Sequence[LengthFile] = ()
+) -> Ranker:
     """Train on the train split, choose by the validation split, write the ranker to `out` and return it.
 
     Args:
         files: length files; pairs are drawn from all of them together, prompts never cross splits.
         init: starting weights, as `resolve_encoder`; `default` or a ranker directory continues from it.
         out: directory to write; holds `state/` while the run is unfinished.
+        exclude: length files whose prompts are not trained on wherever else they occur (their licence).
     Raises: DataError, CheckpointError, MissingExtraError; ParsFastError: if `out` holds a run of another
         recipe or data.
     """
     accelerator = require_extra("accelerate", "train").Accelerator()
-    training, validation = (label_prompts(files, split, recipe.model_column) for split in ("train", "val"))
-    ranker = _start(init, recipe)
+    forbidden = {row.prompt.strip() for file in exclude for row in file.rows}
+    training, validation = (
+        label_prompts(files, split, recipe.model_column, forbidden=forbidden) for split in ("train", "val")
+    )
+    training = training.at_most(recipe.max_prompts_per_file, recipe.seed)
+    ranker = _start(init, recipe, float(training.log_length.mean()))
     run = _Run(accelerator, ranker, recipe, out, training, validation)
     run.fit()
     return Ranker.from_pretrained(out, device="cpu")
 
 
-def _start(init: str, recipe: Recipe) -> Ranker:
+def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
+    """The ranker to train: a trained one goes on, an encoder gets a head that starts at the mean label."""
     torch.manual_seed(recipe.seed)
-    directory = None if init == "default" else resolve_encoder(init)
-    try:
-        ranker = Ranker.from_pretrained(directory or init, device="cpu")
-    except CheckpointError:
-        if directory is None:
-            raise
-        return Ranker.from_encoder(directory, pooling=recipe.pooling, max_tokens=recipe.max_tokens)
-    return Ranker(ranker.model, ranker.config, ranker.tokenizer, max_tokens=recipe.max_tokens)
+    directory = DEFAULT_CHECKPOINT if init == "default" else resolve_encoder(init)
+    if is_ranker(directory):
+        ranker = Ranker.from_pretrained(directory, device="cpu")
+        ranker = Ranker(ranker.model, ranker.config, ranker.tokenizer, max_tokens=recipe.max_tokens)
+    else:
+        ranker = Ranker.from_encoder(directory, pooling=recipe.pooling, max_tokens=recipe.max_tokens)
+        torch.nn.init.constant_(ranker.model.score_head.bias, mean_log_length)
+    ranker.model.set_dropout(recipe.dropout)
+    return ranker
 
 
 class _Run:
@@ -134,6 +146,7 @@ class _Run:
         optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
             lr=recipe.learning_rate,
+            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(ranker.model, optimizer)
         self.progression = Progression()
