@@ -1,0 +1,1 @@
+"""The demo: a real vLLM server, real prompts, three policies, one page."""

@@ -1,0 +1,119 @@
+"""What a demo run records, and the columns made from it (`design.md`: always the same columns)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Load = Literal["saturated", "light"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRequest:
+    """One request as its client saw it; times in seconds since the run's first arrival was due.
+
+    `index` is the request's place in the arrivals, the same request in every run. `output_tokens` is the
+    recorded real length that was asked for. `first_token_s` and `finish_s` are None if it never finished.
+    """
+
+    index: int
+    source: str
+    prompt_tokens: int
+    output_tokens: int
+    received_tokens: int
+    arrival_s: float
+    first_token_s: float | None
+    finish_s: float | None
+
+    @property
+    def completed(self) -> bool:
+        return self.finish_s is not None and self.received_tokens == self.output_tokens
+
+    @property
+    def time_to_first_token(self) -> float:
+        assert self.first_token_s is not None
+        return self.first_token_s - self.arrival_s
+
+    @property
+    def end_to_end_latency(self) -> float:
+        assert self.finish_s is not None
+        return self.finish_s - self.arrival_s
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Seconds per token after the first; None for a one-token answer."""
+        if self.output_tokens < 2:
+            return None
+        return (self.end_to_end_latency - self.time_to_first_token) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All requests served under one policy at one load.
+
+    `scored_total` and `fallback_total` are the server's counters over this run. `stock` marks the run on a
+    server without pars-fast.
+    """
+
+    policy: str
+    load: Load
+    repeat: int
+    requests: tuple[ServedRequest, ...]
+    scored_total: int = 0
+    fallback_total: int = 0
+    step_overhead_us_p50: float | None = None
+    stock: bool = False
+
+    def columns(self) -> dict[str, Any]:
+        """The row of this run in tables and JSON; latencies over completed requests, in seconds."""
+        done = [request for request in self.requests if request.completed]
+        first = np.array([request.time_to_first_token for request in done])
+        end_to_end = np.array([request.end_to_end_latency for request in done])
+        per_output_token = end_to_end / np.array([request.output_tokens for request in done])
+        after_first = np.array([x for request in done if (x := request.time_per_output_token) is not None])
+        makespan = max(request.finish_s or 0.0 for request in done) if done else float("nan")
+        return {
+            "policy": self.policy,
+            "load": self.load,
+            "repeat": self.repeat,
+            "stock": self.stock,
+            "requests": len(self.requests),
+            "completed": len(done),
+            **_summary("latency_per_token_s", per_output_token),
+            **_summary("ttft_s", first),
+            **_summary("tpot_s", after_first),
+            **_summary("e2e_s", end_to_end),
+            "max_wait_s": _rounded(first.max()) if done else None,
+            "throughput_tok_s": _rounded(sum(request.output_tokens for request in done) / makespan) if done else None,
+            "makespan_s": _rounded(makespan) if done else None,
+            "scored_total": self.scored_total,
+            "fallback_total": self.fallback_total,
+            "step_overhead_us_p50": self.step_overhead_us_p50,
+        }
+
+
+def _summary(name: str, values: np.ndarray) -> dict[str, float | None]:
+    if not len(values):
+        return {f"{statistic}_{name}": None for statistic in ("mean", "p50", "p90", "p99")}
+    p50, p90, p99 = np.percentile(values, [50, 90, 99])
+    return {f"mean_{name}": _rounded(values.mean()), f"p50_{name}": _rounded(p50),
+            f"p90_{name}": _rounded(p90), f"p99_{name}": _rounded(p99)}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def mean_over_repeats(runs: Sequence[Run], policy: str, load: Load, column: str) -> float | None:
+    """Mean of one column over the repeats of (policy, load) on the ranked server; None without a value."""
+    values = [run.columns()[column] for run in runs if (run.policy, run.load, run.stock) == (policy, load, False)]
+    kept = [value for value in values if value is not None]
+    return float(np.mean(kept)) if kept else None
+
+
+def gain_captured(fcfs: float, policy: float, oracle: float) -> float | None:
+    """(FCFS - x) / (FCFS - oracle); None where the oracle gains under 5 %, since the ratio is noise there."""
+    if fcfs - oracle < 0.05 * fcfs:
+        return None
+    return (fcfs - policy) / (fcfs - oracle)
