@@ -1,0 +1,132 @@
+"""The waiting queue that replaces vLLM's: same interface, ordered by `HostIndex`.
+
+Implements all of `RequestQueue` (vllm/v1/core/sched/request_queue.py, 0.32) and `__getitem__`, which
+vLLM's own tests use. Lives in EngineCore, on the scheduling thread.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.request import Request, RequestStatus
+
+from pars_fast.host_index import Entry, HostIndex
+
+
+class RankedRequestQueue(RequestQueue):
+    """Waiting requests in ranked order.
+
+    Attributes:
+        index: the order itself.
+        entries: by request id, every request that was added and has not finished, waiting or running.
+        arrivals: new entries without a key, oldest first, for whoever scores them to take.
+        spent_ns: time spent in this queue since it was last set to 0.
+    """
+
+    def __init__(self, index: HostIndex, *, trust_caller: bool = False) -> None:
+        self.index = index
+        self._trust_caller = trust_caller
+        self.entries: dict[str, Entry] = {}
+        self.arrivals: deque[Entry] = deque()
+        self.spent_ns = 0
+        self._next_seq = 0
+        self._head: Entry | None = None  # what peek_request showed and pop_request must return
+
+    def add_request(self, request: Request) -> None:
+        """Put in a new request, or one that comes back (a streaming session's next turn)."""
+        if request.request_id in self.entries:
+            self.prepend_request(request)
+            return
+        entry = Entry(self._next_seq, request.priority, request, arrival_s=time.monotonic())
+        self._next_seq += 1
+        if self._trust_caller and (estimate := _callers_estimate(request)) is not None:
+            self.index.set_expected_tokens(entry, estimate)
+        self._head = None
+        self.entries[request.request_id] = entry
+        self.index.add(entry)
+        if entry.key is None:
+            self.arrivals.append(entry)
+
+    def pop_request(self) -> Request:
+        started = time.perf_counter_ns()
+        self._head = None
+        entry = self.index.pop()
+        entry.admitted_s = time.monotonic()
+        request: Request = entry.payload
+        self.spent_ns += time.perf_counter_ns() - started
+        return request
+
+    def peek_request(self) -> Request:
+        started = time.perf_counter_ns()
+        if self._head is None:
+            self._head = self.index.head()
+        self.spent_ns += time.perf_counter_ns() - started
+        request: Request = self._head.payload
+        return request
+
+    def prepend_request(self, request: Request) -> None:
+        """Take back a request that was popped: skipped in this step, or preempted while running."""
+        entry = self.entries[request.request_id]
+        entry.lane = 0 if request.status == RequestStatus.PREEMPTED else 1
+        self._head = None
+        self.index.put_back(entry)
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.prepend_request(request)
+
+    def remove_request(self, request: Request) -> None:
+        """Raises: ValueError: if the request does not wait here."""
+        entry = self.entries.get(request.request_id)
+        if entry is None or not entry.waiting:
+            raise ValueError(f"{request.request_id} is not in the queue")
+        self._head = None
+        self.index.remove(entry)
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Remove those of `requests` that wait here; the others are somebody else's."""
+        self._head = None
+        for request in requests:
+            entry = self.entries.get(request.request_id)
+            if entry is not None and entry.waiting:
+                self.index.remove(entry)
+
+    def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
+        """Give a request its score, in expected output tokens."""
+        self._head = None
+        self.index.set_expected_tokens(entry, expected_tokens)
+
+    def set_ranking(self, active: bool) -> None:
+        """Ranked order, or arrival order."""
+        self._head = None
+        self.index.ranking = active
+
+    def finish(self, request_id: str) -> Entry | None:
+        """Forget a finished or aborted request; its charge is corrected to the tokens it really made."""
+        entry = self.entries.pop(request_id, None)
+        if entry is not None:
+            self.index.finish(entry, entry.payload.num_output_tokens)
+        return entry
+
+    def __bool__(self) -> bool:
+        return len(self.index) > 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (entry.payload for entry in self.index)
+
+    def __getitem__(self, position: int) -> Request:
+        return list(self)[position]
+
+
+def _callers_estimate(request: Request) -> float | None:
+    """`vllm_xargs: {"pars_score": tokens}` of a request, None if absent or no positive number."""
+    extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+    value = extra.get("pars_score") if extra else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    return None

@@ -1,0 +1,63 @@
+"""The ranker's own process on the CPU: `python -m pars_fast.integration.ranker_process --endpoint ...`.
+
+Niced, so that the engine's steps come first. It ends when its parent does: the parent holds the other end
+of its standard input. Messages are msgpack, `[(seq, ids)]` in and `[(seq, expected_tokens)]` out.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections import deque
+
+import msgspec
+import torch
+import zmq
+
+from pars_fast.integration.runtime import READY, Prompt
+from pars_fast.integration.scoring import PromptScorer
+from pars_fast.ranker import Ranker
+
+NICENESS = 10
+BATCH_PROMPTS = 4  # small, so that the first of a burst are ordered while the others are scored
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Scores prompts for a vLLM engine; started by it.")
+    for name in ("endpoint", "ranker", "tokenizer"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--revision")
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # the engine may have pinned itself, and us with it, to its cores
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    torch.set_num_threads(arguments.threads)
+    scorer = PromptScorer(Ranker.from_pretrained(arguments.ranker, device="cpu"), arguments.tokenizer,
+                          arguments.revision)
+    socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
+    socket.connect(arguments.endpoint)
+    _serve(socket, scorer)
+
+
+def _serve(socket: "zmq.Socket[bytes]", scorer: PromptScorer) -> None:
+    encode = msgspec.msgpack.Encoder().encode
+    decode = msgspec.msgpack.Decoder(list[Prompt]).decode
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    waiting: deque[Prompt] = deque()
+    socket.send(encode([READY]))
+    while True:
+        ready = dict(poller.poll(0 if waiting else None))
+        if sys.stdin.fileno() in ready:
+            return
+        if socket in ready:
+            waiting += decode(socket.recv())
+            continue
+        batch = [waiting.popleft() for _ in range(min(BATCH_PROMPTS, len(waiting)))]
+        socket.send(encode(scorer(batch)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What a scheduling step does about ranking: take finished scores, hand over new prompts, watch the ranker.
+
+All of it runs on the scheduling thread, between vLLM's own steps, and none of it waits. Whatever goes
+wrong, the queue keeps every request and falls back to arrival order.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from pars_fast.host_index import Entry
+from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.queue import RankedRequestQueue
+from pars_fast.integration.runtime import READY, RankerRuntime
+
+logger = logging.getLogger("vllm.pars_fast")
+
+MAX_IN_FLIGHT = 16  # few, so that no work goes into requests that are admitted meanwhile
+MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
+MAX_RESTART_DELAY_S = 60.0
+
+
+class RankingLoop:
+    """Feeds a ranker from a queue and the queue from the ranker.
+
+    Load gate: nothing is submitted while `after_step` is told that nothing is left waiting, so below
+    saturation no prompt is scored. A ranker that fails, or is silent for `stale_after_s` with work in hand,
+    is started anew with growing delays; meanwhile the order is that of arrival.
+    """
+
+    def __init__(
+        self,
+        queue: RankedRequestQueue,
+        runtime: RankerRuntime,
+        counters: CounterFile,
+        *,
+        stale_after_s: float,
+        shadow: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._queue, self._runtime, self._counters, self._clock = queue, runtime, counters.values, clock
+        self._stale_after_s, self._shadow = stale_after_s, shadow
+        self._in_flight: dict[int, Entry] = {}
+        self._ready = False
+        self._heard_at = 0.0
+        self._failures = 0
+        self._restart_at: float | None = None
+        queue.set_ranking(not shadow)
+        runtime.start()
+
+    def before_step(self) -> None:
+        """Take what has been scored; notice a ranker that ended or hangs."""
+        if self._restart_at is not None:
+            if self._clock() >= self._restart_at:
+                self._restart_at = None
+                self._runtime.start()
+            return
+        if self._ready and not self._in_flight:
+            return
+        scored = self._runtime.poll()
+        if scored:
+            self._heard_at = self._clock()
+            self._take(scored)
+        elif reason := self._runtime.failure():
+            self._fail(reason)
+        elif self._in_flight and self._clock() - self._heard_at > self._stale_after_s:
+            self._fail(f"the ranker was silent for {self._stale_after_s:g} s")
+
+    def after_step(self, *, left_waiting: bool) -> None:
+        """Hand prompts over, if the finished step left requests waiting."""
+        arrivals = self._queue.arrivals
+        if not left_waiting:
+            while arrivals and not arrivals[0].waiting:  # admitted at once: never needed a score
+                arrivals.popleft()
+            return
+        if not self._ready or len(self._in_flight) >= MAX_IN_FLIGHT or not arrivals:
+            return
+        batch: list[Entry] = []
+        while arrivals and len(self._in_flight) + len(batch) < MAX_IN_FLIGHT:
+            entry = arrivals.popleft()
+            if not entry.waiting or entry.key is not None:
+                continue
+            if entry.payload.prompt_token_ids:
+                batch.append(entry)
+            else:  # embeddings only: no ids, no text
+                self._counters["pars_fallback_prompt"] += 1
+        if not batch:
+            return
+        if self._runtime.submit([(e.seq, e.payload.prompt_token_ids[:MAX_PROMPT_IDS]) for e in batch]):
+            if not self._in_flight:
+                self._heard_at = self._clock()
+            self._in_flight |= {entry.seq: entry for entry in batch}
+            self._counters["pars_submitted"] += len(batch)
+        else:
+            arrivals.extendleft(reversed(batch))
+
+    def close(self) -> None:
+        self._runtime.close()
+
+    def _take(self, scored: list[tuple[int, float]]) -> None:
+        for seq, expected_tokens in scored:
+            if (seq, expected_tokens) == READY:
+                self._ready = True
+                continue
+            entry = self._in_flight.pop(seq, None)
+            if entry is None:
+                continue
+            if math.isfinite(expected_tokens):
+                self._queue.set_expected_tokens(entry, expected_tokens)
+                self._counters["pars_scored"] += 1
+            else:
+                self._counters["pars_fallback_prompt"] += 1
+        if self._failures:
+            logger.info("pars-fast: the ranker is back")
+            self._failures = 0
+        if not self._shadow:
+            self._queue.set_ranking(True)
+
+    def _fail(self, reason: str) -> None:
+        delay = min(MAX_RESTART_DELAY_S, 2.0**self._failures)
+        if not self._failures:
+            logger.warning("pars-fast: %s; the queue is in arrival order until it is back", reason)
+        self._failures += 1
+        self._counters["pars_fallback_ranker"] += 1
+        self._queue.set_ranking(False)
+        self._queue.arrivals.extendleft(reversed(self._in_flight.values()))
+        self._in_flight.clear()
+        self._ready = False
+        self._restart_at = self._clock() + delay

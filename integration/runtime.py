@@ -1,0 +1,153 @@
+"""Where the ranker runs: beside the scheduling thread, never on it.
+
+A runtime takes prompts and gives back expected tokens; no call of it blocks. On the CPU the ranker is a
+process of its own at low priority, spoken to over a ZeroMQ socket whose I/O thread needs no GIL. On a GPU
+it is a thread of EngineCore, since one GPU is one process there.
+"""
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+import zmq
+
+Prompt = tuple[int, list[int]]  # (seq, the served model's token ids)
+Scored = tuple[int, float]  # (seq, expected output tokens; NaN if the prompt could not be scored)
+READY: Scored = (-1, 0.0)
+
+
+class RankerRuntime(Protocol):
+    """What `RankingLoop` needs. `poll` gives READY once when the ranker can take prompts."""
+
+    def start(self) -> None:
+        """Begin anew, whatever state it is in."""
+
+    def submit(self, prompts: Sequence[Prompt]) -> bool:
+        """Hand over prompts; False if they cannot be taken now."""
+
+    def poll(self) -> list[Scored]:
+        """What has been scored since the last call."""
+
+    def failure(self) -> str | None:
+        """Why the ranker ended, None while it runs."""
+
+    def close(self) -> None:
+        """End it; safe to call twice."""
+
+
+class ProcessRuntime:
+    """The ranker as a niced process on the CPU (`ranker_process.py`)."""
+
+    def __init__(self, ranker: str, tokenizer: str, revision: str | None, threads: int) -> None:
+        self._arguments = ["--ranker", ranker, "--tokenizer", tokenizer, "--threads", str(threads)]
+        if revision:
+            self._arguments += ["--revision", revision]
+        self._context = zmq.Context()
+        self._folder = tempfile.TemporaryDirectory(prefix="pars-fast-")
+        self._socket: zmq.Socket[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(list[Scored]).decode
+
+    def start(self) -> None:
+        self._stop()
+        self._starts += 1
+        endpoint = f"ipc://{self._folder.name}/{self._starts}"  # a late answer of the last one goes nowhere
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(endpoint)
+        environment = {name: value for name, value in os.environ.items() if name != "PARS_ENABLE"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", "pars_fast.integration.ranker_process", "--endpoint", endpoint]
+        self._process = subprocess.Popen([*command, *self._arguments], stdin=subprocess.PIPE, env=environment)
+
+    def submit(self, prompts: Sequence[Prompt]) -> bool:
+        assert self._socket is not None
+        try:
+            self._socket.send(self._encode(prompts), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def poll(self) -> list[Scored]:
+        assert self._socket is not None
+        scored: list[Scored] = []
+        with contextlib.suppress(zmq.Again):
+            while True:
+                scored += self._decode(self._socket.recv(zmq.NOBLOCK))
+        return scored
+
+    def failure(self) -> str | None:
+        code = self._process.poll() if self._process is not None else None
+        return None if code is None else f"the ranker process ended with code {code}"
+
+    def close(self) -> None:
+        self._stop()
+        self._folder.cleanup()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        if self._socket is not None:
+            self._socket.close()
+        self._process = self._socket = None
+
+
+class ThreadRuntime:
+    """The ranker as a daemon thread on the engine's GPU; `make_scorer` loads it, inside the thread."""
+
+    def __init__(self, make_scorer: Callable[[], Callable[[list[Prompt]], list[Scored]]]) -> None:
+        self._make_scorer = make_scorer
+
+    def start(self) -> None:
+        # A hung thread cannot be killed; it keeps its own queues and is forgotten with them.
+        self._prompts: queue.SimpleQueue[Sequence[Prompt] | None] = queue.SimpleQueue()
+        self._scored: queue.SimpleQueue[list[Scored]] = queue.SimpleQueue()
+        self._failure: list[str] = []
+        arguments = (self._make_scorer, self._prompts, self._scored, self._failure)
+        threading.Thread(target=_score_forever, args=arguments, name="pars-fast", daemon=True).start()
+
+    def submit(self, prompts: Sequence[Prompt]) -> bool:
+        self._prompts.put(prompts)
+        return True
+
+    def poll(self) -> list[Scored]:
+        scored: list[Scored] = []
+        while not self._scored.empty():
+            scored += self._scored.get_nowait()
+        return scored
+
+    def failure(self) -> str | None:
+        return self._failure[0] if self._failure else None
+
+    def close(self) -> None:
+        self._prompts.put(None)
+
+
+def _score_forever(
+    make_scorer: Callable[[], Callable[[list[Prompt]], list[Scored]]],
+    prompts: "queue.SimpleQueue[Sequence[Prompt] | None]",
+    scored: "queue.SimpleQueue[list[Scored]]",
+    failure: list[str],
+) -> None:
+    try:
+        score = make_scorer()
+        scored.put([READY])
+        while (batch := prompts.get()) is not None:
+            waiting = list(batch)
+            while not prompts.empty() and (more := prompts.get_nowait()) is not None:
+                waiting += more
+            scored.put(score(waiting))
+    except Exception as error:  # whatever it is, the scheduler must learn of it and go on
+        failure.append(f"the ranker thread ended: {error!r}")

@@ -1,0 +1,26 @@
+"""Which runtime an engine gets: a thread on its GPU, or a process on the CPU."""
+
+from typing import Any
+
+from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, ThreadRuntime
+from pars_fast.settings import Settings
+
+
+def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
+    """The runtime of one engine, not yet started.
+
+    With tensor or pipeline parallelism EngineCore shares no CUDA context with its workers, and a second
+    one would cost memory on the same GPU, so the ranker goes to the CPU.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if settings.device == "cuda" or (settings.device == "auto" and _owns_a_gpu(parallel)):
+        from pars_fast.integration.gpu_scoring import make_gpu_scorer
+
+        return ThreadRuntime(lambda: make_gpu_scorer(settings.ranker, model.tokenizer, model.tokenizer_revision))
+    return ProcessRuntime(settings.ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads)
+
+
+def _owns_a_gpu(parallel_config: Any) -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda()) and parallel_config.world_size == 1

@@ -1,0 +1,139 @@
+"""vLLM's scheduler with a ranked waiting queue.
+
+Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule`,
+`update_from_output`, `finish_requests` and `shutdown`, each around `super()`; no line of vLLM's loop is
+copied. Source: vllm/v1/core/sched/scheduler.py, 0.32.
+"""
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from pars_fast.guard import GuardSettings
+from pars_fast.host_index import HostIndex
+from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.overhead import OverheadMedian
+from pars_fast.integration.queue import RankedRequestQueue
+from pars_fast.integration.ranking_loop import RankingLoop
+from pars_fast.integration.runtime_choice import make_runtime
+from pars_fast.integration.shadow import ShadowReport
+from pars_fast.policies import POLICIES
+from pars_fast.settings import Settings
+
+logger = logging.getLogger("vllm.pars_fast")
+
+OVERHEAD_EVERY_STEPS = 64  # the median is looked up this often
+
+
+class RankingMixin:
+    """Goes before a vLLM scheduler class; see `with_ranking`."""
+
+    waiting: RankedRequestQueue
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = Settings.from_environ()
+        config = self.vllm_config  # type: ignore[attr-defined]
+        policy = POLICIES[settings.policy]()
+        guard = GuardSettings(settings.guard_beta, settings.guard_floor_tokens)
+        self.waiting = RankedRequestQueue(HostIndex(policy, guard), trust_caller=settings.trust_caller)
+        self._counters = CounterFile(os.environ.get("PARS_METRICS_DIR"), config.parallel_config.data_parallel_index)
+        self._overhead = OverheadMedian()
+        self._steps = 0
+        self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard) if settings.mode == "shadow" else None
+        self._ranking_loop: RankingLoop | None = None
+        if policy.uses_ranker:
+            self._ranking_loop = RankingLoop(
+                self.waiting,
+                make_runtime(settings, config),
+                self._counters,
+                stale_after_s=settings.stale_after_s,
+                shadow=self._shadow is not None,
+            )
+        logger.info("pars-fast: waiting queue ordered by %s, mode %s", settings.policy, settings.mode)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.waiting.spent_ns = 0
+        started = time.perf_counter_ns()
+        self._guarded(self._before_step)
+        spent_ns = time.perf_counter_ns() - started
+        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        started = time.perf_counter_ns()
+        self._guarded(self._after_step)
+        self._overhead.add(spent_ns + self.waiting.spent_ns + time.perf_counter_ns() - started)
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        for engine_outputs in outputs.values():
+            for output in engine_outputs.outputs:
+                if output.finish_reason is not None:
+                    self._finished(output.request_id)
+        return outputs
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        aborted: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
+        for request in aborted:
+            self.waiting.finish(request.request_id)
+        return aborted
+
+    def shutdown(self) -> None:
+        if self._ranking_loop is not None:
+            self._ranking_loop.close()
+        super().shutdown()  # type: ignore[misc]
+
+    def _before_step(self) -> None:
+        if self._ranking_loop is not None:
+            self._ranking_loop.before_step()
+
+    def _after_step(self) -> None:
+        if self._ranking_loop is not None:
+            # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.
+            deferred = len(self.deferred_waiting)  # type: ignore[attr-defined]
+            self._ranking_loop.after_step(left_waiting=len(self.waiting) > deferred)
+        values, index = self._counters.values, self.waiting.index
+        values["pars_active"] = float(index.ranking and index.policy.uses_ranker)
+        values["pars_waiting"] = float(len(index))
+        values["pars_overtakes"] = float(index.overtakes)
+        values["pars_guard_promotions"] = float(index.promotions)
+        self._steps += 1
+        if self._steps % OVERHEAD_EVERY_STEPS == 0:
+            values["pars_step_overhead_us_p50"] = self._overhead.median_us()
+        self._counters.write()
+
+    def _finished(self, request_id: str) -> None:
+        entry = self.waiting.finish(request_id)
+        if self._shadow is not None and entry is not None:
+            self._shadow.add(entry, entry.payload.num_output_tokens)
+
+    def _guarded(self, hook: Callable[[], None]) -> None:
+        """Run one of our own hooks; if it fails, serve on in arrival order without the ranker."""
+        try:
+            hook()
+        except Exception:
+            logger.exception("pars-fast: ranking is switched off, the queue is in arrival order")
+            self._counters.values["pars_fallback_error"] += 1
+            self.waiting.set_ranking(False)
+            loop, self._ranking_loop = self._ranking_loop, None
+            if loop is not None:
+                loop.close()
+
+
+@functools.cache
+def with_ranking(scheduler_cls: type) -> type:
+    """A subclass of vLLM's scheduler class whose waiting queue is ranked; a ranked class is given back as it is."""
+    if issubclass(scheduler_cls, RankingMixin):
+        return scheduler_cls
+    return type(f"Ranked{scheduler_cls.__name__}", (RankingMixin, scheduler_cls), {"__module__": __name__})
+
+
+RankedScheduler = with_ranking(Scheduler)
+RankedAsyncScheduler = with_ranking(AsyncScheduler)

@@ -1,0 +1,875 @@
+"""The demo's page: one self-contained HTML file, drawn from the recorded runs.
+
+Charts are inline SVG made here; `report.html`, `report.css` and `report.js` beside this file hold the frame. All
+markup goes through `_tag`, which escapes whatever is not markup already. The same input gives the same bytes.
+"""
+
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from pars_fast.demo.records import Load, Run, ServedRequest
+
+BASELINE, OURS, ORACLE = "fcfs", "pars_fast", "oracle"
+_DESCRIPTIONS = {BASELINE: "arrival order", ORACLE: "knows every length"}
+_PANELS = (  # column, title: the four answers of the page's head
+    ("mean_latency_per_token_s", "Mean latency per output token"),
+    ("mean_e2e_s", "Mean end-to-end latency"),
+    ("mean_ttft_s", "Mean time to first token"),
+    ("max_wait_s", "Longest wait for a first token"),
+)
+_LATENCIES = (  # column stem, title
+    ("latency_per_token_s", "Latency per output token"),
+    ("ttft_s", "Time to first token"),
+    ("e2e_s", "End-to-end latency"),
+    ("tpot_s", "Time per output token after the first"),
+)
+_TOTALS = (  # column, title, unit
+    ("max_wait_s", "Longest wait", "s"),
+    ("throughput_tok_s", "Throughput", "tok/s"),
+    ("makespan_s", "Makespan", "s"),
+    ("completed", "Completed", ""),
+    ("scored_total", "Prompts scored", ""),
+    ("fallback_total", "Fallbacks", ""),
+    ("step_overhead_us_p50", "Added to a scheduling step, p50", "µs"),
+)
+_MARKERS = (  # drawn around (0, 0) at radius 1; with the colour they tell sources apart without colour vision
+    "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0 -1 0Z",
+    "M-.9 -.9H.9V.9H-.9Z",
+    "M0 -1.2L1.15 .85H-1.15Z",
+    "M0 -1.3L1.3 0L0 1.3L-1.3 0Z",
+)
+_SOURCE_COLOURS = 8
+_LONGEST_PER_GROUP = 6
+_NARROW = 360  # drawing width for phones; every chart is drawn twice so that its text stays readable
+_DASH = "–"
+
+
+def write_report(path: Path, *, runs: Sequence[Run], expected_tokens: Sequence[float],
+                 summary: Mapping[str, Any]) -> None:
+    """Write the page of a demo.
+
+    Args:
+        path: the HTML file to write; its folder must exist.
+        runs: every policy, load and repeat; the run marked `stock` enters only through the summary.
+        expected_tokens: the ranker's expected output tokens by request index.
+        summary: what was run and the figures made from it; a missing or None value shows as a dash.
+    """
+    path.write_text(render_report(runs=runs, expected_tokens=expected_tokens, summary=summary), encoding="utf-8")
+
+
+def render_report(*, runs: Sequence[Run], expected_tokens: Sequence[float], summary: Mapping[str, Any]) -> str:
+    """The page of `write_report` as text."""
+    data = _Data.of(runs, expected_tokens, summary)
+    headline, lead = _headline(data)
+    parts = {
+        "title": _escape(headline),
+        "css": _asset("report.css"),
+        "js": _asset("report.js"),
+        "kicker": _escape(f"pars-fast demo · {data.text('engine')} · {data.text('device')} · {data.text('date')}"),
+        "headline": _escape(headline),
+        "lead": _escape(lead),
+        "warning": _warning(data),
+        "panels": _join(_panel(data, column, title) for column, title in _PANELS),
+        "panel_note": _escape(_panel_note(data)),
+        "real": _items(_real(data)),
+        "stand_in": _items(_stand_in(data)),
+        "queue_chart": _queue_chart(data),
+        "per_token_chart": _cdf_chart(data, "per-token", "Latency per output token", _latency_per_token),
+        "e2e_chart": _cdf_chart(data, "e2e", "End-to-end latency", lambda request: request.end_to_end_latency),
+        "longest_table": _longest_table(data),
+        "scatter_text": _escape(_scatter_text(data)),
+        "scatter_chart": _scatter_chart(data),
+        "sources_table": _sources_table(data),
+        "light_text": _light_text(data),
+        "light_chart": _light_chart(data),
+        "saturated_table": _columns_table(data, "saturated", "Saturated"),
+        "light_table": _columns_table(data, "light", "Light load"),
+        "provenance": _provenance(data),
+    }
+    return Template(_asset("report.html")).substitute(parts)
+
+
+def _asset(name: str) -> str:
+    return files("pars_fast.demo").joinpath(name).read_text(encoding="utf-8")
+
+
+# --- Data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The input, with what several parts of the page need from it."""
+
+    runs: tuple[Run, ...]  # without stock runs
+    rows: tuple[dict[str, Any], ...]  # columns of each run
+    expected_tokens: tuple[float, ...]
+    summary: Mapping[str, Any]
+    policies: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], expected_tokens: Sequence[float], summary: Mapping[str, Any]) -> "_Data":
+        kept = tuple(run for run in runs if not run.stock)
+        known = (BASELINE, OURS, ORACLE)
+        found = {run.policy for run in kept}
+        policies = tuple(p for p in known if p in found) + tuple(sorted(found.difference(known)))
+        sources = tuple(sorted({request.source for run in kept for request in run.requests}))
+        rows = tuple(run.columns() for run in kept)
+        return cls(kept, rows, tuple(expected_tokens), summary, policies, sources)
+
+    def values(self, policy: str, load: Load, column: str) -> list[float]:
+        """One value per repeat, repeats without one left out."""
+        return [row[column] for row in self.rows
+                if (row["policy"], row["load"]) == (policy, load) and row[column] is not None]
+
+    def mean(self, policy: str, column: str, load: Load = "saturated") -> float | None:
+        values = self.values(policy, load, column)
+        return float(np.mean(values)) if values else None
+
+    def requests(self, policy: str, load: Load = "saturated") -> list[ServedRequest]:
+        """Requests of all repeats, end to end."""
+        return [request for run in self.runs if (run.policy, run.load) == (policy, load) for request in run.requests]
+
+    def first_repeat(self) -> dict[str, Run]:
+        """The saturated run of each policy in the first repeat that all of them have."""
+        by_repeat: dict[int, dict[str, Run]] = {}
+        for run in self.runs:
+            if run.load == "saturated":
+                by_repeat.setdefault(run.repeat, {})[run.policy] = run
+        if not by_repeat:
+            return {}
+        return by_repeat[min(by_repeat, key=lambda repeat: (-len(by_repeat[repeat]), repeat))]
+
+    def expected(self, index: int) -> float | None:
+        if not 0 <= index < len(self.expected_tokens):
+            return None
+        value = self.expected_tokens[index]
+        return value if value is not None and math.isfinite(value) and value > 0 else None
+
+    def get(self, *keys: str) -> Any:
+        value: Any = self.summary
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def text(self, *keys: str) -> str:
+        value = self.get(*keys)
+        return _DASH if value is None else str(value)
+
+    def style(self, policy: str) -> str:
+        """CSS class of a policy: its one colour on the whole page."""
+        if policy in (BASELINE, OURS, ORACLE):
+            return policy
+        others = [p for p in self.policies if p not in (BASELINE, OURS, ORACLE)]
+        return f"other{others.index(policy) % 2}"
+
+
+def _latency_per_token(request: ServedRequest) -> float:
+    return request.end_to_end_latency / request.output_tokens
+
+
+# --- Markup -------------------------------------------------------------------------------------------------
+
+
+class _Markup(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+def _escape(text: str) -> _Markup:
+    return text if isinstance(text, _Markup) else _Markup(html.escape(text))
+
+
+def _join(parts: Any, separator: str = "") -> _Markup:
+    return _Markup(separator.join(_escape(part) for part in parts))
+
+
+def _tag(name: str, *children: str, **attributes: Any) -> _Markup:
+    """An element; children and values are escaped, `class_` gives class, `data_key` gives data-key, None is left out."""
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
+    head = "".join(f' {key}="{_escape(_attribute(value))}"' for key, value in given.items())
+    if name in _VOID:
+        return _Markup(f"<{name}{head}/>")
+    return _Markup(f"<{name}{head}>{_join(children)}</{name}>")
+
+
+_VOID = frozenset({"path", "line", "rect", "circle"})
+
+
+def _attribute(value: Any) -> str:
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _items(texts: Sequence[str]) -> _Markup:
+    return _join(_tag("li", text) for text in texts)
+
+
+# --- Numbers as text ----------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits without an exponent: 0.0123, 4.56, 1,234."""
+    if value is None or not math.isfinite(value):
+        return _DASH
+    if value == 0 or abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _seconds(value: float | None, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return _DASH
+    return f"{_number(value * 1e3, digits)} ms" if abs(value) < 1 else f"{_number(value, digits)} s"
+
+
+def _percent(share: float | None) -> str:
+    return _DASH if share is None else f"{share * 100:.0f} %".replace("-", "−")
+
+
+def _as_float(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _change(base: float | None, value: float | None) -> str:
+    """How `value` stands to `base`, in words: '3.1× lower', '12 % higher', 'about the same'."""
+    if not base or not value:
+        return _DASH
+    direction = "lower" if value < base else "higher"
+    factor = max(base, value) / min(base, value)
+    if factor < 1.02:
+        return "about the same"
+    if factor < 1.5:
+        return f"{_percent(abs(value / base - 1))} {direction}"
+    return f"{_number(factor, 2)}× {direction}"
+
+
+# --- Head of the page ---------------------------------------------------------------------------------------
+
+
+def _headline(data: _Data) -> tuple[str, str]:
+    """The result in one line and the lines under it, worded by the numbers, whichever way they went."""
+    base, ours = (data.mean(policy, "mean_latency_per_token_s") for policy in (BASELINE, OURS))
+    change = _change(base, ours)
+    if change == _DASH:
+        return "No comparison: a policy has no completed request", "The runs below show what was recorded."
+    if change == "about the same":
+        headline = "Latency per token: about the same as in arrival order"
+    else:
+        headline = f"Mean latency per token {change} than in arrival order"
+    return headline, " ".join([_gain_sentence(data), _repeats_sentence(data), _tail_sentence(data)]).strip()
+
+
+def _gain_sentence(data: _Data) -> str:
+    per_token, e2e = _as_float(data.get("gain_captured")), _as_float(data.get("gain_captured_e2e"))
+    if per_token is None:
+        return "An oracle that knows every answer's length gains too little here to state a share of it."
+    if per_token < 0:
+        return "An oracle that knows every answer's length gains here; pars_fast loses against arrival order."
+    also = f" ({_percent(e2e)} on end-to-end latency)" if e2e is not None else ""
+    return f"That is {_percent(per_token)} of what an oracle that knows every answer's length gains{also}."
+
+
+def _repeats_sentence(data: _Data) -> str:
+    by_repeat = [{row["repeat"]: row["mean_latency_per_token_s"] for row in data.rows
+                  if (row["policy"], row["load"]) == (policy, "saturated")} for policy in (BASELINE, OURS)]
+    pairs = [(by_repeat[0][repeat], by_repeat[1][repeat]) for repeat in by_repeat[0] if repeat in by_repeat[1]]
+    usable = [(base, ours) for base, ours in pairs if base is not None and ours is not None]
+    if len(usable) < 2:
+        return ""
+    lower = sum(ours < base for base, ours in usable)
+    return f"Lower in {lower} of {len(usable)} repeats."
+
+
+def _tail_sentence(data: _Data) -> str:
+    change = _change(data.mean(BASELINE, "max_wait_s"), data.mean(OURS, "max_wait_s"))
+    return "" if change == _DASH else f"The longest wait is {change.replace('about the same', 'about as long')}."
+
+
+def _panel(data: _Data, column: str, title: str) -> _Markup:
+    """One question, answered by a bar per policy."""
+    means = {policy: data.mean(policy, column) for policy in data.policies}
+    longest = max((mean for mean in means.values() if mean is not None), default=0.0)
+    bars = [_tag("div", _tag("div", _tag("span", policy), _tag("span", _seconds(mean))),
+                 _tag("i", style=f"--w:{_share(mean, longest)}"), class_=f"row {data.style(policy)}")
+            for policy, mean in means.items()]
+    change = _tag("p", _change(means.get(BASELINE), means.get(OURS)), class_="change")
+    return _tag("div", _tag("h3", title), change, *bars, class_="card panel")
+
+
+def _share(value: float | None, whole: float) -> str:
+    return f"{100 * value / whole:.1f}%" if value and whole else "0%"
+
+
+def _panel_note(data: _Data) -> str:
+    count = max((len(run.requests) for run in data.runs if run.load == "saturated"), default=0)
+    repeats = len({run.repeat for run in data.runs if run.load == "saturated"})
+    return (f"Saturated server: the same {count} requests at the same moments under each policy, mean over "
+            f"{repeats} repeat{'s' * (repeats != 1)}. fcfs is arrival order, as a stock server does it; pars_fast "
+            "runs the shortest expected answer first and bounds overtaking; oracle knows every length.")
+
+
+def _warning(data: _Data) -> _Markup:
+    """Said at the top if any request did not finish: a policy must not look fast by dropping work."""
+    lost = []
+    for policy in data.policies:
+        requests = [request for run in data.runs if run.policy == policy for request in run.requests]
+        missing = sum(not request.completed for request in requests)
+        if missing:
+            lost.append(f"{policy} {missing} of {len(requests)}")
+    if not lost:
+        return _Markup("")
+    return _tag("p", f"Not completed: {', '.join(lost)}. Latencies leave these requests out.", class_="warning")
+
+
+def _real(data: _Data) -> list[str]:
+    count = max((len(run.requests) for run in data.runs), default=0)
+    named = data.get("sources") or []
+    models = {entry.get("model_column") for entry in named} - {None}
+    origin = f"recorded answers of {len(models)} named model{'s' * (len(models) != 1)}" if models else "recorded answers"
+    return [
+        f"Prompts: {count} from {len(data.sources)} public sources, none of them used to train the ranker.",
+        f"Answer lengths: {origin}, replayed to the token.",
+        f"Engine: {data.text('engine')} with its own scheduler, behind its HTTP server.",
+        "Ranker: the one that ships with pars-fast. It sees prompts, never lengths.",
+    ]
+
+
+def _stand_in(data: _Data) -> list[str]:
+    capacity = _number(_as_float(data.get("capacity_tok_s")))
+    achieved = data.get("achieved_load") or {}
+    shown = ", ".join(f"{policy} {_number(_as_float(achieved.get(policy)))}" for policy in data.policies)
+    return [
+        f"Served model: {data.text('served_model')}.",
+        f"Machine: {data.text('device')}. Its seconds are its own; compare policies.",
+        f"Arrivals: Poisson with one burst, at 1.2 of the measured capacity of {capacity} tok/s; light load at 0.5.",
+        f"Load achieved: {shown or _DASH}.",
+        _switch_check(data),
+    ]
+
+
+def _switch_check(data: _Data) -> str:
+    stock, switched = (_as_float(data.get("switch_check", key)) for key in ("stock", "switched_fcfs"))
+    text = ("One server switches policy between runs. Mean end-to-end latency of stock vLLM "
+            f"{_seconds(stock)}, of fcfs under the switch {_seconds(switched)}")
+    return f"{text} ({_change(stock, switched)})." if stock and switched else f"{text}."
+
+
+# --- Charts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Data to pixels, linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (self.low, self.high, value)
+        if self.log:
+            low, high, at = math.log(low), math.log(high), math.log(max(value, self.low))
+        return self.start + (self.end - self.start) * (at - low) / (high - low)
+
+    def ticks(self, count: int) -> list[float]:
+        """About `count` round values inside the axis."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for steps in ((1, 2, 5), (1, 3), (1,)):
+                ticks = [step * 10.0**decade for decade in decades for step in steps]
+                inside = [tick for tick in ticks if self.low * 0.999 <= tick <= self.high * 1.001]
+                if len(inside) <= count + 1:
+                    break
+            return inside
+        step = _round_step((self.high - self.low) / count)
+        return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _round_step(rough: float) -> float:
+    """The least of 1, 2, 5 times a power of ten that is at least `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= rough * 0.999)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A step function of x for one policy: the value is `ys[i]` from `xs[i]` on, and 0 before."""
+
+    policy: str
+    label: str
+    xs: np.ndarray
+    ys: np.ndarray
+
+    def at(self, x: np.ndarray) -> np.ndarray:
+        padded = np.concatenate([[0.0], self.ys])
+        return np.asarray(padded[np.searchsorted(self.xs, x, side="right")])
+
+    def path(self, x: _Axis, y: _Axis) -> str:
+        """SVG path; steps too small to see are merged."""
+        parts, shown_x, shown_y = [f"M{x.start:.1f} {y(0):.1f}"], x.start, y(0)
+        for px, py in zip(map(x, self.xs), map(y, self.ys), strict=True):
+            if abs(px - shown_x) < 0.4 and abs(py - shown_y) < 0.4:
+                continue
+            parts.append(f"H{px:.1f}V{py:.1f}")
+            shown_x, shown_y = px, py
+        return "".join([*parts, f"H{x.end:.1f}"])
+
+
+def _responsive(draw: Callable[[int, str], _Markup], wide: int) -> _Markup:
+    """The chart drawn for a wide and for a narrow screen; CSS shows one."""
+    return _join([draw(wide, "wide"), draw(_NARROW, "narrow")])
+
+
+def _svg(name: str, variant: str, width: int, height: float, title: str, desc: str, *children: str) -> _Markup:
+    ids = f"{name}-{variant}-title", f"{name}-{variant}-desc"
+    return _tag("svg", _tag("title", title, id=ids[0]), _tag("desc", desc, id=ids[1]), *children, role="img",
+                class_=variant, viewBox=f"0 0 {width} {_attribute(height)}", aria_labelledby=" ".join(ids))
+
+
+def _text(x: float, y: float, text: str, **attributes: Any) -> _Markup:
+    return _tag("text", text, x=float(x), y=float(y), **attributes)
+
+
+def _x_axis(axis: _Axis, top: float, bottom: float, ticks: Sequence[float], label: Callable[[float], str]) -> _Markup:
+    lines = [_tag("line", x1=axis(tick), x2=axis(tick), y1=top, y2=bottom, class_="gridline") for tick in ticks]
+    texts = [_text(axis(tick), bottom + 19, label(tick), text_anchor="middle") for tick in ticks]
+    base = _tag("line", x1=axis.start, x2=axis.end, y1=bottom, y2=bottom, class_="axis")
+    return _join([*lines, base, *texts])
+
+
+def _y_axis(axis: _Axis, left: float, right: float, ticks: Sequence[float], label: Callable[[float], str]) -> _Markup:
+    lines = [_tag("line", x1=left, x2=right, y1=axis(tick), y2=axis(tick), class_="gridline") for tick in ticks]
+    texts = [_text(left - 8, axis(tick) + 4.5, label(tick), text_anchor="end") for tick in ticks]
+    return _join([*lines, *texts])
+
+
+def _curves(data: _Data, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> _Markup:
+    """Step lines, the baseline at the back, each named where there is room beside it."""
+    drawn = [_tag("path", d=curve.path(x, y), class_=f"curve {data.style(curve.policy)}", data_key=curve.policy)
+             for curve in curves]
+    return _join([*drawn, *_direct_labels(data, curves, x, y)])
+
+
+def _direct_labels(data: _Data, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> list[_Markup]:
+    """Place each curve's name close to it, off all curves and off the other names."""
+    columns = np.arange(math.ceil(x.start), math.floor(x.end) + 1, 2.0)
+    values = np.array([_invert(x, column) for column in columns])
+    heights = {curve.policy: np.array([y(value) for value in curve.at(values)]) for curve in curves}
+    labels: list[_Markup] = []
+    taken: list[tuple[float, float, float, float]] = []
+    for curve in sorted(curves, key=lambda c: c.policy != OURS):
+        box, anchor = _best_box(curve, columns, heights, taken, x, y)
+        taken.append(box)
+        labels.append(_label(data, curve, box, anchor))
+    return labels
+
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _best_box(curve: _Steps, columns: np.ndarray, heights: Mapping[str, np.ndarray], taken: Sequence[_Box],
+              x: _Axis, y: _Axis) -> tuple[_Box, tuple[float, float]]:
+    """The cheapest place for a label and the point of its curve that it belongs to."""
+    width, height = 7.4 * len(curve.label) + 4, 18.0
+    own = heights[curve.policy]
+    best: tuple[float, _Box, tuple[float, float]] | None = None
+    for anchor in range(0, len(columns), 4):
+        for dx in (-width - 10, -width / 2, 10.0):
+            for dy in (-44.0, -28.0, -14.0, 0.0, 14.0, 28.0, 44.0):
+                left, middle = columns[anchor] + dx, own[anchor] + dy
+                box = (left, middle - height / 2, left + width, middle + height / 2)
+                if box[0] < x.start + 2 or box[2] > x.end or box[1] < y.end - 4 or box[3] > y.start - 3:
+                    continue
+                cost = _box_cost(box, columns, heights, curve.policy, taken) + abs(dy) / 14
+                if best is None or cost < best[0] - 1e-9:
+                    best = cost, box, (columns[anchor], own[anchor])
+    if best is None:  # no room at all: the top left corner
+        return (x.start, y.end, x.start + width, y.end + height), (x.start, y.end)
+    return best[1], best[2]
+
+
+def _box_cost(box: _Box, columns: np.ndarray, heights: Mapping[str, np.ndarray], own: str,
+              taken: Sequence[_Box]) -> float:
+    """How badly a label there covers curves and labels, and how much nearer another curve is."""
+    left, top, right, bottom = box
+    inside = (columns >= left - 5) & (columns <= right + 5)
+    cost, distance = 0.0, {}
+    for policy, ys in heights.items():
+        near = ys[inside]
+        low, high = np.minimum(near[:-1], near[1:]), np.maximum(near[:-1], near[1:])  # a step covers its rise
+        gap = np.maximum(0.0, np.maximum(low - bottom, top - high))
+        distance[policy] = float(gap.min(initial=1e3))
+        cost += 3.0 * float((gap < 3).sum())
+    others = [gap for policy, gap in distance.items() if policy != own]
+    cost += max(0.0, distance[own] + 10 - min(others, default=1e3))
+    for other in taken:
+        if left < other[2] + 8 and other[0] < right + 8 and top < other[3] + 4 and other[1] < bottom + 4:
+            cost += 1e3
+    return cost
+
+
+def _label(data: _Data, curve: _Steps, box: _Box, anchor: tuple[float, float]) -> _Markup:
+    left, top, right, bottom = box
+    name = _text(left + 2, bottom - 4.5, curve.label, class_=f"name {data.style(curve.policy)}", data_key=curve.policy)
+    near = min(max(anchor[0], left), right), min(max(anchor[1], top), bottom)
+    if math.dist(near, anchor) <= 16:
+        return name
+    leader = _tag("line", x1=float(near[0]), y1=float(near[1]), x2=float(anchor[0]), y2=float(anchor[1]),
+                  class_=f"leader {data.style(curve.policy)}", data_key=curve.policy)
+    return _join([leader, name])
+
+
+def _invert(axis: _Axis, pixel: float) -> float:
+    share = (pixel - axis.start) / (axis.end - axis.start)
+    if axis.log:
+        return float(axis.low * (axis.high / axis.low) ** share)
+    return axis.low + (axis.high - axis.low) * share
+
+
+def _no_data() -> _Markup:
+    return _tag("p", "No data.", class_="note")
+
+
+def _name(policy: str, width: int) -> str:
+    """A policy's name, with its meaning where there is room."""
+    return f"{policy} ({_DESCRIPTIONS[policy]})" if policy in _DESCRIPTIONS and width > _NARROW else policy
+
+
+# Queue over time
+
+def _waiting(requests: Sequence[ServedRequest]) -> tuple[np.ndarray, np.ndarray]:
+    """Times and the number waiting from each on; who never got a first token waits to the end."""
+    arrivals = [(request.arrival_s, 1) for request in requests]
+    starts = [(request.first_token_s, -1) for request in requests if request.first_token_s is not None]
+    events = sorted([*arrivals, *starts])
+    times = np.array([time for time, _ in events])
+    return times, np.cumsum([change for _, change in events]).astype(float)
+
+
+def _queue_chart(data: _Data) -> _Markup:
+    runs = {policy: run for policy, run in data.first_repeat().items() if run.requests}
+    if not runs:
+        return _no_data()
+    series = {policy: _waiting(runs[policy].requests) for policy in data.policies if policy in runs}
+    arrivals = [request.arrival_s for request in next(iter(runs.values())).requests]
+    peaks = ", ".join(f"{policy} {ys.max():.0f}" for policy, (_, ys) in series.items())
+    desc = f"Most requests waiting at once: {peaks}. Bars at the foot count arrivals."
+
+    def draw(width: int, variant: str) -> _Markup:
+        curves = [_Steps(policy, _name(policy, width), xs, ys) for policy, (xs, ys) in series.items()]
+        foot, bottom = (54.0, 330.0) if width > _NARROW else (44.0, 250.0)
+        left, right = 44.0, width - 8.0
+        x = _Axis(0, max(float(curve.xs.max()) for curve in curves) * 1.01 or 1.0, left, right)
+        y = _Axis(0, max(float(curve.ys.max()) for curve in curves) * 1.06 or 1.0, bottom, 26.0)
+        bars = _arrival_bars(arrivals, x, top=bottom + 10, base=bottom + foot, above=26.0)
+        return _svg("queue", variant, width, bottom + foot + 42, "Requests waiting over time", desc,
+                    bars, _x_axis(x, 26.0, bottom + foot, x.ticks(8 if width > _NARROW else 4), _clock),
+                    _y_axis(y, left, right, y.ticks(5), lambda tick: f"{tick:.0f}"),
+                    _text(left - 8, 12, "waiting", text_anchor="start", dx=-28),
+                    _text(right, bottom + foot + 38, "time since the first arrival", text_anchor="end"),
+                    _curves(data, curves, x, y))
+
+    return _tag("div", _responsive(draw, 1040), data_scope="")
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:g} s"
+
+
+def _arrival_bars(arrivals: Sequence[float], x: _Axis, *, top: float, base: float, above: float) -> _Markup:
+    """A histogram of arrivals under the queue, the burst named if one bin stands out."""
+    bins = 60 if x.end - x.start > 600 else 36
+    counts, edges = np.histogram(arrivals, bins=bins, range=(0.0, x.high))
+    unit = (base - top) / counts.max()
+    bars = [_tag("rect", x=x(edges[k]) + 0.5, width=x(edges[k + 1]) - x(edges[k]) - 1.0, y=base - unit * count,
+                 height=float(unit * count), class_="arrivals")
+            for k, count in enumerate(counts) if count]
+    parts = [_text(x.end, top + 12, "arrivals", text_anchor="end"), *bars]
+    burst = _burst(counts)
+    if burst is None:
+        return _join(parts)
+    first, last = burst
+    start, end = x(edges[first]), x(edges[last + 1])
+    total, length = int(counts[first:last + 1].sum()), float(edges[last + 1] - edges[first])
+    return _join([_tag("rect", x=start, width=end - start, y=above, height=base - above, class_="burst"), *parts,
+                  _text(start, 12, f"burst: {total} arrivals in {_number(length, 2)} s", text_anchor="start")])
+
+
+def _burst(counts: np.ndarray) -> tuple[int, int] | None:
+    """First and last bin of the run of bins around the peak that stand well over the usual; None without one."""
+    busy = counts[counts > 0]
+    usual = float(np.median(busy))
+    peak = int(counts.argmax())
+    if counts[peak] < max(2.5 * usual, usual + 4):
+        return None
+    first = last = peak
+    while first > 0 and counts[first - 1] >= 2 * usual:
+        first -= 1
+    while last + 1 < len(counts) and counts[last + 1] >= 2 * usual:
+        last += 1
+    return first, last
+
+
+# Latency CDFs
+
+def _cdf_chart(data: _Data, name: str, title: str, latency: Callable[[ServedRequest], float]) -> _Markup:
+    """Share of requests done within a latency, log x; a request that never finished stays in the denominator."""
+    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for policy in data.policies:
+        requests = data.requests(policy)
+        values = np.sort([latency(request) for request in requests if request.completed])
+        if len(values):
+            series[policy] = np.maximum(values, 1e-4), np.arange(1, len(values) + 1) / len(requests)
+    if not series:
+        return _no_data()
+    medians = {policy: float(np.median(xs)) for policy, (xs, _) in series.items()}
+    desc = "Medians: " + ", ".join(f"{policy} {_seconds(median)}" for policy, median in medians.items()) + "."
+    low, high = min(xs[0] for xs, _ in series.values()), max(xs[-1] for xs, _ in series.values())
+
+    def draw(width: int, variant: str) -> _Markup:
+        curves = [_Steps(policy, f"{policy} · median {_seconds(medians[policy], 2)}", xs, ys)
+                  for policy, (xs, ys) in series.items()]
+        height, left = (320.0, 48.0) if width > _NARROW else (290.0, 44.0)
+        x = _Axis(low * 0.85, high * 1.18, left, width - 8.0, log=True)
+        y = _Axis(0, 1, height - 44, 12.0)
+        return _svg(name, variant, width, height, f"{title}: share of requests within a time", desc,
+                    _x_axis(x, 12.0, height - 44, x.ticks(7 if width > _NARROW else 5), _short_seconds),
+                    _y_axis(y, left, width - 8.0, (0, 0.25, 0.5, 0.75, 0.9, 1), _percent),
+                    _text(width - 8.0, height - 4, f"{title.lower()}, log scale", text_anchor="end"),
+                    _curves(data, curves, x, y))
+
+    return _tag("div", _responsive(draw, 500), data_scope="")
+
+
+def _short_seconds(value: float) -> str:
+    return f"{value * 1e3:g} ms" if value < 0.999 else f"{value:g} s"
+
+
+# Predicted against real length
+
+def _unique_requests(data: _Data) -> dict[int, ServedRequest]:
+    found: dict[int, ServedRequest] = {}
+    for run in data.runs:
+        if run.load == "saturated":
+            for request in run.requests:
+                found.setdefault(request.index, request)
+    return dict(sorted(found.items()))
+
+
+def _scatter_text(data: _Data) -> str:
+    tau, within = (_number(_as_float(data.get(key)), 2).replace("-", "−") for key in ("tau", "tau_within_source"))
+    return (f"Kendall's tau {tau} over all requests; {within} within a source, where the kind of task gives "
+            "nothing away. 1 is a perfect order, 0 a random one. Only the order of predictions matters to the queue; "
+            "their size feeds the bound on overtaking.")
+
+
+def _scatter_chart(data: _Data) -> _Markup:
+    points = [(request, expected) for index, request in _unique_requests(data).items()
+              if (expected := data.expected(index)) is not None and request.output_tokens > 0]
+    if not points:
+        return _no_data()
+    lengths = [value for request, expected in points for value in (request.output_tokens, expected)]
+    low, high = min(lengths) * 0.8, max(lengths) * 1.25
+
+    def draw(width: int, variant: str) -> _Markup:
+        left, bottom = 48.0, width - 52.0
+        x, y = _Axis(low, high, left, width - 8.0, log=True), _Axis(low, high, bottom, 22.0, log=True)
+        ticks = x.ticks(5)
+        marks = [_mark(data, request.source, x(request.output_tokens), y(expected), width / 110 + 0.4,
+                       f"{request.source}: predicted {_number(expected)}, real {request.output_tokens} tokens")
+                 for request, expected in points]
+        return _svg("scatter-plot", variant, width, width - 8, "Predicted against real answer length",
+                    f"{len(points)} requests on logarithmic axes; on the diagonal the prediction is exact.",
+                    _x_axis(x, 22.0, bottom, ticks, lambda tick: f"{tick:,.0f}"),
+                    _y_axis(y, left, width - 8.0, ticks, lambda tick: f"{tick:,.0f}"),
+                    _tag("line", x1=x(low), y1=y(low), x2=x(high), y2=y(high), class_="diagonal"),
+                    *marks, _text(0, 12, "predicted tokens"),
+                    _text(width - 8, width - 13, "real tokens", text_anchor="end"))
+
+    return _tag("div", _responsive(draw, 500))
+
+
+def _mark(data: _Data, source: str, x: float, y: float, radius: float, title: str | None = None) -> _Markup:
+    place = data.sources.index(source) if source in data.sources else 0
+    shape = {"d": _MARKERS[place % len(_MARKERS)], "transform": f"translate({x:.1f} {y:.1f}) scale({radius:.1f})",
+             "class_": f"mark s{place % _SOURCE_COLOURS}", "vector_effect": "non-scaling-stroke"}
+    if title is None:
+        return _tag("path", **shape)
+    return _tag("g", _tag("title", title), _tag("path", **shape), data_key=source)
+
+
+def _sources_table(data: _Data) -> _Markup:
+    """The scatter's legend and the make-up of the sample in one."""
+    given = {str(entry.get("source")): entry for entry in data.get("sources") or []}
+    counts: dict[str, int] = {}
+    for request in _unique_requests(data).values():
+        counts[request.source] = counts.get(request.source, 0) + 1
+    rows = []
+    for source in sorted({*data.sources, *given}):
+        entry = given.get(source, {})
+        marker = _tag("svg", _mark(data, source, 7, 7, 5.0), class_="key", viewBox="0 0 14 14", aria_hidden="true")
+        requests, share, model = entry.get("requests", counts.get(source)), entry.get("share"), entry.get("model_column")
+        rows.append(_tag("tr", _tag("td", marker), _tag("th", source, scope="row"),
+                         _tag("td", _number(_as_float(requests))), _tag("td", _percent(_as_float(share))),
+                         _tag("td", _DASH if model is None else str(model), class_="text"), data_key=source))
+    head = _tag("tr", _tag("th", _tag("span", "")), _tag("th", "Source", scope="col", class_="text"),
+                _tag("th", "Requests", scope="col"), _tag("th", "Share", scope="col"),
+                _tag("th", "Lengths of", scope="col", class_="text"))
+    return _tag("table", _tag("caption", "The sample"), _tag("thead", head), _tag("tbody", *rows))
+
+
+# --- Tables -------------------------------------------------------------------------------------------------
+
+
+def _mean_waits(data: _Data, policy: str) -> dict[int, float]:
+    waits: dict[int, list[float]] = {}
+    for request in data.requests(policy):
+        if request.first_token_s is not None:
+            waits.setdefault(request.index, []).append(request.time_to_first_token)
+    return {index: float(np.mean(values)) for index, values in waits.items()}
+
+
+def _longest_table(data: _Data) -> _Markup:
+    """Those who waited longest in arrival order and under pars_fast: who gains and who pays, side by side."""
+    waits = {policy: _mean_waits(data, policy) for policy in data.policies}
+    requests = _unique_requests(data)
+    scale = max((wait for by_index in waits.values() for wait in by_index.values()), default=0.0)
+    bodies = []
+    for policy in (BASELINE, OURS):
+        by_wait = sorted(waits.get(policy, {}).items(), key=lambda item: (-item[1], item[0]))
+        rows = [_longest_row(data, requests[index], waits, scale) for index, _ in by_wait[:_LONGEST_PER_GROUP]]
+        title = f"Longest under {policy}" + (" (arrival order)" if policy == BASELINE else "")
+        bodies.append(_tag("tbody", _tag("tr", _tag("th", title, colspan=3 + len(data.policies), scope="rowgroup")),
+                           *rows))
+    head = [_tag("th", "Source", scope="col"), _tag("th", "Tokens", scope="col"),
+            _tag("th", "Predicted", scope="col", class_="optional"), *_policy_heads(data)]
+    return _tag("table", _tag("caption", "The longest waits for a first token"), _tag("thead", _tag("tr", *head)),
+                *bodies)
+
+
+def _longest_row(data: _Data, request: ServedRequest, waits: Mapping[str, Mapping[int, float]],
+                 scale: float) -> _Markup:
+    cells = []
+    for policy in data.policies:
+        wait = waits[policy].get(request.index)
+        bar = _tag("i", style=f"--w:{_share(wait, scale)}")
+        cells.append(_tag("td", _seconds(wait), bar, class_=f"bar {data.style(policy)}"))
+    return _tag("tr", _tag("th", request.source, scope="row"), _tag("td", _number(request.output_tokens)),
+                _tag("td", _number(data.expected(request.index)), class_="optional"), *cells)
+
+
+def _policy_heads(data: _Data) -> list[_Markup]:
+    return [_tag("th", policy, scope="col", class_=f"policy {data.style(policy)}") for policy in data.policies]
+
+
+def _columns_table(data: _Data, load: Load, caption: str) -> _Markup:
+    groups = []
+    for stem, title in _LATENCIES:
+        rows = [_columns_row(data, load, f"{statistic}_{stem}", statistic, "s") for statistic in
+                ("mean", "p50", "p90", "p99")]
+        groups.append((title, rows))
+    groups.append(("Server", [_columns_row(data, load, column, title, unit) for column, title, unit in _TOTALS]))
+    bodies = [_tag("tbody", _tag("tr", _tag("th", title, colspan=1 + len(data.policies), scope="rowgroup")), *rows)
+              for title, rows in groups]
+    head = _tag("tr", _tag("th", _tag("span", ""), scope="col"), *_policy_heads(data))
+    return _tag("table", _tag("caption", caption), _tag("thead", head), *bodies)
+
+
+def _columns_row(data: _Data, load: Load, column: str, title: str, unit: str) -> _Markup:
+    """One column of the records as a table row: mean over repeats, lowest and highest repeat under it."""
+    values = {policy: data.values(policy, load, column) for policy in data.policies}
+    largest = max((value for series in values.values() for value in series), default=0.0)
+    factor, unit = (1e3, "ms") if unit == "s" and largest < 1 else (1.0, unit)
+    cells = []
+    for policy, series in values.items():
+        scaled = [value * factor for value in series]
+        spread = [f"{_number(min(scaled))} to {_number(max(scaled))}"] if len(set(scaled)) > 1 else []
+        cells.append(_tag("td", _number(float(np.mean(scaled))) if scaled else _DASH,
+                          *(_tag("small", text) for text in spread), class_=data.style(policy)))
+    return _tag("tr", _tag("th", f"{title}, {unit}" if unit else title, scope="row"), *cells)
+
+
+# --- Light load and footer ----------------------------------------------------------------------------------
+
+
+def _light_interval(data: _Data) -> tuple[float, float, float] | None:
+    """Mean, low and high of the paired ratio of TTFT."""
+    interval = data.get("light_ttft_ratio", "ci95")
+    mean = _as_float(data.get("light_ttft_ratio", "mean"))
+    if mean is None or not isinstance(interval, Sequence) or len(interval) != 2:
+        return None
+    low, high = _as_float(interval[0]), _as_float(interval[1])
+    return None if low is None or high is None else (mean, low, high)
+
+
+def _light_text(data: _Data) -> _Markup:
+    runs = [run for run in data.runs if (run.policy, run.load) == (OURS, "light")]
+    if not runs:
+        return _tag("p", "No run at light load was recorded.")
+    scored, requests = sum(run.scored_total for run in runs), sum(len(run.requests) for run in runs)
+    said = "Nothing was scored" if scored == 0 else f"{scored} prompts were scored"
+    first = (f"{said}: the server's counter says {scored} after {requests} requests at half the capacity. "
+             "Scoring starts only when requests are left waiting.")
+    return _join([_tag("p", first), _tag("p", _light_ratio_text(data))])
+
+
+def _light_ratio_text(data: _Data) -> str:
+    ratio = _light_interval(data)
+    mean = _as_float(data.get("light_ttft_ratio", "mean"))
+    if ratio is None:
+        return f"Mean time to first token, pars_fast over fcfs, paired: {_number(mean)}; no interval."
+    _, low, high = ratio
+    verdict = ("the interval holds 1, so no difference is seen" if low <= 1 <= high else
+               "below 1: pars_fast is faster" if high < 1 else "above 1: pars_fast is slower")
+    return (f"Mean time to first token, pars_fast over fcfs, paired: {_number(mean)}, 95 % interval "
+            f"{_number(low)} to {_number(high)}; {verdict}.")
+
+
+def _light_chart(data: _Data) -> _Markup:
+    """The ratio with its interval against 1."""
+    ratio = _light_interval(data)
+    if ratio is None:
+        return _Markup("")
+    mean, low, high = ratio
+    reach = max(abs(low - 1), abs(high - 1), 0.02) * 1.35
+
+    def draw(width: int, variant: str) -> _Markup:
+        x = _Axis(1 - reach, 1 + reach, 14.0, width - 14.0)
+        ticks = x.ticks(4)
+        digits = max(2, -math.floor(math.log10(ticks[1] - ticks[0])))
+        return _svg("light-ratio", variant, width, 104, "Ratio of mean time to first token at light load",
+                    _light_ratio_text(data), _x_axis(x, 30.0, 80.0, ticks, lambda tick: f"{tick:.{digits}f}"),
+                    _text(14, 16, "← pars_fast faster"), _text(width - 14, 16, "fcfs faster →", text_anchor="end"),
+                    _tag("line", x1=x(1), x2=x(1), y1=26.0, y2=80.0, class_="diagonal"),
+                    _tag("line", x1=x(low), x2=x(high), y1=55.0, y2=55.0, class_="interval"),
+                    _tag("circle", cx=x(mean), cy=55.0, r=6.0, class_="mean"))
+
+    return _tag("div", _responsive(draw, 480))
+
+
+def _provenance(data: _Data) -> _Markup:
+    versions = data.get("versions") or {}
+    repeats = data.get("repeats")
+    command = data.get("command") or f"pars-fast demo{'' if repeats is None else f' --repeats {repeats}'}"
+    entries: list[tuple[str, str]] = [
+        ("Engine", data.text("engine")),
+        ("Served model", data.text("served_model")),
+        ("Device", data.text("device")),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or _DASH),
+        ("Seed, repeats", f"{data.text('seed')}, {data.text('repeats')}"),
+        ("Arrivals, sha256", data.text("arrivals_sha256")),
+        ("Date", data.text("date")),
+        ("Made by", _tag("code", str(command))),
+    ]
+    return _join(_join([_tag("dt", name), _tag("dd", value)]) for name, value in entries)

@@ -1,0 +1,28 @@
+"""A scheduler that changes its policy between drained runs, so that the demo starts one server for all.
+
+Only the demo has this switch: the policy's name is read from the file that PARS_DEMO_POLICY_FILE names,
+when a request finds the engine empty.
+"""
+
+import os
+from pathlib import Path
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from pars_fast.integration.overhead import OverheadMedian
+from pars_fast.integration.scheduler import with_ranking
+from pars_fast.policies import POLICIES
+
+POLICY_FILE_VARIABLE = "PARS_DEMO_POLICY_FILE"
+
+
+class SwitchableScheduler(with_ranking(Scheduler)):  # type: ignore[misc]
+    """vLLM's scheduler under whichever policy the file names."""
+
+    def add_request(self, request: Request) -> None:
+        if not self.requests:
+            name = Path(os.environ[POLICY_FILE_VARIABLE]).read_text().strip()
+            self.waiting.index.policy = POLICIES[name]()
+            self._overhead = OverheadMedian()
+        super().add_request(request)

@@ -1,0 +1,133 @@
+"""The overtaking budget: a bound on how much work may go ahead of a request, whatever the scores.
+
+When request i arrives it gets `budget_i = floor + beta * (expected tokens waiting ahead of it)`. Every
+request that arrived later and is admitted before i is charged to i. Nobody passes a request whose budget
+would go below zero, so at most (1 + beta) times the work of arrival order plus a constant is ever ahead
+of a request. It counts tokens, reads no clock, and is kept on the host.
+
+A charge at `seq` concerns every waiting request with a smaller `seq`, so what request i has been charged
+is the sum of the charges beyond `seq_i`: charges are kept by `seq` in blocks, written in O(1) and summed
+in O(sqrt n). Few sums are needed: a request with r tokens left cannot be overdrawn before r more tokens
+have been charged in all, so each request waits in a heap for the total at which it must be looked at
+again.
+"""
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class GuardSettings:
+    """`beta`: extra work tolerated per token ahead at arrival, ratio >= 0; `floor_tokens`: a fixed allowance."""
+
+    beta: float = 0.5
+    floor_tokens: float = 2000.0
+
+
+class OvertakingBudget:
+    """Budgets of the waiting requests of one priority class; `seq` is their order of arrival."""
+
+    def __init__(self, settings: GuardSettings) -> None:
+        self._settings = settings
+        self._budget: dict[int, float] = {}
+        self._charges = _SuffixSums()
+        self._total = 0.0  # never decreases, so that the looks below are never late
+        self._looks: list[tuple[float, int]] = []  # heap of (total at which seq may be overdrawn, seq)
+        self._tight: list[int] = []  # seqs found short of budget, ascending
+
+    def __len__(self) -> int:
+        return len(self._budget)
+
+    def arrive(self, seq: int, tokens_ahead: float) -> float:
+        """Give a new request its budget and return it, in tokens.
+
+        `tokens_ahead` is the expected work waiting before it. Must not be called between an admission and
+        its undoing: this is where charges are forgotten that no waiting request can see any more.
+        """
+        if len(self._looks) > 2 * len(self._budget) + 64:
+            self._compact(seq)
+        budget = self._settings.floor_tokens + self._settings.beta * tokens_ahead
+        self.rejoin(seq, budget)
+        return budget
+
+    def rejoin(self, seq: int, budget: float) -> None:
+        """Take back a request that left and was not admitted after all, with the budget it had."""
+        self._budget[seq] = budget
+        heapq.heappush(self._looks, (self._total, seq))
+
+    def leave(self, seq: int) -> None:
+        """Forget a request that was admitted or aborted; what it was charged no longer matters."""
+        del self._budget[seq]
+
+    def charge(self, seq: int, tokens: float) -> None:
+        """Charge `tokens` for the request `seq` to all waiting ones before it; negative to give back."""
+        self._charges.add(seq, tokens)
+        self._total += max(0.0, tokens)
+
+    def remaining(self, seq: int) -> float:
+        """Tokens that later arrivals may still take ahead of the waiting request `seq`."""
+        return self._budget[seq] - self._charges.beyond(seq)
+
+    def blocked_by(self, seq: int, tokens: float) -> int | None:
+        """The oldest waiting request that `seq` may not pass with `tokens` of work, or None."""
+        self._look(tokens)
+        while self._tight and self._tight[0] < seq:
+            oldest = self._tight[0]
+            if oldest in self._budget:
+                remaining = self.remaining(oldest)
+                if remaining < tokens:
+                    return oldest
+                heapq.heappush(self._looks, (self._total + remaining, oldest))
+            del self._tight[0]
+        return None
+
+    def _look(self, tokens: float) -> None:
+        """Move requests that cannot pay `tokens` from the heap to the tight list."""
+        while self._looks and self._looks[0][0] < self._total + tokens:
+            _, seq = heapq.heappop(self._looks)
+            if seq not in self._budget:
+                continue
+            remaining = self.remaining(seq)
+            if remaining < tokens:
+                insort(self._tight, seq)
+            else:
+                heapq.heappush(self._looks, (self._total + remaining, seq))
+
+    def _compact(self, next_seq: int) -> None:
+        latest = {seq: total for total, seq in sorted(self._looks) if seq in self._budget}
+        self._looks = sorted((total, seq) for seq, total in latest.items())
+        self._charges.forget_before(min(self._budget, default=next_seq))
+
+
+class _SuffixSums:
+    """Values at growing positions; the sum beyond a position, in O(sqrt n)."""
+
+    def __init__(self) -> None:
+        self._first_block = 0
+        self._blocks: list[list[float]] = []
+        self._sums: list[float] = []
+
+    def add(self, position: int, value: float) -> None:
+        index = position // _BLOCK - self._first_block
+        if index < 0:
+            return  # forgotten: nothing waits before it
+        while index >= len(self._blocks):
+            self._blocks.append([0.0] * _BLOCK)
+            self._sums.append(0.0)
+        self._blocks[index][position % _BLOCK] += value
+        self._sums[index] += value
+
+    def beyond(self, position: int) -> float:
+        index = position // _BLOCK - self._first_block
+        if index >= len(self._blocks):
+            return 0.0
+        return sum(self._sums[index + 1 :]) + sum(self._blocks[index][position % _BLOCK + 1 :])
+
+    def forget_before(self, position: int) -> None:
+        """Drop blocks that end before `position`."""
+        dropped = max(0, position // _BLOCK - self._first_block)
+        del self._blocks[:dropped], self._sums[:dropped]
+        self._first_block += dropped

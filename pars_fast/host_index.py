@@ -1,0 +1,261 @@
+"""The waiting queue's order on the host: who runs next, in O(log n) a step.
+
+Order: `(priority, lane, key, seq)`, lower first (`docs/design.md`). Lane 0 holds preempted requests.
+A request without a score has the running median key, so being unscored is no advantage; since all such
+requests share one key, they need no place among the keys, only their own heap in order of arrival.
+Heaps are cleaned lazily: an item counts only while its stamp is its entry's.
+"""
+
+import heapq
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pars_fast.guard import GuardSettings, OvertakingBudget
+from pars_fast.policies import Policy
+
+Lane = Literal[0, 1]
+MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long" louder
+_MEDIAN_WINDOW = 511
+_Heap = list[tuple[int, float, int, int, "Entry"]]  # (lane, key, seq, stamp, entry)
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One waiting (or admitted, unfinished) request.
+
+    `expected_tokens` and `key` are None until a score comes; `charged_tokens` is what its admission cost
+    the requests it passed, None while it has not been admitted. Stamps are monotonic seconds.
+    """
+
+    seq: int
+    priority: int
+    payload: Any
+    lane: Lane = 1
+    key: float | None = None
+    expected_tokens: float | None = None
+    arrival_s: float = 0.0
+    admitted_s: float = 0.0
+    budget: float = 0.0
+    charged_tokens: float | None = None
+    waiting: bool = False
+    stamp: int = 0
+
+
+class RunningMedian:
+    """Median of the last values, each given in O(window)."""
+
+    def __init__(self, initial: float, window: int = _MEDIAN_WINDOW) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._window = window
+        self.value = initial
+
+    def add(self, value: float) -> None:
+        if len(self._recent) == self._window:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(value)
+        insort(self._sorted, value)
+        self.value = self._sorted[len(self._sorted) // 2]
+
+
+class HostIndex:
+    """All waiting requests. `ranking` False gives arrival order at once, and keeps scores for later.
+
+    Counters: `promotions`, admissions that the guard decided; `overtakes`, admissions ahead of an older
+    waiting request.
+    """
+
+    def __init__(self, policy: Policy, guard: GuardSettings, *, initial_expected_tokens: float = 128.0) -> None:
+        self.policy = policy
+        self.ranking = True
+        self.promotions = 0
+        self.overtakes = 0
+        self._guard_settings = guard
+        self._median = RunningMedian(initial_expected_tokens)
+        self._classes: dict[int, _PriorityClass] = {}
+        self._priorities: list[int] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, entry: Entry) -> None:
+        """Put in a new request; its key comes from the policy."""
+        if entry.key is None:  # else the caller's estimate gave it
+            entry.key = self.policy.key_on_arrival(entry.payload)
+        group = self._class_of(entry.priority)
+        entry.budget = group.guard.arrive(entry.seq, group.expected_tokens + group.unscored * self._median.value)
+        group.put(entry)
+        self._size += 1
+
+    def put_back(self, entry: Entry) -> None:
+        """Take back a request that was popped: skipped in this step, or preempted (`lane` 0)."""
+        group = self._class_of(entry.priority)
+        if entry.lane == 1 and entry.charged_tokens is not None:
+            group.guard.charge(entry.seq, -entry.charged_tokens)
+            entry.charged_tokens = None
+        group.guard.rejoin(entry.seq, entry.budget)
+        group.put(entry)
+        self._size += 1
+
+    def remove(self, entry: Entry) -> None:
+        """Take out an aborted request."""
+        group = self._classes[entry.priority]
+        group.take(entry)
+        group.guard.leave(entry.seq)
+        self._size -= 1
+
+    def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
+        """Give a request its score, in expected output tokens (finite); waiting or not."""
+        expected_tokens = min(max(expected_tokens, 1.0), MAX_EXPECTED_TOKENS)
+        self._median.add(expected_tokens)
+        group = self._classes.get(entry.priority)
+        waiting = entry.waiting and group is not None
+        if waiting:
+            group.take(entry)
+        entry.expected_tokens = expected_tokens
+        entry.key = self.policy.key(expected_tokens)
+        if waiting:
+            group.put(entry)
+
+    def expected(self, entry: Entry) -> float:
+        """Expected output tokens of a request, the running median if it has no score."""
+        return self._median.value if entry.expected_tokens is None else entry.expected_tokens
+
+    def head(self) -> Entry:
+        """Who runs next. Raises: IndexError: if nothing waits."""
+        for priority in self._priorities:
+            if group := self._classes[priority]:
+                return self._head_of(group)[0]
+        raise IndexError("peek from an empty queue")
+
+    def pop(self) -> Entry:
+        """Admit who runs next and charge those it passes. Raises: IndexError: if nothing waits."""
+        for priority in self._priorities:
+            if group := self._classes[priority]:
+                break
+        else:
+            raise IndexError("pop from an empty queue")
+        entry, promoted = self._head_of(group)
+        group.take(entry)
+        group.guard.leave(entry.seq)
+        self._size -= 1
+        if entry.charged_tokens is None:  # a preempted request was charged when it was first admitted
+            entry.charged_tokens = self.expected(entry)
+            group.guard.charge(entry.seq, entry.charged_tokens)
+        self.promotions += promoted
+        self.overtakes += group.oldest_seq() < entry.seq
+        return entry
+
+    def finish(self, entry: Entry, output_tokens: int) -> None:
+        """Correct the charge of an admitted request to the tokens it really made."""
+        group = self._classes.get(entry.priority)
+        if group is not None and entry.charged_tokens is not None:
+            group.guard.charge(entry.seq, output_tokens - entry.charged_tokens)
+            entry.charged_tokens = None
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Waiting entries by `(priority, lane, key, seq)`; the guard may admit in another order."""
+        median = self.policy.key(self._median.value)
+        for priority in self._priorities:
+            yield from sorted(
+                self._classes[priority].entries(),
+                key=lambda e: (e.lane, (median if e.key is None else e.key) if self.ranking else 0.0, e.seq),
+            )
+
+    def _class_of(self, priority: int) -> "_PriorityClass":
+        group = self._classes.get(priority)
+        if group is None:
+            group = self._classes[priority] = _PriorityClass(OvertakingBudget(self._guard_settings))
+            insort(self._priorities, priority)
+        return group
+
+    def _head_of(self, group: "_PriorityClass") -> tuple[Entry, bool]:
+        """(next entry of a class, whether the guard chose it)."""
+        if not self.ranking:
+            return group.first(group.arrivals), False
+        entry = group.shortest(self.policy.key(self._median.value))
+        if not self.policy.guarded or entry.lane == 0:
+            return entry, False
+        promoted = False
+        while (older := group.guard.blocked_by(entry.seq, self.expected(entry))) is not None:
+            entry, promoted = group.by_seq[older], True
+        return entry, promoted
+
+
+class _PriorityClass:
+    """Waiting requests of one priority: three lazy heaps, the guard, and the expected work in sum."""
+
+    def __init__(self, guard: OvertakingBudget) -> None:
+        self.guard = guard
+        self.by_seq: dict[int, Entry] = {}
+        self.expected_tokens = 0.0  # of the scored
+        self.unscored = 0
+        self.arrivals: _Heap = []
+        self._keyed: _Heap = []
+        self._unscored: _Heap = []
+
+    def __bool__(self) -> bool:
+        return bool(self.by_seq)
+
+    def entries(self) -> list[Entry]:
+        return list(self.by_seq.values())
+
+    def put(self, entry: Entry) -> None:
+        entry.waiting = True
+        entry.stamp += 1
+        self.by_seq[entry.seq] = entry
+        heapq.heappush(self.arrivals, (entry.lane, 0.0, entry.seq, entry.stamp, entry))
+        if entry.key is None:
+            heapq.heappush(self._unscored, (entry.lane, 0.0, entry.seq, entry.stamp, entry))
+        else:
+            heapq.heappush(self._keyed, (entry.lane, entry.key, entry.seq, entry.stamp, entry))
+        self._account(entry, 1)
+
+    def take(self, entry: Entry) -> None:
+        entry.waiting = False
+        del self.by_seq[entry.seq]
+        self._account(entry, -1)
+        self._compact()
+
+    def shortest(self, median_key: float) -> Entry:
+        """The entry of lowest (lane, key, seq), `median_key` standing in for a missing key."""
+        keyed, unscored = self._clean(self._keyed), self._clean(self._unscored)
+        if not unscored:
+            return keyed[0][4]
+        if not keyed:
+            return unscored[0][4]
+        lane, _, seq, _, entry = unscored[0]
+        return entry if (lane, median_key, seq) < keyed[0][:3] else keyed[0][4]
+
+    def first(self, heap: _Heap) -> Entry:
+        return self._clean(heap)[0][4]
+
+    def oldest_seq(self) -> int:
+        """Lowest `seq` of lane 1; a large number if nobody waits there."""
+        heap = self._clean(self.arrivals)
+        return heap[0][2] if heap else 1 << 62
+
+    def _account(self, entry: Entry, sign: Literal[1, -1]) -> None:
+        if entry.expected_tokens is None:
+            self.unscored += sign
+        else:
+            self.expected_tokens += sign * entry.expected_tokens
+
+    @staticmethod
+    def _clean(heap: _Heap) -> _Heap:
+        """Drop stale items from the top."""
+        while heap and not (heap[0][4].waiting and heap[0][4].stamp == heap[0][3]):
+            heapq.heappop(heap)
+        return heap
+
+    def _compact(self) -> None:
+        """Rebuild a heap that is mostly stale; amortised O(1) an operation."""
+        limit = 2 * len(self.by_seq) + 64
+        for heap in (self.arrivals, self._keyed, self._unscored):
+            if len(heap) > limit:
+                heap[:] = [item for item in heap if item[4].waiting and item[4].stamp == item[3]]
+                heapq.heapify(heap)

@@ -1,0 +1,10 @@
+"""Scheduling policies by name; the same object orders the live queue and a simulated one."""
+
+from pars_fast.policies.base import Policy
+from pars_fast.policies.fcfs import FCFS
+from pars_fast.policies.oracle import Oracle
+from pars_fast.policies.pars_fast import ParsFast
+
+__all__ = ["POLICIES", "Policy"]
+
+POLICIES: dict[str, type[Policy]] = {"fcfs": FCFS, "pars_fast": ParsFast, "oracle": Oracle}

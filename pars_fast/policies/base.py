@@ -1,0 +1,32 @@
+"""What a policy decides: the key of a request in the waiting queue."""
+
+from typing import ClassVar, Protocol
+
+
+class QueuedRequest(Protocol):
+    """The part of vLLM's `Request` that a queue may read. Only the oracle may read `max_tokens`."""
+
+    request_id: str
+    prompt_token_ids: list[int] | None
+    priority: int
+    max_tokens: int
+
+
+class Policy:
+    """A lower key runs first, within one priority and lane; equal keys run in order of arrival.
+
+    Attributes:
+        uses_ranker: whether requests are scored; if not, no ranker is started.
+        guarded: whether the overtaking budget bounds the order.
+    """
+
+    uses_ranker: ClassVar[bool] = False
+    guarded: ClassVar[bool] = False
+
+    def key_on_arrival(self, request: QueuedRequest) -> float | None:
+        """The key known at arrival, or None for one that waits for a score."""
+        raise NotImplementedError
+
+    def key(self, expected_tokens: float) -> float:
+        """The key of a scored request; `expected_tokens` is finite and positive."""
+        return expected_tokens

@@ -1,0 +1,113 @@
+"""Every setting of the vLLM integration, read from `PARS_*` environment variables."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pars_fast.errors import SettingsError
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("0 or 1")
+    return text == "1"
+
+
+def _number(low: float, what: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= low):
+            raise ValueError(f"{what} >= {low:g}")
+        return value
+
+    return parse
+
+
+def _whole(low: int, what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise ValueError(f"{what}, a whole number >= {low}")
+        return int(text)
+
+    return parse
+
+
+def _setting(variable: str, default: Any, parse: Callable[[str], Any]) -> Any:
+    return field(default=default, metadata={"variable": variable, "parse": parse})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of one vLLM process; a wrong value stops the start and names its variable.
+
+    Attributes:
+        enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
+        ranker: PARS_RANKER. Ranker directory, or `default` for the one in the package.
+        policy: PARS_POLICY. `pars_fast` (default), `fcfs`, or `oracle` (reads `max_tokens`; for replays).
+        mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
+        guard_beta: PARS_GUARD_BETA. Overtaking tolerated per token ahead at arrival, ratio.
+        guard_floor_tokens: PARS_GUARD_FLOOR_TOKENS. Overtaking tolerated by every request, tokens.
+        trust_caller: PARS_TRUST_CALLER. 1 takes `vllm_xargs: {"pars_score": tokens}` of a request.
+        device: PARS_DEVICE. `auto` (default): the GPU when one process has it alone, else the CPU.
+        cpu_threads: PARS_CPU_THREADS. Threads of the ranker's process on the CPU.
+        stale_after_s: PARS_STALE_AFTER_S. A ranker silent for so long with work in hand counts as hung;
+            the order falls back to arrival and the ranker is started anew.
+        force: PARS_FORCE. 1 ranks on a vLLM version that was not tested, too.
+    """
+
+    enable: bool = _setting("PARS_ENABLE", False, _flag)
+    ranker: str = _setting("PARS_RANKER", "default", str)
+    policy: str = _setting("PARS_POLICY", "pars_fast", _choice("fcfs", "pars_fast", "oracle"))
+    mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
+    guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
+    guard_floor_tokens: float = _setting("PARS_GUARD_FLOOR_TOKENS", 2000.0, _number(0, "a number of tokens"))
+    trust_caller: bool = _setting("PARS_TRUST_CALLER", False, _flag)
+    device: str = _setting("PARS_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
+    cpu_threads: int = _setting("PARS_CPU_THREADS", 1, _whole(1, "a number of threads"))
+    stale_after_s: float = _setting("PARS_STALE_AFTER_S", 5.0, _number(0.1, "seconds"))
+    force: bool = _setting("PARS_FORCE", False, _flag)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Read the environment.
+
+        Raises: SettingsError: for a value that is not allowed, a ranker directory that is not there, or a
+            `PARS_` variable that no setting has (a typo would silently do nothing).
+        """
+        known = {f.metadata["variable"]: f for f in fields(cls)}
+        unknown = sorted(name for name in environ if name.startswith("PARS_") and name not in known)
+        unknown = [name for name in unknown if name not in INTERNAL_VARIABLES]
+        if unknown:
+            raise SettingsError(f"{unknown[0]} is no setting of pars-fast; there are: {', '.join(known)}")
+        values: dict[str, Any] = {}
+        for variable, f in known.items():
+            text = environ.get(variable, "")
+            if not text:
+                continue
+            try:
+                values[f.name] = f.metadata["parse"](text)
+            except ValueError as error:
+                raise SettingsError(f"{variable}={text!r} is not allowed: expected {error}") from None
+        settings = cls(**values)
+        if settings.ranker != "default" and not Path(settings.ranker).is_dir():
+            raise SettingsError(f"PARS_RANKER={settings.ranker!r} is not allowed: expected `default` or an "
+                                "existing ranker directory")
+        return settings
+
+
+INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE"})  # not for users
