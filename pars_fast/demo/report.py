@@ -1,7 +1,8 @@
 """The demo's page: one self-contained HTML file, drawn from the recorded runs.
 
-Charts are inline SVG made here; `report.html`, `report.css` and `report.js` beside this file hold the frame. All
-markup goes through `_tag`, which escapes whatever is not markup already. The same input gives the same bytes.
+Charts are inline SVG made here; `report.html`, `report.css` and `report.js` beside this file hold the frame.
+All markup goes through `_tag`, which escapes whatever is not markup already. The same input gives the same
+bytes.
 """
 
 import html
@@ -35,10 +36,13 @@ _TOTALS = (  # column, title, unit
     ("max_wait_s", "Longest wait", "s"),
     ("throughput_tok_s", "Throughput", "tok/s"),
     ("makespan_s", "Makespan", "s"),
-    ("completed", "Completed", ""),
-    ("scored_total", "Prompts scored", ""),
-    ("fallback_total", "Fallbacks", ""),
     ("step_overhead_us_p50", "Added to a scheduling step, p50", "µs"),
+)
+_COUNTS = (  # column, title
+    ("requests", "Requests"),
+    ("completed", "Completed"),
+    ("scored_total", "Prompts scored"),
+    ("fallback_total", "Fallbacks"),
 )
 _MARKERS = (  # drawn around (0, 0) at radius 1; with the colour they tell sources apart without colour vision
     "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0 -1 0Z",
@@ -46,10 +50,11 @@ _MARKERS = (  # drawn around (0, 0) at radius 1; with the colour they tell sourc
     "M0 -1.2L1.15 .85H-1.15Z",
     "M0 -1.3L1.3 0L0 1.3L-1.3 0Z",
 )
+_SAME = "about the same"
 _SOURCE_COLOURS = 8
 _LONGEST_PER_GROUP = 6
 _NARROW = 360  # drawing width for phones; every chart is drawn twice so that its text stays readable
-_DASH = "–"
+_DASH, _MINUS, _TIMES = "\u2013", "\u2212", "\u00d7"
 
 
 def write_report(path: Path, *, runs: Sequence[Run], expected_tokens: Sequence[float],
@@ -62,32 +67,36 @@ def write_report(path: Path, *, runs: Sequence[Run], expected_tokens: Sequence[f
         expected_tokens: the ranker's expected output tokens by request index.
         summary: what was run and the figures made from it; a missing or None value shows as a dash.
     """
-    path.write_text(render_report(runs=runs, expected_tokens=expected_tokens, summary=summary), encoding="utf-8")
+    page = render_report(runs=runs, expected_tokens=expected_tokens, summary=summary)
+    path.write_text(page, encoding="utf-8")
 
 
-def render_report(*, runs: Sequence[Run], expected_tokens: Sequence[float], summary: Mapping[str, Any]) -> str:
+def render_report(*, runs: Sequence[Run], expected_tokens: Sequence[float],
+                  summary: Mapping[str, Any]) -> str:
     """The page of `write_report` as text."""
     data = _Data.of(runs, expected_tokens, summary)
     headline, lead = _headline(data)
     parts = {
-        "title": _escape(headline),
+        "title": _escape("".join(headline)),
         "css": _asset("report.css"),
         "js": _asset("report.js"),
-        "kicker": _escape(f"pars-fast demo · {data.text('engine')} · {data.text('device')} · {data.text('date')}"),
-        "headline": _escape(headline),
+        "kicker": _escape(" · ".join(["pars-fast demo", *map(data.text, ("engine", "device", "date"))])),
+        "headline": _join([headline[0], _tag("em", headline[1]), headline[2]]),
         "lead": _escape(lead),
         "warning": _warning(data),
         "panels": _join(_panel(data, column, title) for column, title in _PANELS),
         "panel_note": _escape(_panel_note(data)),
         "real": _items(_real(data)),
         "stand_in": _items(_stand_in(data)),
+        "queue_text": _escape(_queue_text(data)),
         "queue_chart": _queue_chart(data),
         "per_token_chart": _cdf_chart(data, "per-token", "Latency per output token", _latency_per_token),
-        "e2e_chart": _cdf_chart(data, "e2e", "End-to-end latency", lambda request: request.end_to_end_latency),
+        "e2e_chart": _cdf_chart(data, "e2e", "End-to-end latency", _end_to_end_latency),
         "longest_table": _longest_table(data),
         "scatter_text": _escape(_scatter_text(data)),
         "scatter_chart": _scatter_chart(data),
         "sources_table": _sources_table(data),
+        "light_title": _escape(_light_title(data)),
         "light_text": _light_text(data),
         "light_chart": _light_chart(data),
         "saturated_table": _columns_table(data, "saturated", "Saturated"),
@@ -136,7 +145,8 @@ class _Data:
 
     def requests(self, policy: str, load: Load = "saturated") -> list[ServedRequest]:
         """Requests of all repeats, end to end."""
-        return [request for run in self.runs if (run.policy, run.load) == (policy, load) for request in run.requests]
+        runs = [run for run in self.runs if (run.policy, run.load) == (policy, load)]
+        return [request for run in runs for request in run.requests]
 
     def first_repeat(self) -> dict[str, Run]:
         """The saturated run of each policy in the first repeat that all of them have."""
@@ -172,6 +182,10 @@ class _Data:
         return f"other{others.index(policy) % 2}"
 
 
+def _end_to_end_latency(request: ServedRequest) -> float:
+    return request.end_to_end_latency
+
+
 def _latency_per_token(request: ServedRequest) -> float:
     return request.end_to_end_latency / request.output_tokens
 
@@ -194,9 +208,9 @@ def _join(parts: Any, separator: str = "") -> _Markup:
 
 
 def _tag(name: str, *children: str, **attributes: Any) -> _Markup:
-    """An element; children and values are escaped, `class_` gives class, `data_key` gives data-key, None is left out."""
-    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
-    head = "".join(f' {key}="{_escape(_attribute(value))}"' for key, value in given.items())
+    """An element; children and values are escaped; `class_` stands for class and `data_key` for data-key."""
+    given = {key.rstrip("_").replace("_", "-"): _attribute(value) for key, value in attributes.items()}
+    head = "".join(f' {key}="{_escape(value)}"' for key, value in given.items())
     if name in _VOID:
         return _Markup(f"<{name}{head}/>")
     return _Markup(f"<{name}{head}>{_join(children)}</{name}>")
@@ -222,7 +236,12 @@ def _number(value: float | None, digits: int = 3) -> str:
         return _DASH
     if value == 0 or abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}".replace("-", _MINUS)
+
+
+def _count(value: float | None) -> str:
+    return _DASH if value is None else f"{value:,.0f}"
 
 
 def _seconds(value: float | None, digits: int = 3) -> str:
@@ -232,7 +251,7 @@ def _seconds(value: float | None, digits: int = 3) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return _DASH if share is None else f"{share * 100:.0f} %".replace("-", "−")
+    return _DASH if share is None else f"{share * 100:.0f} %".replace("-", _MINUS)
 
 
 def _as_float(value: Any) -> float | None:
@@ -240,31 +259,28 @@ def _as_float(value: Any) -> float | None:
 
 
 def _change(base: float | None, value: float | None) -> str:
-    """How `value` stands to `base`, in words: '3.1× lower', '12 % higher', 'about the same'."""
+    """How `value` stands to `base`, in words: '3.1x lower', '12 % higher', 'about the same'."""
     if not base or not value:
         return _DASH
     direction = "lower" if value < base else "higher"
     factor = max(base, value) / min(base, value)
     if factor < 1.02:
-        return "about the same"
+        return _SAME
     if factor < 1.5:
         return f"{_percent(abs(value / base - 1))} {direction}"
-    return f"{_number(factor, 2)}× {direction}"
+    return f"{_number(factor, 2)}{_TIMES} {direction}"
 
 
 # --- Head of the page ---------------------------------------------------------------------------------------
 
 
-def _headline(data: _Data) -> tuple[str, str]:
-    """The result in one line and the lines under it, worded by the numbers, whichever way they went."""
+def _headline(data: _Data) -> tuple[tuple[str, str, str], str]:
+    """The result (before, emphasis, after) and the text under it, whichever way the numbers went."""
     base, ours = (data.mean(policy, "mean_latency_per_token_s") for policy in (BASELINE, OURS))
     change = _change(base, ours)
     if change == _DASH:
-        return "No comparison: a policy has no completed request", "The runs below show what was recorded."
-    if change == "about the same":
-        headline = "Latency per token: about the same as in arrival order"
-    else:
-        headline = f"Mean latency per token {change} than in arrival order"
+        return ("No comparison: a policy has no completed request", "", ""), "Below is what was recorded."
+    headline = "Mean latency per token ", change, f" {'as' if change == _SAME else 'than'} in arrival order"
     return headline, " ".join([_gain_sentence(data), _repeats_sentence(data), _tail_sentence(data)]).strip()
 
 
@@ -281,7 +297,7 @@ def _gain_sentence(data: _Data) -> str:
 def _repeats_sentence(data: _Data) -> str:
     by_repeat = [{row["repeat"]: row["mean_latency_per_token_s"] for row in data.rows
                   if (row["policy"], row["load"]) == (policy, "saturated")} for policy in (BASELINE, OURS)]
-    pairs = [(by_repeat[0][repeat], by_repeat[1][repeat]) for repeat in by_repeat[0] if repeat in by_repeat[1]]
+    pairs = [(base, by_repeat[1].get(repeat)) for repeat, base in by_repeat[0].items()]
     usable = [(base, ours) for base, ours in pairs if base is not None and ours is not None]
     if len(usable) < 2:
         return ""
@@ -291,7 +307,9 @@ def _repeats_sentence(data: _Data) -> str:
 
 def _tail_sentence(data: _Data) -> str:
     change = _change(data.mean(BASELINE, "max_wait_s"), data.mean(OURS, "max_wait_s"))
-    return "" if change == _DASH else f"The longest wait is {change.replace('about the same', 'about as long')}."
+    if change == _DASH:
+        return ""
+    return f"The longest wait is {'about as long' if change == _SAME else change}."
 
 
 def _panel(data: _Data, column: str, title: str) -> _Markup:
@@ -313,8 +331,9 @@ def _panel_note(data: _Data) -> str:
     count = max((len(run.requests) for run in data.runs if run.load == "saturated"), default=0)
     repeats = len({run.repeat for run in data.runs if run.load == "saturated"})
     return (f"Saturated server: the same {count} requests at the same moments under each policy, mean over "
-            f"{repeats} repeat{'s' * (repeats != 1)}. fcfs is arrival order, as a stock server does it; pars_fast "
-            "runs the shortest expected answer first and bounds overtaking; oracle knows every length.")
+            f"{repeats} repeat{'s' * (repeats != 1)}. fcfs is arrival order, as a stock server does it; "
+            "pars_fast runs the shortest expected answer first and bounds overtaking; oracle knows every "
+            "length.")
 
 
 def _warning(data: _Data) -> _Markup:
@@ -327,18 +346,20 @@ def _warning(data: _Data) -> _Markup:
             lost.append(f"{policy} {missing} of {len(requests)}")
     if not lost:
         return _Markup("")
-    return _tag("p", f"Not completed: {', '.join(lost)}. Latencies leave these requests out.", class_="warning")
+    text = f"Not completed: {', '.join(lost)}. Latencies leave these requests out."
+    return _tag("p", text, class_="warning")
 
 
 def _real(data: _Data) -> list[str]:
     count = max((len(run.requests) for run in data.runs), default=0)
     named = data.get("sources") or []
     models = {entry.get("model_column") for entry in named} - {None}
-    origin = f"recorded answers of {len(models)} named model{'s' * (len(models) != 1)}" if models else "recorded answers"
+    origin = f" of {len(models)} named model{'s' * (len(models) != 1)}" if models else ""
     return [
-        f"Prompts: {count} from {len(data.sources)} public sources, none of them used to train the ranker.",
-        f"Answer lengths: {origin}, replayed to the token.",
-        f"Engine: {data.text('engine')} with its own scheduler, behind its HTTP server.",
+        f"Prompts: {count} from the test split of {len(data.sources)} public sources; the ranker never saw them.",
+        f"Answer lengths: from recorded answers{origin}, replayed to the token.",
+        f"Engine: {data.text('engine')}, its scheduler and its HTTP server; only the order of the waiting queue "
+        "changes.",
         "Ranker: the one that ships with pars-fast. It sees prompts, never lengths.",
     ]
 
@@ -350,7 +371,8 @@ def _stand_in(data: _Data) -> list[str]:
     return [
         f"Served model: {data.text('served_model')}.",
         f"Machine: {data.text('device')}. Its seconds are its own; compare policies.",
-        f"Arrivals: Poisson with one burst, at 1.2 of the measured capacity of {capacity} tok/s; light load at 0.5.",
+        f"Arrivals: Poisson with one burst, at 1.2 of the measured capacity of {capacity} tok/s; "
+        "light load at 0.5 of it.",
         f"Load achieved: {shown or _DASH}.",
         _switch_check(data),
     ]
@@ -431,7 +453,8 @@ def _responsive(draw: Callable[[int, str], _Markup], wide: int) -> _Markup:
     return _join([draw(wide, "wide"), draw(_NARROW, "narrow")])
 
 
-def _svg(name: str, variant: str, width: int, height: float, title: str, desc: str, *children: str) -> _Markup:
+def _svg(name: str, variant: str, width: int, height: float, title: str, desc: str,
+         *children: str) -> _Markup:
     ids = f"{name}-{variant}-title", f"{name}-{variant}-desc"
     return _tag("svg", _tag("title", title, id=ids[0]), _tag("desc", desc, id=ids[1]), *children, role="img",
                 class_=variant, viewBox=f"0 0 {width} {_attribute(height)}", aria_labelledby=" ".join(ids))
@@ -441,30 +464,34 @@ def _text(x: float, y: float, text: str, **attributes: Any) -> _Markup:
     return _tag("text", text, x=float(x), y=float(y), **attributes)
 
 
-def _x_axis(axis: _Axis, top: float, bottom: float, ticks: Sequence[float], label: Callable[[float], str]) -> _Markup:
-    lines = [_tag("line", x1=axis(tick), x2=axis(tick), y1=top, y2=bottom, class_="gridline") for tick in ticks]
+def _x_axis(axis: _Axis, top: float, bottom: float, ticks: Sequence[float],
+            label: Callable[[float], str]) -> _Markup:
+    lines = [_tag("line", x1=axis(tick), x2=axis(tick), y1=top, y2=bottom, class_="gridline")
+             for tick in ticks]
     texts = [_text(axis(tick), bottom + 19, label(tick), text_anchor="middle") for tick in ticks]
     base = _tag("line", x1=axis.start, x2=axis.end, y1=bottom, y2=bottom, class_="axis")
     return _join([*lines, base, *texts])
 
 
-def _y_axis(axis: _Axis, left: float, right: float, ticks: Sequence[float], label: Callable[[float], str]) -> _Markup:
-    lines = [_tag("line", x1=left, x2=right, y1=axis(tick), y2=axis(tick), class_="gridline") for tick in ticks]
+def _y_axis(axis: _Axis, left: float, right: float, ticks: Sequence[float],
+            label: Callable[[float], str]) -> _Markup:
+    lines = [_tag("line", x1=left, x2=right, y1=axis(tick), y2=axis(tick), class_="gridline")
+             for tick in ticks]
     texts = [_text(left - 8, axis(tick) + 4.5, label(tick), text_anchor="end") for tick in ticks]
     return _join([*lines, *texts])
 
 
 def _curves(data: _Data, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> _Markup:
     """Step lines, the baseline at the back, each named where there is room beside it."""
-    drawn = [_tag("path", d=curve.path(x, y), class_=f"curve {data.style(curve.policy)}", data_key=curve.policy)
-             for curve in curves]
+    drawn = [_tag("path", d=curve.path(x, y), data_key=curve.policy,
+                  class_=f"curve {data.style(curve.policy)}") for curve in curves]
     return _join([*drawn, *_direct_labels(data, curves, x, y)])
 
 
 def _direct_labels(data: _Data, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> list[_Markup]:
     """Place each curve's name close to it, off all curves and off the other names."""
     columns = np.arange(math.ceil(x.start), math.floor(x.end) + 1, 2.0)
-    values = np.array([_invert(x, column) for column in columns])
+    values = np.array([_invert(x, float(column)) for column in columns])
     heights = {curve.policy: np.array([y(value) for value in curve.at(values)]) for curve in curves}
     labels: list[_Markup] = []
     taken: list[tuple[float, float, float, float]] = []
@@ -481,17 +508,19 @@ _Box = tuple[float, float, float, float]  # left, top, right, bottom
 def _best_box(curve: _Steps, columns: np.ndarray, heights: Mapping[str, np.ndarray], taken: Sequence[_Box],
               x: _Axis, y: _Axis) -> tuple[_Box, tuple[float, float]]:
     """The cheapest place for a label and the point of its curve that it belongs to."""
-    width, height = 7.4 * len(curve.label) + 4, 18.0
+    width, height = 7.8 * len(curve.label) + 4, 18.0
     own = heights[curve.policy]
     best: tuple[float, _Box, tuple[float, float]] | None = None
-    for anchor in range(0, len(columns), 4):
+    others = [ys for policy, ys in heights.items() if policy != curve.policy]
+    for anchor in range(0, len(columns), 6):
+        crowd = sum(max(0.0, 14 - abs(ys[anchor] - own[anchor])) for ys in others)  # name it where it is alone
         for dx in (-width - 10, -width / 2, 10.0):
             for dy in (-44.0, -28.0, -14.0, 0.0, 14.0, 28.0, 44.0):
                 left, middle = columns[anchor] + dx, own[anchor] + dy
                 box = (left, middle - height / 2, left + width, middle + height / 2)
                 if box[0] < x.start + 2 or box[2] > x.end or box[1] < y.end - 4 or box[3] > y.start - 3:
                     continue
-                cost = _box_cost(box, columns, heights, curve.policy, taken) + abs(dy) / 14
+                cost = _box_cost(box, columns, heights, curve.policy, taken) + abs(dy) / 14 + crowd
                 if best is None or cost < best[0] - 1e-9:
                     best = cost, box, (columns[anchor], own[anchor])
     if best is None:  # no room at all: the top left corner
@@ -521,7 +550,8 @@ def _box_cost(box: _Box, columns: np.ndarray, heights: Mapping[str, np.ndarray],
 
 def _label(data: _Data, curve: _Steps, box: _Box, anchor: tuple[float, float]) -> _Markup:
     left, top, right, bottom = box
-    name = _text(left + 2, bottom - 4.5, curve.label, class_=f"name {data.style(curve.policy)}", data_key=curve.policy)
+    name = _text(left + 2, bottom - 4.5, curve.label, data_key=curve.policy,
+                 class_=f"name {data.style(curve.policy)}")
     near = min(max(anchor[0], left), right), min(max(anchor[1], top), bottom)
     if math.dist(near, anchor) <= 16:
         return name
@@ -541,7 +571,7 @@ def _no_data() -> _Markup:
     return _tag("p", "No data.", class_="note")
 
 
-def _name(policy: str, width: int) -> str:
+def _name(policy: str, width: float) -> str:
     """A policy's name, with its meaning where there is room."""
     return f"{policy} ({_DESCRIPTIONS[policy]})" if policy in _DESCRIPTIONS and width > _NARROW else policy
 
@@ -557,14 +587,20 @@ def _waiting(requests: Sequence[ServedRequest]) -> tuple[np.ndarray, np.ndarray]
     return times, np.cumsum([change for _, change in events]).astype(float)
 
 
+def _queue_text(data: _Data) -> str:
+    runs = data.first_repeat()
+    peaks = [f"{_waiting(runs[policy].requests)[1].max():.0f} under {policy}" for policy in data.policies
+             if policy in runs and runs[policy].requests]
+    return f"Most waiting at once: {', '.join(peaks) or _DASH}."
+
+
 def _queue_chart(data: _Data) -> _Markup:
     runs = {policy: run for policy, run in data.first_repeat().items() if run.requests}
     if not runs:
         return _no_data()
     series = {policy: _waiting(runs[policy].requests) for policy in data.policies if policy in runs}
     arrivals = [request.arrival_s for request in next(iter(runs.values())).requests]
-    peaks = ", ".join(f"{policy} {ys.max():.0f}" for policy, (_, ys) in series.items())
-    desc = f"Most requests waiting at once: {peaks}. Bars at the foot count arrivals."
+    desc = f"{_queue_text(data)} Bars at the foot count arrivals."
 
     def draw(width: int, variant: str) -> _Markup:
         curves = [_Steps(policy, _name(policy, width), xs, ys) for policy, (xs, ys) in series.items()]
@@ -592,8 +628,8 @@ def _arrival_bars(arrivals: Sequence[float], x: _Axis, *, top: float, base: floa
     bins = 60 if x.end - x.start > 600 else 36
     counts, edges = np.histogram(arrivals, bins=bins, range=(0.0, x.high))
     unit = (base - top) / counts.max()
-    bars = [_tag("rect", x=x(edges[k]) + 0.5, width=x(edges[k + 1]) - x(edges[k]) - 1.0, y=base - unit * count,
-                 height=float(unit * count), class_="arrivals")
+    bars = [_tag("rect", x=x(edges[k]) + 0.5, width=x(edges[k + 1]) - x(edges[k]) - 1.0, class_="arrivals",
+                 y=float(base - unit * count), height=float(unit * count))
             for k, count in enumerate(counts) if count]
     parts = [_text(x.end, top + 12, "arrivals", text_anchor="end"), *bars]
     burst = _burst(counts)
@@ -602,12 +638,15 @@ def _arrival_bars(arrivals: Sequence[float], x: _Axis, *, top: float, base: floa
     first, last = burst
     start, end = x(edges[first]), x(edges[last + 1])
     total, length = int(counts[first:last + 1].sum()), float(edges[last + 1] - edges[first])
-    return _join([_tag("rect", x=start, width=end - start, y=above, height=base - above, class_="burst"), *parts,
-                  _text(start, 12, f"burst: {total} arrivals in {_number(length, 2)} s", text_anchor="start")])
+    shade = _tag("rect", x=start, width=end - start, y=above, height=base - above, class_="burst")
+    text = f"burst: {total} arrivals in {_number(length, 2)} s"
+    fits = start + 7 * len(text) < x.end
+    name = _text(start, 12, text) if fits else _text(end, 12, text, text_anchor="end")
+    return _join([shade, *parts, name])
 
 
 def _burst(counts: np.ndarray) -> tuple[int, int] | None:
-    """First and last bin of the run of bins around the peak that stand well over the usual; None without one."""
+    """First and last of the bins around the peak that stand well over the usual; None without a burst."""
     busy = counts[counts > 0]
     usual = float(np.median(busy))
     peak = int(counts.argmax())
@@ -624,7 +663,7 @@ def _burst(counts: np.ndarray) -> tuple[int, int] | None:
 # Latency CDFs
 
 def _cdf_chart(data: _Data, name: str, title: str, latency: Callable[[ServedRequest], float]) -> _Markup:
-    """Share of requests done within a latency, log x; a request that never finished stays in the denominator."""
+    """Share of requests done within a latency, log x; who never finished stays in the denominator."""
     series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for policy in data.policies:
         requests = data.requests(policy)
@@ -635,11 +674,13 @@ def _cdf_chart(data: _Data, name: str, title: str, latency: Callable[[ServedRequ
         return _no_data()
     medians = {policy: float(np.median(xs)) for policy, (xs, _) in series.items()}
     desc = "Medians: " + ", ".join(f"{policy} {_seconds(median)}" for policy, median in medians.items()) + "."
-    low, high = min(xs[0] for xs, _ in series.values()), max(xs[-1] for xs, _ in series.values())
+    low = min(float(np.quantile(xs, 0.01)) for xs, _ in series.values())
+    high = max(float(xs[-1]) for xs, _ in series.values())
 
     def draw(width: int, variant: str) -> _Markup:
-        curves = [_Steps(policy, f"{policy} · median {_seconds(medians[policy], 2)}", xs, ys)
-                  for policy, (xs, ys) in series.items()]
+        labels = {policy: f"{policy} · median {_seconds(median, 2)}" if width > _NARROW else policy
+                  for policy, median in medians.items()}
+        curves = [_Steps(policy, labels[policy], xs, ys) for policy, (xs, ys) in series.items()]
         height, left = (320.0, 48.0) if width > _NARROW else (290.0, 44.0)
         x = _Axis(low * 0.85, high * 1.18, left, width - 8.0, log=True)
         y = _Axis(0, 1, height - 44, 12.0)
@@ -668,9 +709,9 @@ def _unique_requests(data: _Data) -> dict[int, ServedRequest]:
 
 
 def _scatter_text(data: _Data) -> str:
-    tau, within = (_number(_as_float(data.get(key)), 2).replace("-", "−") for key in ("tau", "tau_within_source"))
+    tau, within = (_number(_as_float(data.get(key)), 2) for key in ("tau", "tau_within_source"))
     return (f"Kendall's tau {tau} over all requests; {within} within a source, where the kind of task gives "
-            "nothing away. 1 is a perfect order, 0 a random one. Only the order of predictions matters to the queue; "
+            "nothing away. 1 is a perfect order, 0 a random one. The queue uses the order of the predictions; "
             "their size feeds the bound on overtaking.")
 
 
@@ -687,7 +728,7 @@ def _scatter_chart(data: _Data) -> _Markup:
         x, y = _Axis(low, high, left, width - 8.0, log=True), _Axis(low, high, bottom, 22.0, log=True)
         ticks = x.ticks(5)
         marks = [_mark(data, request.source, x(request.output_tokens), y(expected), width / 110 + 0.4,
-                       f"{request.source}: predicted {_number(expected)}, real {request.output_tokens} tokens")
+                       f"{request.source}: predicted {expected:,.0f}, real {request.output_tokens:,} tokens")
                  for request, expected in points]
         return _svg("scatter-plot", variant, width, width - 8, "Predicted against real answer length",
                     f"{len(points)} requests on logarithmic axes; on the diagonal the prediction is exact.",
@@ -701,9 +742,11 @@ def _scatter_chart(data: _Data) -> _Markup:
 
 
 def _mark(data: _Data, source: str, x: float, y: float, radius: float, title: str | None = None) -> _Markup:
+    """A source's sign: one of 8 colours and one of 4 shapes, in step, so that 8 sources differ in both."""
     place = data.sources.index(source) if source in data.sources else 0
-    shape = {"d": _MARKERS[place % len(_MARKERS)], "transform": f"translate({x:.1f} {y:.1f}) scale({radius:.1f})",
-             "class_": f"mark s{place % _SOURCE_COLOURS}", "vector_effect": "non-scaling-stroke"}
+    shape = {"d": _MARKERS[place % len(_MARKERS)], "class_": f"mark s{place % _SOURCE_COLOURS}",
+             "transform": f"translate({x:.1f} {y:.1f}) scale({radius:.1f})",
+             "vector_effect": "non-scaling-stroke"}
     if title is None:
         return _tag("path", **shape)
     return _tag("g", _tag("title", title), _tag("path", **shape), data_key=source)
@@ -718,10 +761,12 @@ def _sources_table(data: _Data) -> _Markup:
     rows = []
     for source in sorted({*data.sources, *given}):
         entry = given.get(source, {})
-        marker = _tag("svg", _mark(data, source, 7, 7, 5.0), class_="key", viewBox="0 0 14 14", aria_hidden="true")
-        requests, share, model = entry.get("requests", counts.get(source)), entry.get("share"), entry.get("model_column")
+        marker = _tag("svg", _mark(data, source, 7, 7, 5.0), class_="key", viewBox="0 0 14 14",
+                      aria_hidden="true")
+        model = entry.get("model_column")
         rows.append(_tag("tr", _tag("td", marker), _tag("th", source, scope="row"),
-                         _tag("td", _number(_as_float(requests))), _tag("td", _percent(_as_float(share))),
+                         _tag("td", _count(entry.get("requests", counts.get(source)))),
+                         _tag("td", _percent(_as_float(entry.get("share")))),
                          _tag("td", _DASH if model is None else str(model), class_="text"), data_key=source))
     head = _tag("tr", _tag("th", _tag("span", "")), _tag("th", "Source", scope="col", class_="text"),
                 _tag("th", "Requests", scope="col"), _tag("th", "Share", scope="col"),
@@ -748,14 +793,20 @@ def _longest_table(data: _Data) -> _Markup:
     bodies = []
     for policy in (BASELINE, OURS):
         by_wait = sorted(waits.get(policy, {}).items(), key=lambda item: (-item[1], item[0]))
-        rows = [_longest_row(data, requests[index], waits, scale) for index, _ in by_wait[:_LONGEST_PER_GROUP]]
-        title = f"Longest under {policy}" + (" (arrival order)" if policy == BASELINE else "")
-        bodies.append(_tag("tbody", _tag("tr", _tag("th", title, colspan=3 + len(data.policies), scope="rowgroup")),
-                           *rows))
+        rows = [_longest_row(data, requests[index], waits, scale)
+                for index, _ in by_wait[:_LONGEST_PER_GROUP]]
+        title = f"Longest under {_name(policy, math.inf)}"
+        bodies.append(_group(title, 3 + len(data.policies), rows))
     head = [_tag("th", "Source", scope="col"), _tag("th", "Tokens", scope="col"),
             _tag("th", "Predicted", scope="col", class_="optional"), *_policy_heads(data)]
-    return _tag("table", _tag("caption", "The longest waits for a first token"), _tag("thead", _tag("tr", *head)),
-                *bodies)
+    caption = _tag("caption", "The longest waits for a first token")
+    return _tag("table", caption, _tag("thead", _tag("tr", *head)), *bodies)
+
+
+def _group(title: str, width: int, rows: Sequence[_Markup]) -> _Markup:
+    """Table rows under a heading of their own."""
+    heading = _tag("tr", _tag("th", title, colspan=width, scope="rowgroup"))
+    return _tag("tbody", heading, *rows)
 
 
 def _longest_row(data: _Data, request: ServedRequest, waits: Mapping[str, Mapping[int, float]],
@@ -764,13 +815,15 @@ def _longest_row(data: _Data, request: ServedRequest, waits: Mapping[str, Mappin
     for policy in data.policies:
         wait = waits[policy].get(request.index)
         bar = _tag("i", style=f"--w:{_share(wait, scale)}")
-        cells.append(_tag("td", _seconds(wait), bar, class_=f"bar {data.style(policy)}"))
-    return _tag("tr", _tag("th", request.source, scope="row"), _tag("td", _number(request.output_tokens)),
-                _tag("td", _number(data.expected(request.index)), class_="optional"), *cells)
+        text = _DASH if wait is None else f"{wait:.2f} s" if wait < 100 else f"{wait:,.0f} s"
+        cells.append(_tag("td", text, bar, class_=f"bar {data.style(policy)}"))
+    return _tag("tr", _tag("th", request.source, scope="row"), _tag("td", _count(request.output_tokens)),
+                _tag("td", _count(data.expected(request.index)), class_="optional"), *cells)
 
 
 def _policy_heads(data: _Data) -> list[_Markup]:
-    return [_tag("th", policy, scope="col", class_=f"policy {data.style(policy)}") for policy in data.policies]
+    return [_tag("th", policy, scope="col", class_=f"policy {data.style(policy)}")
+            for policy in data.policies]
 
 
 def _columns_table(data: _Data, load: Load, caption: str) -> _Markup:
@@ -779,11 +832,20 @@ def _columns_table(data: _Data, load: Load, caption: str) -> _Markup:
         rows = [_columns_row(data, load, f"{statistic}_{stem}", statistic, "s") for statistic in
                 ("mean", "p50", "p90", "p99")]
         groups.append((title, rows))
-    groups.append(("Server", [_columns_row(data, load, column, title, unit) for column, title, unit in _TOTALS]))
-    bodies = [_tag("tbody", _tag("tr", _tag("th", title, colspan=1 + len(data.policies), scope="rowgroup")), *rows)
-              for title, rows in groups]
+    totals = [_columns_row(data, load, column, title, unit) for column, title, unit in _TOTALS]
+    totals += [_counts_row(data, load, column, title) for column, title in _COUNTS]
+    bodies = [_group(title, 1 + len(data.policies), rows) for title, rows in [*groups, ("Server", totals)]]
     head = _tag("tr", _tag("th", _tag("span", ""), scope="col"), *_policy_heads(data))
     return _tag("table", _tag("caption", caption), _tag("thead", head), *bodies)
+
+
+def _counts_row(data: _Data, load: Load, column: str, title: str) -> _Markup:
+    """A count as a table row: the sum over repeats, since a rounded mean would hide a single lost request."""
+    cells = []
+    for policy in data.policies:
+        values = data.values(policy, load, column)
+        cells.append(_tag("td", _count(sum(values)) if values else _DASH, class_=data.style(policy)))
+    return _tag("tr", _tag("th", f"{title}, all repeats", scope="row"), *cells)
 
 
 def _columns_row(data: _Data, load: Load, column: str, title: str, unit: str) -> _Markup:
@@ -794,9 +856,10 @@ def _columns_row(data: _Data, load: Load, column: str, title: str, unit: str) ->
     cells = []
     for policy, series in values.items():
         scaled = [value * factor for value in series]
-        spread = [f"{_number(min(scaled))} to {_number(max(scaled))}"] if len(set(scaled)) > 1 else []
-        cells.append(_tag("td", _number(float(np.mean(scaled))) if scaled else _DASH,
-                          *(_tag("small", text) for text in spread), class_=data.style(policy)))
+        low, high = (_number(pick(scaled, default=None)) for pick in (min, max))
+        spread = [_tag("small", f"{low} to {high}")] if low != high else []
+        cells.append(_tag("td", _number(float(np.mean(scaled))) if scaled else _DASH, *spread,
+                          class_=data.style(policy)))
     return _tag("tr", _tag("th", f"{title}, {unit}" if unit else title, scope="row"), *cells)
 
 
@@ -813,8 +876,19 @@ def _light_interval(data: _Data) -> tuple[float, float, float] | None:
     return None if low is None or high is None else (mean, low, high)
 
 
+def _light_title(data: _Data) -> str:
+    """A claim only where both figures carry it."""
+    runs, ratio = _light_runs(data), _light_interval(data)
+    quiet = bool(runs) and not any(run.scored_total for run in runs) and ratio is not None and ratio[1] <= 1
+    return "Under light load it stays out of the way" if quiet else "Under light load"
+
+
+def _light_runs(data: _Data) -> list[Run]:
+    return [run for run in data.runs if (run.policy, run.load) == (OURS, "light")]
+
+
 def _light_text(data: _Data) -> _Markup:
-    runs = [run for run in data.runs if (run.policy, run.load) == (OURS, "light")]
+    runs = _light_runs(data)
     if not runs:
         return _tag("p", "No run at light load was recorded.")
     scored, requests = sum(run.scored_total for run in runs), sum(len(run.requests) for run in runs)
@@ -829,11 +903,11 @@ def _light_ratio_text(data: _Data) -> str:
     mean = _as_float(data.get("light_ttft_ratio", "mean"))
     if ratio is None:
         return f"Mean time to first token, pars_fast over fcfs, paired: {_number(mean)}; no interval."
-    _, low, high = ratio
+    mean, low, high = ratio
     verdict = ("the interval holds 1, so no difference is seen" if low <= 1 <= high else
                "below 1: pars_fast is faster" if high < 1 else "above 1: pars_fast is slower")
-    return (f"Mean time to first token, pars_fast over fcfs, paired: {_number(mean)}, 95 % interval "
-            f"{_number(low)} to {_number(high)}; {verdict}.")
+    return (f"Mean time to first token, pars_fast over fcfs, paired: {mean:.3f}, 95 % interval "
+            f"{low:.3f} to {high:.3f}; {verdict}.")
 
 
 def _light_chart(data: _Data) -> _Markup:
@@ -850,7 +924,8 @@ def _light_chart(data: _Data) -> _Markup:
         digits = max(2, -math.floor(math.log10(ticks[1] - ticks[0])))
         return _svg("light-ratio", variant, width, 104, "Ratio of mean time to first token at light load",
                     _light_ratio_text(data), _x_axis(x, 30.0, 80.0, ticks, lambda tick: f"{tick:.{digits}f}"),
-                    _text(14, 16, "← pars_fast faster"), _text(width - 14, 16, "fcfs faster →", text_anchor="end"),
+                    _text(14, 16, "← pars_fast faster"),
+                    _text(width - 14, 16, "fcfs faster →", text_anchor="end"),
                     _tag("line", x1=x(1), x2=x(1), y1=26.0, y2=80.0, class_="diagonal"),
                     _tag("line", x1=x(low), x2=x(high), y1=55.0, y2=55.0, class_="interval"),
                     _tag("circle", cx=x(mean), cy=55.0, r=6.0, class_="mean"))
