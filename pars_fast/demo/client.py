@@ -1,0 +1,114 @@
+"""Sends the demo's requests over HTTP and notes when tokens come back.
+
+Each request asks for exactly its recorded number of tokens (`max_tokens` with `ignore_eos`) and streams,
+as users do.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import aiohttp
+import numpy as np
+from numpy.typing import NDArray
+
+from pars_fast.demo.records import ServedRequest
+from pars_fast.demo.sample import SamplePrompt
+
+REQUEST_TIMEOUT_S = 300.0
+
+Progress = Callable[[], None]
+
+
+def serve_arrivals(
+    url: str, model: str, sample: Sequence[SamplePrompt], arrivals: NDArray[np.float64], done: Progress
+) -> tuple[ServedRequest, ...]:
+    """Send prompt i at `arrivals[i]` seconds from now, whatever became of the others (open loop).
+
+    `done` is called after each finished request. A request that fails is returned as not completed.
+    """
+    return asyncio.run(_serve_arrivals(url, model, sample, arrivals, done))
+
+
+def closed_loop_capacity(
+    url: str, model: str, sample: Sequence[SamplePrompt], clients: int, done: Progress
+) -> float:
+    """Output tokens per second while `clients` clients each send their next prompt as one is answered.
+
+    Measured until the last prompt is sent: after that the engine runs empty.
+    """
+    return asyncio.run(_closed_loop_capacity(url, model, sample, clients, done))
+
+
+async def _serve_arrivals(
+    url: str, model: str, sample: Sequence[SamplePrompt], arrivals: NDArray[np.float64], done: Progress
+) -> tuple[ServedRequest, ...]:
+    async with _session() as session:
+        start = time.perf_counter() + 0.1
+
+        async def serve(index: int) -> ServedRequest:
+            due = float(arrivals[index])
+            await asyncio.sleep(start + due - time.perf_counter())
+            tokens = await _stream(session, url, model, sample[index])
+            done()
+            received = sum(count for _, count in tokens)
+            complete = received == sample[index].output_tokens
+            return ServedRequest(
+                index=index, source=sample[index].source, prompt_tokens=len(sample[index].prompt.split()),
+                output_tokens=sample[index].output_tokens, received_tokens=received, arrival_s=due,
+                first_token_s=tokens[0][0] - start if tokens else None,
+                finish_s=tokens[-1][0] - start if complete else None,
+            )
+
+        return tuple(await asyncio.gather(*(serve(index) for index in range(len(sample)))))
+
+
+async def _closed_loop_capacity(
+    url: str, model: str, sample: Sequence[SamplePrompt], clients: int, done: Progress
+) -> float:
+    prompts = iter(sample)
+    tokens: list[tuple[float, int]] = []
+    last_sent = start = time.perf_counter()
+    async with _session() as session:
+
+        async def client() -> None:
+            nonlocal last_sent
+            for prompt in prompts:
+                last_sent = time.perf_counter()
+                tokens.extend(await _stream(session, url, model, prompt))
+                done()
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return sum(count for at, count in tokens if at <= last_sent) / (last_sent - start)
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    )
+
+
+async def _stream(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: SamplePrompt
+) -> list[tuple[float, int]]:
+    """(time, number of tokens) of each chunk; what came before a failure if there is one."""
+    body: dict[str, Any] = {
+        "model": model, "prompt": prompt.prompt, "max_tokens": prompt.output_tokens, "ignore_eos": True,
+        "temperature": 0, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    chunks: list[tuple[float, int]] = []
+    received = 0
+    try:
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                total = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0)
+                if total > received:
+                    chunks.append((time.perf_counter(), total - received))
+                    received = total
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        pass
+    return chunks
