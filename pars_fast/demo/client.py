@@ -5,9 +5,11 @@ as users do.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -20,6 +22,20 @@ from pars_fast.demo.sample import SamplePrompt
 REQUEST_TIMEOUT_S = 300.0
 
 Progress = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """`chunks` are (time, number of tokens) as they came."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    chunks: list[tuple[float, int]] = field(default_factory=list)
+
+    def take(self, total_tokens: int) -> None:
+        if total_tokens > self.tokens:
+            self.chunks.append((time.perf_counter(), total_tokens - self.tokens))
+            self.tokens = total_tokens
 
 
 def serve_arrivals(
@@ -51,15 +67,14 @@ async def _serve_arrivals(
         async def serve(index: int) -> ServedRequest:
             due = float(arrivals[index])
             await asyncio.sleep(start + due - time.perf_counter())
-            tokens = await _stream(session, url, model, sample[index])
+            answer = await _stream(session, url, model, sample[index])
             done()
-            received = sum(count for _, count in tokens)
-            complete = received == sample[index].output_tokens
+            complete = answer.tokens == sample[index].output_tokens
             return ServedRequest(
-                index=index, source=sample[index].source, prompt_tokens=len(sample[index].prompt.split()),
-                output_tokens=sample[index].output_tokens, received_tokens=received, arrival_s=due,
-                first_token_s=tokens[0][0] - start if tokens else None,
-                finish_s=tokens[-1][0] - start if complete else None,
+                index=index, source=sample[index].source, prompt_tokens=answer.prompt_tokens,
+                output_tokens=sample[index].output_tokens, received_tokens=answer.tokens, arrival_s=due,
+                first_token_s=answer.chunks[0][0] - start if answer.chunks else None,
+                finish_s=answer.chunks[-1][0] - start if complete else None,
             )
 
         return tuple(await asyncio.gather(*(serve(index) for index in range(len(sample)))))
@@ -77,7 +92,7 @@ async def _closed_loop_capacity(
             nonlocal last_sent
             for prompt in prompts:
                 last_sent = time.perf_counter()
-                tokens.extend(await _stream(session, url, model, prompt))
+                tokens.extend((await _stream(session, url, model, prompt)).chunks)
                 done()
 
         await asyncio.gather(*(client() for _ in range(clients)))
@@ -90,25 +105,18 @@ def _session() -> aiohttp.ClientSession:
     )
 
 
-async def _stream(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: SamplePrompt
-) -> list[tuple[float, int]]:
-    """(time, number of tokens) of each chunk; what came before a failure if there is one."""
+async def _stream(session: aiohttp.ClientSession, url: str, model: str, prompt: SamplePrompt) -> _Answer:
+    """What came back; of a request that failed, what came before."""
     body: dict[str, Any] = {
         "model": model, "prompt": prompt.prompt, "max_tokens": prompt.output_tokens, "ignore_eos": True,
         "temperature": 0, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
-    chunks: list[tuple[float, int]] = []
-    received = 0
-    try:
+    answer = _Answer()
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
         async with session.post(f"{url}/v1/completions", json=body) as response:
             async for line in response.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                total = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0)
-                if total > received:
-                    chunks.append((time.perf_counter(), total - received))
-                    received = total
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        pass
-    return chunks
+                if line.startswith(b"data: {"):
+                    usage = json.loads(line[6:]).get("usage") or {}
+                    answer.prompt_tokens = usage.get("prompt_tokens", answer.prompt_tokens)
+                    answer.take(usage.get("completion_tokens", 0))
+    return answer

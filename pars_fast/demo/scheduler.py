@@ -10,11 +10,10 @@ from pathlib import Path
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
 from pars_fast.integration.overhead import OverheadMedian
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES
-
-POLICY_FILE_VARIABLE = "PARS_DEMO_POLICY_FILE"
 
 
 class SwitchableScheduler(with_ranking(Scheduler)):  # type: ignore[misc]

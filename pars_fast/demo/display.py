@@ -1,0 +1,67 @@
+"""What the demo shows in the terminal: a bar for the run in hand, and a table that grows as runs end."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pars_fast.demo.records import Run
+
+# column of Run.columns(), heading, format
+_COLUMNS = (
+    ("mean_latency_per_token_s", "s/token", "{:.4f}"),
+    ("p99_latency_per_token_s", "p99", "{:.3f}"),
+    ("mean_ttft_s", "TTFT s", "{:.2f}"),
+    ("p99_ttft_s", "p99", "{:.2f}"),
+    ("mean_tpot_s", "TPOT s", "{:.4f}"),
+    ("mean_e2e_s", "e2e s", "{:.2f}"),
+    ("p99_e2e_s", "p99", "{:.2f}"),
+    ("max_wait_s", "max wait", "{:.2f}"),
+    ("throughput_tok_s", "tok/s", "{:.0f}"),
+    ("scored_total", "scored", "{}"),
+    ("step_overhead_us_p50", "step +us", "{:.1f}"),
+)
+
+
+class Display:
+    """Use as a context manager; `task` gives the function that advances its bar."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._runs: list[Run] = []
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # The client shares two cores with the server, so the picture is drawn twice a second.
+        self._live = Live(self._picture(), console=console or Console(), refresh_per_second=2)
+
+    def __enter__(self) -> "Display":
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.update(self._picture(), refresh=True)
+        self._live.__exit__(None, None, None)
+
+    def say(self, text: str) -> None:
+        self._live.console.print(text, highlight=False)
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[], None]]:
+        task = self._progress.add_task(description, total=total)
+        try:
+            yield lambda: self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
+
+    def add(self, run: Run) -> None:
+        self._runs.append(run)
+        self._live.update(self._picture())
+
+    def _picture(self) -> Group:
+        table = Table("load", "policy", "#", "done", *(heading for _, heading, _ in _COLUMNS))
+        for run in self._runs:
+            columns = run.columns()
+            cells = ("-" if columns[name] is None else form.format(columns[name]) for name, _, form in _COLUMNS)
+            table.add_row(run.load, run.policy, str(run.repeat + 1), f"{columns['completed']}/{columns['requests']}", *cells)
+        return Group(table, self._progress)

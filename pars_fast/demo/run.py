@@ -1,0 +1,247 @@
+"""The demo itself: one server for all policies, the same arrivals for each, then a stock server to compare."""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pars_fast import __version__
+from pars_fast.demo.arrivals import LOADS, arrival_times, arrivals_hash
+from pars_fast.demo.client import closed_loop_capacity, serve_arrivals
+from pars_fast.demo.display import Display
+from pars_fast.demo.model import MAX_MODEL_LEN, make_tiny_model
+from pars_fast.demo.records import Load, Run, gain_captured, mean_over_repeats
+from pars_fast.demo.sample import SOURCES, SamplePrompt, load_sample
+from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
+from pars_fast.demo.server import read_metrics, vllm_server
+from pars_fast.metrics import kendall_tau
+from pars_fast.ranker import Ranker
+
+MAX_NUM_SEQS = 16
+SEED = 1203
+CLOSED_LOOP_CLIENTS = 2 * MAX_NUM_SEQS
+POLICIES: dict[Load, tuple[str, ...]] = {
+    "saturated": ("fcfs", "pars_fast", "oracle"),
+    "light": ("fcfs", "pars_fast"),  # no order to choose, so an oracle has nothing to know
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """`summary` is what the page and the JSON show beside the runs; keys as in `summarise`."""
+
+    runs: tuple[Run, ...]
+    expected_tokens: tuple[float, ...]
+    summary: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.summary, "runs": [run.columns() for run in self.runs]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What is served: a model vLLM can load, its arguments, and words for the reader."""
+
+    model: str
+    description: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) -> DemoResult:
+    """Serve the sample under every policy and load, `repeats` times, and once by stock vLLM.
+
+    Args:
+        model: a model for vLLM to serve; None makes a tiny random one.
+        ranker: ranker directory or `default`.
+        repeats: runs per policy and load, each repeat with its own arrivals, the same for all policies.
+        display: shows progress.
+    Raises: ServerError: if a server does not start; CheckpointError: if the ranker cannot be loaded.
+    """
+    sample = load_sample()
+    expected = _expected_tokens(ranker, sample)
+    with tempfile.TemporaryDirectory(prefix="pars-fast-demo-") as folder:
+        served = _served_model(model, Path(folder), sample)
+        capacity, runs = _ranked_server(served, ranker, sample, repeats, Path(folder), display)
+        runs.append(_stock_server(served, sample, capacity, Path(folder), display))
+    summary = summarise(runs, sample, expected, capacity_tok_s=capacity, served=served.description, repeats=repeats)
+    return DemoResult(tuple(runs), tuple(expected), summary)
+
+
+def _expected_tokens(ranker: str, sample: Sequence[SamplePrompt]) -> list[float]:
+    loaded = Ranker.from_pretrained(ranker, device="cpu")
+    assert loaded.token_map is not None
+    expected: list[float] = loaded.token_map(loaded.score([prompt.prompt for prompt in sample]).numpy()).tolist()
+    return expected
+
+
+def _served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt]) -> _Served:
+    arguments = ("--max-num-seqs", str(MAX_NUM_SEQS), "--max-model-len", str(MAX_MODEL_LEN),
+                 "--max-num-batched-tokens", str(MAX_MODEL_LEN), "--stream-interval", "16",
+                 "--no-enable-prefix-caching",  # the same prompts are served again and again
+                 "--uvicorn-log-level", "warning")
+    if model is not None:
+        return _Served(model, model, arguments, {})
+    description = make_tiny_model(folder / "model", [prompt.prompt for prompt in sample])
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return _Served(str(folder / "model"), description, (*arguments, "--enforce-eager", "--dtype", "float32"), environment)
+
+
+def _ranked_server(
+    served: _Served, ranker: str, sample: Sequence[SamplePrompt], repeats: int, folder: Path, display: Display
+) -> tuple[float, list[Run]]:
+    """(capacity in tokens per second, all runs of the server whose policy can be switched)."""
+    policy_file = folder / "policy"
+    policy_file.write_text("fcfs")
+    environment = {**served.environment, "PARS_ENABLE": "1", "PARS_RANKER": ranker, POLICY_FILE_VARIABLE: str(policy_file)}
+    arguments = (*served.arguments, "--scheduler-cls", "pars_fast.demo.scheduler.SwitchableScheduler")
+    display.say(f"starting vLLM with pars-fast, serving {served.description}")
+    with vllm_server(served.model, arguments, environment, folder / "ranked.log") as url:
+        with display.task("capacity (closed loop, fcfs)", len(sample)) as advance:
+            capacity = closed_loop_capacity(url, served.model, sample, CLOSED_LOOP_CLIENTS, advance)
+        display.say(f"capacity {capacity:.0f} tokens/s; serving the same arrivals under each policy")
+        runs: list[Run] = []
+        for repeat in range(repeats):
+            for load, policies in POLICIES.items():
+                first = repeat % len(policies)  # no policy is always the first after a start
+                for policy in policies[first:] + policies[:first]:
+                    policy_file.write_text(policy)
+                    runs.append(_serve(url, served, sample, policy, load, repeat, capacity, display))
+    return capacity, runs
+
+
+def _stock_server(
+    served: _Served, sample: Sequence[SamplePrompt], capacity: float, folder: Path, display: Display
+) -> Run:
+    display.say("starting stock vLLM, to see that FCFS under the switch equals it")
+    with vllm_server(served.model, served.arguments, served.environment, folder / "stock.log") as url:
+        with display.task("warm-up", MAX_NUM_SEQS) as advance:
+            closed_loop_capacity(url, served.model, sample[:MAX_NUM_SEQS], MAX_NUM_SEQS, advance)
+        return _serve(url, served, sample, "stock", "saturated", 0, capacity, display)
+
+
+def _serve(
+    url: str, served: _Served, sample: Sequence[SamplePrompt], policy: str, load: Load, repeat: int,
+    capacity: float, display: Display,
+) -> Run:
+    arrivals = arrival_times(sample, load, capacity, SEED + repeat)
+    before = read_metrics(url)
+    with display.task(f"{load}, {policy}, repeat {repeat + 1}", len(sample)) as advance:
+        requests = serve_arrivals(url, served.model, sample, arrivals, advance)
+    after = read_metrics(url)
+    counted = {name: int(after.get(name, 0) - before.get(name, 0)) for name in ("pars_scored_total", "pars_fallback_total")}
+    run = Run(
+        policy, load, repeat, requests, scored_total=counted["pars_scored_total"],
+        fallback_total=counted["pars_fallback_total"], stock=policy == "stock",
+        step_overhead_us_p50=after.get("pars_step_overhead_us_p50"),
+    )
+    display.add(run)
+    return run
+
+
+def summarise(
+    runs: Sequence[Run], sample: Sequence[SamplePrompt], expected: Sequence[float], *, capacity_tok_s: float,
+    served: str, repeats: int,
+) -> dict[str, Any]:
+    """All figures of a demo but its rows."""
+    lengths = np.array([prompt.output_tokens for prompt in sample])
+    return {
+        "engine": f"vllm {_version('vllm') or _version('vllm-cpu')}",
+        "served_model": served,
+        "device": _device(),
+        "capacity_tok_s": round(capacity_tok_s, 1),
+        "achieved_load": _achieved_load(runs, capacity_tok_s),
+        "gain_captured": _gain(runs, "mean_latency_per_token_s"),
+        "gain_captured_e2e": _gain(runs, "mean_e2e_s"),
+        "tau": kendall_tau(np.array(expected), lengths),
+        "tau_within_source": _tau_within_source(sample, expected),
+        "light_ttft_ratio": light_ttft_ratio(runs),
+        "switch_check": _switch_check(runs),
+        "seed": SEED,
+        "repeats": repeats,
+        "arrivals_sha256": arrivals_hash(sample, [SEED + repeat for repeat in range(repeats)]),
+        "sources": [{"source": source, "share": share, "model_column": column,
+                     "requests": sum(prompt.source == source for prompt in sample)}
+                    for source, (share, column) in SOURCES.items()],
+        "versions": {"pars-fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "date": date.fromtimestamp(time.time()).isoformat(),
+    }
+
+
+def light_ttft_ratio(runs: Sequence[Run], *, resamples: int = 2000) -> dict[str, Any] | None:
+    """Mean TTFT of pars_fast over FCFS's at light load, with a 95 % bootstrap interval over paired requests.
+
+    A pair is the same request of the same repeat under both policies. None without both.
+    """
+    pairs = {
+        policy: {(run.repeat, request.index): request.time_to_first_token
+                 for run in runs if (run.policy, run.load) == (policy, "light")
+                 for request in run.requests if request.completed}
+        for policy in ("pars_fast", "fcfs")
+    }
+    common = sorted(pairs["pars_fast"].keys() & pairs["fcfs"].keys())
+    if not common:
+        return None
+    ours, fcfs = (np.array([pairs[policy][key] for key in common]) for policy in ("pars_fast", "fcfs"))
+    picks = np.random.default_rng(0).integers(len(common), size=(resamples, len(common)))
+    low, high = np.percentile(ours[picks].mean(axis=1) / fcfs[picks].mean(axis=1), [2.5, 97.5])
+    return {"mean": float(ours.mean() / fcfs.mean()), "ci95": [float(low), float(high)]}
+
+
+def _gain(runs: Sequence[Run], column: str) -> float | None:
+    means = [mean_over_repeats(runs, policy, "saturated", column) for policy in ("fcfs", "pars_fast", "oracle")]
+    return None if None in means else gain_captured(*means)  # type: ignore[arg-type]
+
+
+def _achieved_load(runs: Sequence[Run], capacity_tok_s: float) -> dict[str, float]:
+    """Offered tokens per second until the last arrival, over the capacity; mean over the runs of a load."""
+    return {
+        load: float(np.mean([
+            sum(request.output_tokens for request in run.requests)
+            / max(request.arrival_s for request in run.requests) / capacity_tok_s
+            for run in runs if run.load == load
+        ]))
+        for load in LOADS
+        if any(run.load == load for run in runs)
+    }
+
+
+def _tau_within_source(sample: Sequence[SamplePrompt], expected: Sequence[float]) -> float:
+    """Mean over the sources of tau-b among their own prompts."""
+    taus = []
+    for source in SOURCES:
+        chosen = [i for i, prompt in enumerate(sample) if prompt.source == source]
+        taus.append(kendall_tau(np.array([expected[i] for i in chosen]),
+                                np.array([sample[i].output_tokens for i in chosen])))
+    return float(np.mean(taus))
+
+
+def _switch_check(runs: Sequence[Run]) -> dict[str, float | None]:
+    """Mean end-to-end latency of stock vLLM and of FCFS under the switch, on the same arrivals."""
+    def mean_e2e(policy: str) -> float | None:
+        found = [run for run in runs if (run.policy, run.load, run.repeat) == (policy, "saturated", 0)]
+        return found[0].columns()["mean_e2e_s"] if found else None
+
+    return {"stock": mean_e2e("stock"), "switched_fcfs": mean_e2e("fcfs")}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {len(os.sched_getaffinity(0))} cores"
