@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
 
-from pars_fast.demo.records import Load, Run, ServedRequest
+from pars_fast.demo.records import Load, Run, ServedRequest, gain_captured
 
 BASELINE, OURS, ORACLE = "fcfs", "pars_fast", "oracle"
 _DESCRIPTIONS = {BASELINE: "arrival order", ORACLE: "knows every length"}
@@ -212,15 +213,20 @@ def _tag(name: str, *children: str, **attributes: Any) -> _Markup:
     given = {key.rstrip("_").replace("_", "-"): _attribute(value) for key, value in attributes.items()}
     head = "".join(f' {key}="{_escape(value)}"' for key, value in given.items())
     if name in _VOID:
-        return _Markup(f"<{name}{head}/>")
+        return _Markup(f"<{name}{head} />")
     return _Markup(f"<{name}{head}>{_join(children)}</{name}>")
 
 
-_VOID = frozenset({"path", "line", "rect", "circle"})
+_VOID = frozenset({"path", "line", "rect", "circle", "wbr"})
 
 
 def _attribute(value: Any) -> str:
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _breakable(name: str) -> _Markup:
+    """A name that may break after each underscore, for narrow columns."""
+    return _join(name.split("_"), _join(["_", _tag("wbr")]))
 
 
 def _items(texts: Sequence[str]) -> _Markup:
@@ -255,7 +261,7 @@ def _percent(share: float | None) -> str:
 
 
 def _as_float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _change(base: float | None, value: float | None) -> str:
@@ -287,11 +293,15 @@ def _headline(data: _Data) -> tuple[tuple[str, str, str], str]:
 def _gain_sentence(data: _Data) -> str:
     per_token, e2e = _as_float(data.get("gain_captured")), _as_float(data.get("gain_captured_e2e"))
     if per_token is None:
-        return "An oracle that knows every answer's length gains too little here to state a share of it."
+        means = [data.mean(policy, "mean_latency_per_token_s") for policy in (BASELINE, OURS, ORACLE)]
+        known = [mean for mean in means if mean is not None]
+        if len(known) == 3 and gain_captured(*known) is None:
+            return "An oracle that knows every answer's length gains too little here to state a share of it."
+        return f"Share of the gain of an oracle that knows every answer's length: {_DASH}."
     if per_token < 0:
         return "An oracle that knows every answer's length gains here; pars_fast loses against arrival order."
-    also = f" ({_percent(e2e)} on end-to-end latency)" if e2e is not None else ""
-    return f"That is {_percent(per_token)} of what an oracle that knows every answer's length gains{also}."
+    return (f"That is {_percent(per_token)} of what an oracle that knows every answer's length gains "
+            f"({_percent(e2e)} on end-to-end latency).")
 
 
 def _repeats_sentence(data: _Data) -> str:
@@ -356,10 +366,11 @@ def _real(data: _Data) -> list[str]:
     models = {entry.get("model_column") for entry in named} - {None}
     origin = f" of {len(models)} named model{'s' * (len(models) != 1)}" if models else ""
     return [
-        f"Prompts: {count} from the test split of {len(data.sources)} public sources; the ranker never saw them.",
+        f"Prompts: {count} from the test split of {len(data.sources)} public sources; the ranker was not "
+        "trained on them.",
         f"Answer lengths: from recorded answers{origin}, replayed to the token.",
-        f"Engine: {data.text('engine')}, its scheduler and its HTTP server; only the order of the waiting queue "
-        "changes.",
+        f"Engine: {data.text('engine')}, its scheduler and its HTTP server; only the order of the waiting "
+        "queue changes.",
         "Ranker: the one that ships with pars-fast. It sees prompts, never lengths.",
     ]
 
@@ -490,65 +501,78 @@ def _curves(data: _Data, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> _Marku
 
 def _direct_labels(data: _Data, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> list[_Markup]:
     """Place each curve's name close to it, off all curves and off the other names."""
-    columns = np.arange(math.ceil(x.start), math.floor(x.end) + 1, 2.0)
-    values = np.array([_invert(x, float(column)) for column in columns])
-    heights = {curve.policy: np.array([y(value) for value in curve.at(values)]) for curve in curves}
+    room = _Room.around(curves, x, y)
     labels: list[_Markup] = []
-    taken: list[tuple[float, float, float, float]] = []
-    for curve in sorted(curves, key=lambda c: c.policy != OURS):
-        box, anchor = _best_box(curve, columns, heights, taken, x, y)
+    taken: list[_Box] = []
+    for row in sorted(range(len(curves)), key=lambda row: curves[row].policy != OURS):  # ours chooses first
+        box, anchor = room.best(row, 7.8 * len(curves[row].label) + 4, taken)
         taken.append(box)
-        labels.append(_label(data, curve, box, anchor))
+        labels.append(_label(data, curves[row], box, anchor))
     return labels
 
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
+_Point = tuple[float, float]
 
 
-def _best_box(curve: _Steps, columns: np.ndarray, heights: Mapping[str, np.ndarray], taken: Sequence[_Box],
-              x: _Axis, y: _Axis) -> tuple[_Box, tuple[float, float]]:
-    """The cheapest place for a label and the point of its curve that it belongs to."""
-    width, height = 7.8 * len(curve.label) + 4, 18.0
-    own = heights[curve.policy]
-    best: tuple[float, _Box, tuple[float, float]] | None = None
-    others = [ys for policy, ys in heights.items() if policy != curve.policy]
-    for anchor in range(0, len(columns), 6):
-        crowd = sum(max(0.0, 14 - abs(ys[anchor] - own[anchor])) for ys in others)  # name it where it is alone
-        for dx in (-width - 10, -width / 2, 10.0):
-            for dy in (-44.0, -28.0, -14.0, 0.0, 14.0, 28.0, 44.0):
-                left, middle = columns[anchor] + dx, own[anchor] + dy
-                box = (left, middle - height / 2, left + width, middle + height / 2)
-                if box[0] < x.start + 2 or box[2] > x.end or box[1] < y.end - 4 or box[3] > y.start - 3:
+@dataclass(frozen=True)
+class _Room:
+    """A plot's curves in pixels, a row a curve, a column every two pixels, to find room for their names."""
+
+    heights: np.ndarray
+    tops: np.ndarray  # a step covers all heights between its ends
+    bottoms: np.ndarray
+    frame: _Box
+
+    @classmethod
+    def around(cls, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> "_Room":
+        columns = np.arange(x.start, x.end, 2.0)
+        values = np.array([_invert(x, float(column)) for column in columns])
+        heights = np.array([[y(value) for value in curve.at(values)] for curve in curves])
+        ends = np.stack([heights[:, :-1], heights[:, 1:]])
+        return cls(heights, ends.min(axis=0), ends.max(axis=0), (x.start, y.end, x.end, y.start))
+
+    def best(self, row: int, width: float, taken: Sequence[_Box]) -> tuple[_Box, _Point]:
+        """The cheapest place for a label of that width and the point of its curve that it belongs to."""
+        left, top, _, _ = self.frame
+        best: tuple[float, _Box, _Point] = (math.inf, (left, top, left + width, top + 18), (left, top))
+        for column in range(0, self.heights.shape[1], max(4, self.heights.shape[1] // 40)):
+            anchor = left + 2.0 * column, float(self.heights[row, column])
+            gaps = np.abs(self.heights[:, column] - anchor[1])
+            crowd = float(np.maximum(0.0, 14 - gaps).sum())  # named best where it is alone
+            for box in self._boxes(anchor, width):
+                cost = crowd + abs((box[1] + box[3]) / 2 - anchor[1]) / 14
+                if cost >= best[0] or any(_overlap(box, other) for other in taken):
                     continue
-                cost = _box_cost(box, columns, heights, curve.policy, taken) + abs(dy) / 14 + crowd
-                if best is None or cost < best[0] - 1e-9:
-                    best = cost, box, (columns[anchor], own[anchor])
-    if best is None:  # no room at all: the top left corner
-        return (x.start, y.end, x.start + width, y.end + height), (x.start, y.end)
-    return best[1], best[2]
+                cost += self._cost(row, box)
+                if cost < best[0]:
+                    best = cost, box, anchor
+        return best[1], best[2]
+
+    def _boxes(self, anchor: _Point, width: float) -> list[_Box]:
+        """Places for a label around a point, inside the frame."""
+        left, top, right, bottom = self.frame
+        boxes = [(anchor[0] + dx, anchor[1] + dy - 9, anchor[0] + dx + width, anchor[1] + dy + 9)
+                 for dx in (-width - 10, -width / 2, 10.0) for dy in (-44, -28, -14, 0, 14, 28, 44)]
+        return [box for box in boxes if left + 2 <= box[0] and box[2] <= right
+                and top - 4 <= box[1] and box[3] <= bottom - 3]
+
+    def _cost(self, row: int, box: _Box) -> float:
+        """How much of the curves a label there covers, and how much nearer another curve is than its own."""
+        near = slice(max(0, int((box[0] - 5 - self.frame[0]) // 2)), int((box[2] + 5 - self.frame[0]) // 2))
+        gaps = np.maximum(self.tops[:, near] - box[3], box[1] - self.bottoms[:, near])
+        nearest = np.maximum(gaps.min(axis=1), 0.0)
+        own, nearest[row] = float(nearest[row]), 1e3
+        return 3.0 * int(np.count_nonzero(gaps < 3)) + max(0.0, own + 10 - float(nearest.min()))
 
 
-def _box_cost(box: _Box, columns: np.ndarray, heights: Mapping[str, np.ndarray], own: str,
-              taken: Sequence[_Box]) -> float:
-    """How badly a label there covers curves and labels, and how much nearer another curve is."""
-    left, top, right, bottom = box
-    inside = (columns >= left - 5) & (columns <= right + 5)
-    cost, distance = 0.0, {}
-    for policy, ys in heights.items():
-        near = ys[inside]
-        low, high = np.minimum(near[:-1], near[1:]), np.maximum(near[:-1], near[1:])  # a step covers its rise
-        gap = np.maximum(0.0, np.maximum(low - bottom, top - high))
-        distance[policy] = float(gap.min(initial=1e3))
-        cost += 3.0 * float((gap < 3).sum())
-    others = [gap for policy, gap in distance.items() if policy != own]
-    cost += max(0.0, distance[own] + 10 - min(others, default=1e3))
-    for other in taken:
-        if left < other[2] + 8 and other[0] < right + 8 and top < other[3] + 4 and other[1] < bottom + 4:
-            cost += 1e3
-    return cost
+def _overlap(box: _Box, other: _Box) -> bool:
+    """True if two labels touch or nearly do."""
+    return (box[0] < other[2] + 8 and other[0] < box[2] + 8
+            and box[1] < other[3] + 4 and other[1] < box[3] + 4)
 
 
-def _label(data: _Data, curve: _Steps, box: _Box, anchor: tuple[float, float]) -> _Markup:
+def _label(data: _Data, curve: _Steps, box: _Box, anchor: _Point) -> _Markup:
     left, top, right, bottom = box
     name = _text(left + 2, bottom - 4.5, curve.label, data_key=curve.policy,
                  class_=f"name {data.style(curve.policy)}")
@@ -711,8 +735,8 @@ def _unique_requests(data: _Data) -> dict[int, ServedRequest]:
 def _scatter_text(data: _Data) -> str:
     tau, within = (_number(_as_float(data.get(key)), 2) for key in ("tau", "tau_within_source"))
     return (f"Kendall's tau {tau} over all requests; {within} within a source, where the kind of task gives "
-            "nothing away. 1 is a perfect order, 0 a random one. The queue uses the order of the predictions; "
-            "their size feeds the bound on overtaking.")
+            "nothing away. 1 is a perfect order, 0 a random one. The queue uses the order of the "
+            "predictions; their size feeds the bound on overtaking.")
 
 
 def _scatter_chart(data: _Data) -> _Markup:
@@ -764,11 +788,11 @@ def _sources_table(data: _Data) -> _Markup:
         marker = _tag("svg", _mark(data, source, 7, 7, 5.0), class_="key", viewBox="0 0 14 14",
                       aria_hidden="true")
         model = entry.get("model_column")
-        rows.append(_tag("tr", _tag("td", marker), _tag("th", source, scope="row"),
+        rows.append(_tag("tr", _tag("td", marker), _tag("th", _breakable(source), scope="row"),
                          _tag("td", _count(entry.get("requests", counts.get(source)))),
                          _tag("td", _percent(_as_float(entry.get("share")))),
                          _tag("td", _DASH if model is None else str(model), class_="text"), data_key=source))
-    head = _tag("tr", _tag("th", _tag("span", "")), _tag("th", "Source", scope="col", class_="text"),
+    head = _tag("tr", _tag("td"), _tag("th", "Source", scope="col", class_="text"),
                 _tag("th", "Requests", scope="col"), _tag("th", "Share", scope="col"),
                 _tag("th", "Lengths of", scope="col", class_="text"))
     return _tag("table", _tag("caption", "The sample"), _tag("thead", head), _tag("tbody", *rows))
@@ -817,7 +841,8 @@ def _longest_row(data: _Data, request: ServedRequest, waits: Mapping[str, Mappin
         bar = _tag("i", style=f"--w:{_share(wait, scale)}")
         text = _DASH if wait is None else f"{wait:.2f} s" if wait < 100 else f"{wait:,.0f} s"
         cells.append(_tag("td", text, bar, class_=f"bar {data.style(policy)}"))
-    return _tag("tr", _tag("th", request.source, scope="row"), _tag("td", _count(request.output_tokens)),
+    return _tag("tr", _tag("th", _breakable(request.source), scope="row"),
+                _tag("td", _count(request.output_tokens)),
                 _tag("td", _count(data.expected(request.index)), class_="optional"), *cells)
 
 
@@ -835,7 +860,7 @@ def _columns_table(data: _Data, load: Load, caption: str) -> _Markup:
     totals = [_columns_row(data, load, column, title, unit) for column, title, unit in _TOTALS]
     totals += [_counts_row(data, load, column, title) for column, title in _COUNTS]
     bodies = [_group(title, 1 + len(data.policies), rows) for title, rows in [*groups, ("Server", totals)]]
-    head = _tag("tr", _tag("th", _tag("span", ""), scope="col"), *_policy_heads(data))
+    head = _tag("tr", _tag("td"), *_policy_heads(data))
     return _tag("table", _tag("caption", caption), _tag("thead", head), *bodies)
 
 
