@@ -5,7 +5,6 @@ fitted by isotonic regression (Barlow et al. 1972; scipy) and kept as knots with
 between them, so that it stays strictly increasing between the plateaus of the fit.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,24 +26,33 @@ class TokenMap:
     tokens: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        knots = np.array([self.scores, self.tokens]) if len(self.scores) == len(self.tokens) else np.empty((0, 0))
-        if not knots.size or not np.isfinite(knots).all() or (np.diff(knots) < 0).any() or knots[1, 0] < 0:
+        scores, tokens = (np.asarray(knots, dtype=np.float64) for knots in (self.scores, self.tokens))
+        sound = (
+            len(scores) == len(tokens) > 0
+            and np.isfinite([scores, tokens]).all()
+            and (np.diff(scores) >= 0).all()
+            and (np.diff(tokens) >= 0).all()
+            and tokens[0] >= 0
+        )
+        if not sound:
             raise CheckpointError("the score-to-token map must be two equally long, finite, increasing lists")
 
     def __call__(self, score: ArrayLike) -> NDArray[np.float64]:
         """Scores of any shape -> expected tokens, float64, same shape."""
-        return np.interp(score, self.scores, self.tokens)
+        return np.interp(np.asarray(score, dtype=np.float64), self.scores, self.tokens)
 
 
-def fit_token_map(scores: Sequence[float] | NDArray[np.floating], tokens: Sequence[float] | NDArray[np.floating]) -> TokenMap:
-    """Fit the map on pairs of (score, real output tokens), at least two of them."""
+def fit_token_map(scores: ArrayLike, tokens: ArrayLike) -> TokenMap:
+    """Fit the map on (n,) pairs of score and real output tokens, n >= 1; equal scores count as one."""
     from scipy.optimize import isotonic_regression
 
-    order = np.argsort(scores, kind="stable")
-    sorted_scores = np.asarray(scores, dtype=np.float64)[order]
-    fit = isotonic_regression(np.asarray(tokens, dtype=np.float64)[order])
+    levels, level, counts = np.unique(
+        np.asarray(scores, dtype=np.float64), return_inverse=True, return_counts=True
+    )
+    means = np.bincount(level, weights=np.asarray(tokens, dtype=np.float64)) / counts
+    fit = isotonic_regression(means, weights=counts)
     starts = fit.blocks[:-1]
-    centres = np.add.reduceat(sorted_scores, starts) / np.diff(fit.blocks)
+    centres = np.add.reduceat(levels * counts, starts) / np.add.reduceat(counts, starts)
     values = fit.x[starts]
     keep = np.unique(np.linspace(0, len(starts) - 1, MAX_KNOTS).round().astype(int))
-    return TokenMap(tuple(centres[keep].round(5).tolist()), tuple(values[keep].round(3).tolist()))
+    return TokenMap(tuple(centres[keep].tolist()), tuple(values[keep].round(3).tolist()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast import __version__
-from pars_fast.errors import ParsFastError
+from pars_fast.errors import OutputError, ParsFastError, make_writable
 
 DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's own default
 
@@ -28,27 +28,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pars-fast", description="Prompt-aware shortest-first scheduling for vLLM.")
+    parser = argparse.ArgumentParser(
+        prog="pars-fast", description="Prompt-aware shortest-first scheduling for vLLM."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a ranker on length files"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a ranker on a length file"))
+    _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
+    _add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     return parser
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE",
-                        help="length files whose prompts must not be trained on, wherever they occur")
-    parser.add_argument("--out", required=True, type=Path, help="directory for the ranker; resumes a run found there")
-    parser.add_argument("--init", default="minilm",
-                        help="starting weights: minilm, default, a local directory or a hub name (%(default)s)")
-    parser.add_argument("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
-    parser.add_argument("--loss", default=DEFAULT, help="margin (PARS) or huber")
-    parser.add_argument("--pooling", default=DEFAULT, choices=["cls", "mean"])
-    for name, kind in (("epochs", int), ("batch-prompts", int), ("learning-rate", float), ("dropout", float),
-                       ("max-prompts-per-file", int), ("max-tokens", int), ("seed", int)):
-        parser.add_argument(f"--{name}", type=kind, default=DEFAULT)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    add(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="length files whose prompts must not be trained on, wherever they occur",
+    )
+    add("--out", required=True, type=Path, help="directory for the ranker; resumes a run found there")
+    add(
+        "--init",
+        default="minilm",
+        help="starting weights: minilm, default, a local directory or a hub name (%(default)s)",
+    )
+    add("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
+    add("--loss", default=DEFAULT, help="margin (PARS) or huber")
+    add("--pooling", default=DEFAULT, choices=["cls", "mean"])
+    for name in ("epochs", "batch-prompts", "max-prompts-per-file", "max-tokens", "seed"):
+        add(f"--{name}", type=int, default=DEFAULT)
+    for name in ("learning-rate", "dropout"):
+        add(f"--{name}", type=float, default=DEFAULT)
     parser.set_defaults(run=_train)
 
 
@@ -58,7 +72,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from pars_fast.data import read_length_file
     from pars_fast.training import Recipe, train
 
-    given = {field.name: getattr(arguments, field.name) for field in fields(Recipe) if hasattr(arguments, field.name)}
+    names = {field.name for field in fields(Recipe)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
     files = [read_length_file(path) for path in arguments.data]
     exclude = [read_length_file(path) for path in arguments.exclude]
     train(files, arguments.init, Recipe(**given), arguments.out, exclude=exclude)
@@ -78,6 +93,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from pars_fast.evaluation import evaluate
     from pars_fast.ranker import Ranker
 
+    if arguments.json:
+        make_writable(arguments.json.parent)  # say so before the work, not after it
     file = read_length_file(arguments.data)
     result = evaluate(Ranker.from_pretrained(arguments.ranker), file, arguments.split)
     _print_quality(f"{file.name}, {arguments.split} split", result)
@@ -89,25 +106,125 @@ def _print_quality(title: str, result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "n", "Kendall tau-b", "95 % interval", "pair accuracy", "impact accuracy", title=title)
+    headers = ("model", "n", "Kendall tau-b", "95 % interval", "pair accuracy", "impact accuracy")
+    table = Table(*headers, title=title)
     for model, column in result["models"].items():
         if column["kendall_tau"] is None:
             table.add_row(model, str(column["n"]), "-", column["reason"], "-", "-")
             continue
         low, high = column["ci95"]
-        accuracies = ("-" if value is None else f"{value:.3f}"
-                      for value in (column["pair_accuracy"], column["impact_accuracy"]))
-        table.add_row(model, str(column["n"]), f"{column['kendall_tau']:.3f}", f"{low:.3f} .. {high:.3f}", *accuracies)
-    mean = result["mean_kendall_tau"]
+        measures = (column["kendall_tau"], column["pair_accuracy"], column["impact_accuracy"])
+        tau, *accuracies = (_figure(value) for value in measures)
+        table.add_row(model, str(column["n"]), tau, f"{low:.3f} .. {high:.3f}", *accuracies)
     console = Console()
     console.print(table)
-    console.print(f"mean Kendall tau-b: {'-' if mean is None else f'{mean:.3f}'}")
+    console.print(f"mean Kendall tau-b: {_figure(result['mean_kendall_tau'])}")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="F", help="write all figures there")
+    parser.add_argument("--report", type=Path, metavar="F.html", help="write a self-contained page there")
+    parser.add_argument("--model", help="model to serve; by default a tiny random one is made")
+    parser.add_argument("--ranker", default="default", help="ranker directory (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each policy and load (%(default)s)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from pars_fast.errors import require_extra
+
+    if arguments.repeats < 1:
+        raise ParsFastError(f"--repeats must be at least 1, got {arguments.repeats}")
+    require_extra("vllm", "cpu")
+    for path in filter(None, (arguments.json, arguments.report)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is written
+        path.touch()
+    from pars_fast.demo.display import Display
+    from pars_fast.demo.report import write_report
+    from pars_fast.demo.run import run_demo
+
+    with Display() as display:
+        result = run_demo(
+            model=arguments.model, ranker=arguments.ranker, repeats=arguments.repeats, display=display
+        )
+    for name in ("gain_captured", "gain_captured_e2e", "tau", "tau_within_source", "light_ttft_ratio"):
+        print(f"{name}: {result.summary[name]}")
+    if arguments.json:
+        write_json(arguments.json, result.to_json())
+    if arguments.report:
+        write_report(
+            arguments.report, runs=result.runs, expected_tokens=result.expected_tokens, summary=result.summary
+        )
+        print(f"page written to {arguments.report}")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "target",
+        nargs="?",
+        metavar="FILE|step",
+        help="print the table of a pytest-benchmark JSON file, or time the scheduling step alone; "
+        "without it the repository's suite is run",
+    )
+    add("--json", type=Path, metavar="F", help="write the rows there")
+    add("--csv", type=Path, metavar="F", help="write the rows there, tidy")
+    add("--waiting", type=int, default=10_000, help="step: requests in the queue (%(default)s)")
+    add("--steps", type=int, default=5_000, help="step: paired steps to time (%(default)s)")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from pars_fast.bench_table import SUITE_JSON, print_report, read_report, run_suite, write_csv
+
+    for path in filter(None, (arguments.json, arguments.csv)):
+        make_writable(path.parent)  # minutes before it is written
+    if arguments.target == "step":
+        _bench_step(arguments)
+        return
+    if arguments.target is None:
+        run_suite(SUITE_JSON)
+    report = read_report(Path(arguments.target or SUITE_JSON))
+    print_report(report)
+    if arguments.json:
+        write_json(arguments.json, report.records())
+    if arguments.csv:
+        write_csv(arguments.csv, report)
+
+
+def _bench_step(arguments: argparse.Namespace) -> None:
+    import os
+    from dataclasses import asdict
+
+    from pars_fast.errors import require_extra
+
+    if arguments.steps < 1:
+        raise ParsFastError(f"--steps must be at least 1, got {arguments.steps}")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    require_extra("vllm", "vllm")
+    from pars_fast.step_workload import measure_step
+
+    times = asdict(measure_step(arguments.waiting, arguments.steps))
+    for name, value in times.items():
+        print(f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}")
+    if arguments.json:
+        write_json(arguments.json, times)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, making the folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write JSON, making the folder if need be.
+
+    Raises: OutputError: if it cannot be written.
+    """
+    make_writable(path.parent)
+    try:
+        path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

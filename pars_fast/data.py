@@ -8,15 +8,17 @@ the same split in every file.
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pars_fast.errors import DataError
+from pars_fast.text import is_text, normalised
 
 Split = Literal["train", "val", "test"]
 CONSENSUS = "consensus"
@@ -71,15 +73,18 @@ def read_length_file(path: str | Path) -> LengthFile:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected JSON lines, gzipped if named .gz") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); expected JSON lines, gzipped if named .gz"
+        ) from error
 
 
 def _parse_row(path: Path, number: int, line: str) -> LengthRow:
@@ -93,9 +98,9 @@ def _parse_row(path: Path, number: int, line: str) -> LengthRow:
     if not isinstance(record, dict):
         raise fail("expected a JSON object")
     prompt, split, lengths = record.get("prompt"), record.get("split"), record.get("output_tokens")
-    if not isinstance(prompt, str) or not prompt:
-        raise fail('"prompt" must be a non-empty string')
-    if split not in get_args(Split):
+    if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
+        raise fail('"prompt" must be a non-empty string of text')
+    if split not in ("train", "val", "test"):
         raise fail(f'"split" must be train, val or test, got {split!r}')
     if not isinstance(lengths, dict):
         raise fail('"output_tokens" must map model names to lengths')
@@ -112,12 +117,14 @@ def log_lengths(file: LengthFile, model: str) -> NDArray[np.float64]:
     file's scale by the mean of the model means. It is much less noisy than one sample of one model, and
     keeps the absolute level, so that labels of different files can be ordered together.
 
-    Raises: DataError: if no row has a length for `model`.
+    Raises: DataError: if no row has a length for `model`, or the file has no lengths at all.
     """
     if model != CONSENSUS:
         file.require_model(model)
-        return np.array([math.log(row.output_tokens[model]) if model in row.output_tokens else math.nan
-                         for row in file.rows])
+        lengths = (row.output_tokens.get(model) for row in file.rows)
+        return np.array([math.nan if length is None else math.log(length) for length in lengths])
+    if not file.models:
+        raise DataError(f"{file.path}: no row has an answer length")
     columns = np.stack([log_lengths(file, name) for name in file.models])
     model_means = np.nanmean(columns, axis=1, keepdims=True)
     present = ~np.isnan(columns)
@@ -143,16 +150,25 @@ class LabelledPrompts:
         if per_group is None:
             return self
         shuffled = np.random.default_rng(seed).permutation(len(self.prompts))
-        kept = np.sort(np.concatenate([
-            shuffled[self.group[shuffled] == group][:per_group] for group in np.unique(self.group)
-        ]))
+        groups = np.unique(self.group)
+        kept = np.sort(
+            np.concatenate([shuffled[self.group[shuffled] == group][:per_group] for group in groups])
+        )
         return LabelledPrompts([self.prompts[i] for i in kept], self.log_length[kept], self.group[kept])
+
+
+def distinct_prompts(files: Sequence[LengthFile], *splits: Split) -> set[str]:
+    """The prompts of some splits, as `normalised` has them; of all splits if none is named."""
+    return {
+        normalised(row.prompt) for file in files for row in file.rows if not splits or row.split in splits
+    }
 
 
 def label_prompts(
     files: Sequence[LengthFile], split: Split, model: str, *, forbidden: Set[str] = frozenset()
 ) -> LabelledPrompts:
-    """Prompts of `split` with their label; rows without one, or with a `forbidden` prompt, are left out.
+    """Prompts of `split` with their label; rows without one, or with a prompt that is `normalised` to one
+    of `forbidden`, are left out.
 
     Raises: DataError: if nothing is left, or a file has no column `model`.
     """
@@ -161,7 +177,7 @@ def label_prompts(
     group: list[int] = []
     for index, file in enumerate(files):
         for row, label in zip(file.rows, log_lengths(file, model), strict=True):
-            if row.split == split and not math.isnan(label) and row.prompt.strip() not in forbidden:
+            if row.split == split and not math.isnan(label) and normalised(row.prompt) not in forbidden:
                 prompts.append(row.prompt)
                 labels.append(float(label))
                 group.append(index)

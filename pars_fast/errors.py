@@ -1,6 +1,8 @@
 """What the library raises when its user can mend the cause; each message says how."""
 
 import importlib
+import tempfile
+from pathlib import Path
 from types import ModuleType
 
 
@@ -24,8 +26,25 @@ class SettingsError(ParsFastError):
     """An environment variable has a value that is not allowed; the message names both."""
 
 
+class OutputError(ParsFastError):
+    """A result cannot be written; the message names the path."""
+
+
 class MissingExtraError(ParsFastError):
     """An optional dependency is not installed; the message gives the pip command."""
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, and see that files can be written there.
+
+    Raises: OutputError: if not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

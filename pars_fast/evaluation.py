@@ -17,7 +17,9 @@ def evaluate(ranker: Ranker, file: LengthFile, split: Split | Literal["all"]) ->
     with the reason, and is left out of the mean; the mean is null if nothing is left.
     """
     rows = file.select(split).rows
-    scores = ranker.score([row.prompt for row in rows]).numpy() if rows else np.empty(0)
+    prompts = list(dict.fromkeys(row.prompt for row in rows))  # once each: equal prompts are exact ties
+    score_of = dict(zip(prompts, ranker.score(prompts).tolist(), strict=True)) if prompts else {}
+    scores = np.array([score_of[row.prompt] for row in rows])
     models = {name: _column(name, rows, scores, split) for name in file.models}
     taus = [column["kendall_tau"] for column in models.values() if column["kendall_tau"] is not None]
     return {"models": models, "mean_kendall_tau": float(np.mean(taus)) if taus else None}
@@ -25,7 +27,7 @@ def evaluate(ranker: Ranker, file: LengthFile, split: Split | Literal["all"]) ->
 
 def _column(model: str, rows: Any, scores: Any, split: str) -> dict[str, Any]:
     present = np.array([model in row.output_tokens for row in rows], dtype=bool)
-    lengths = np.array([row.output_tokens[model] for row in rows if model in row.output_tokens], dtype=np.float64)
+    lengths = np.array([row.output_tokens[model] for row in rows if model in row.output_tokens], dtype=float)
     kept = scores[present]
     if len(lengths) < 2:
         reason = f"the {split} split has {len(lengths)} rows"

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from pars_fast.metrics import MIN_RELATIVE_DIFFERENCE
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 MARGIN = 1.0
-MIN_RELATIVE_DIFFERENCE = 0.2
+# Logs in float32 are off by up to 1e-6: without it a pair exactly at the filter's edge may fall out.
+EDGE_SLACK = 2e-6
 
 
 def informative_pairs(log_lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,8 +25,10 @@ def informative_pairs(log_lengths: Tensor) -> tuple[Tensor, Tensor]:
 
     On logs the filter reads |log La - log Lb| >= -log(1 - 0.2).
     """
-    first, second = torch.triu_indices(len(log_lengths), len(log_lengths), offset=1, device=log_lengths.device)
-    keep = (log_lengths[first] - log_lengths[second]).abs() >= -math.log(1 - MIN_RELATIVE_DIFFERENCE)
+    n = len(log_lengths)
+    first, second = torch.triu_indices(n, n, offset=1, device=log_lengths.device)
+    edge = -math.log(1 - MIN_RELATIVE_DIFFERENCE) - EDGE_SLACK
+    keep = (log_lengths[first] - log_lengths[second]).abs() >= edge
     return first[keep], second[keep]
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig
+from transformers import BertConfig, BertTokenizerFast
 
 from pars_fast.calibration import TokenMap
 from pars_fast.errors import CheckpointError, PromptError
@@ -24,6 +24,7 @@ from pars_fast.tokenization import PackedBatch, encode, pack
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default"
 MAX_TOKENS = 128  # PARS's window
+SUPPORTED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
 
 class Ranker:
@@ -37,11 +38,18 @@ class Ranker:
     """
 
     def __init__(
-        self, model: ScoreModel, config: BertConfig, tokenizer: Tokenizer, *, max_tokens: int = MAX_TOKENS,
+        self,
+        model: ScoreModel,
+        config: BertConfig,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int = MAX_TOKENS,
         token_map: TokenMap | None = None,
     ) -> None:
         if not 3 <= max_tokens <= config.max_position_embeddings:
-            raise CheckpointError(f"max_tokens must be in 3..{config.max_position_embeddings}, got {max_tokens}")
+            raise CheckpointError(
+                f"max_tokens must be in 3..{config.max_position_embeddings}, got {max_tokens}"
+            )
         self.model = model.eval()
         self.config = config
         self.tokenizer = tokenizer
@@ -55,7 +63,9 @@ class Ranker:
         return self.model.score_head.weight.device
 
     @classmethod
-    def from_pretrained(cls, path: str | Path = "default", *, device: str | torch.device | None = None) -> "Ranker":
+    def from_pretrained(
+        cls, path: str | Path = "default", *, device: str | torch.device | None = None
+    ) -> "Ranker":
         """Load a ranker directory; `default` is the one in the package.
 
         Weights are copied to private memory, float32 on the CPU and float16 on a GPU.
@@ -70,19 +80,23 @@ class Ranker:
         settings = _read_config(directory)
         section = settings.get("pars_fast")
         if not isinstance(section, dict) or section.get("pooling") not in get_args(Pooling):
-            raise CheckpointError(f"{directory}: config.json has no pars_fast section, so this is an encoder "
-                                  "without a score head; make a ranker of it with `pars-fast train --init`")
-        config = _bert_config(directory, settings)
-        model = ScoreModel(config, section["pooling"])
+            raise CheckpointError(
+                f"{directory}: config.json has no pars_fast section with a pooling, so this is an encoder "
+                "without a score head; make a ranker of it with `pars-fast train --init`"
+            )
+        max_tokens = section.get("max_tokens", MAX_TOKENS)
+        if not isinstance(max_tokens, int):
+            raise CheckpointError(f"{directory}: max_tokens must be a whole number, got {max_tokens!r}")
+        token_map = _token_map(directory, section.get("token_map"))
+        model, config = _build(directory, settings, section["pooling"])
         _load_weights(directory, model)
-        token_map = section.get("token_map")
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             model.to(target, torch.float16 if target.type == "cuda" else torch.float32),
             config,
             _read_tokenizer(directory, config),
-            max_tokens=section.get("max_tokens", MAX_TOKENS),
-            token_map=TokenMap(tuple(token_map["scores"]), tuple(token_map["tokens"])) if token_map else None,
+            max_tokens=max_tokens,
+            token_map=token_map,
         )
 
     @classmethod
@@ -92,8 +106,7 @@ class Ranker:
         Raises: CheckpointError: as `from_pretrained`.
         """
         directory = Path(path)
-        config = _bert_config(directory, _read_config(directory))
-        model = ScoreModel(config, pooling)
+        model, config = _build(directory, _read_config(directory), pooling)
         _load_weights(directory, model, new_head=True)
         return cls(model, config, _read_tokenizer(directory, config), max_tokens=max_tokens)
 
@@ -121,18 +134,28 @@ class Ranker:
     def score_ids(self, batch: PackedBatch) -> Tensor:
         """Score a packed batch of WordPiece ids: (B,) float32 on the ranker's device.
 
-        Raises: PromptError: if an id lies outside the vocabulary, or a prompt is longer than the encoder's
-            positions (checked for batches in host memory; on a GPU a check would wait for it).
+        Raises: PromptError: if an id lies outside the vocabulary, or a prompt has no token or more than the
+            encoder has positions (checked for batches in host memory; on a GPU a check would wait for it).
         """
         if batch.input_ids.device.type == "cpu":
-            low, high = batch.input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise PromptError(f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}")
-            if (longest := int(batch.cu_seqlens.diff().max())) > self.config.max_position_embeddings:
-                raise PromptError(f"a prompt has {longest} tokens, the encoder takes at most "
-                                  f"{self.config.max_position_embeddings}")
+            self._check(batch)
         batch = batch.to(self.device)
         return self.model(batch.input_ids, batch.cu_seqlens)
+
+    def _check(self, batch: PackedBatch) -> None:
+        bounds, positions = batch.cu_seqlens, self.config.max_position_embeddings
+        lengths = bounds.diff()
+        if not len(lengths) or bounds[0] != 0 or bounds[-1] != len(batch.input_ids) or lengths.min() < 1:
+            raise PromptError(
+                f"cu_seqlens must rise from 0 to {len(batch.input_ids)}, the number of ids, without a repeat"
+            )
+        if (longest := int(lengths.max())) > positions:
+            raise PromptError(f"a prompt has {longest} tokens, the encoder takes at most {positions}")
+        low, high = batch.input_ids.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise PromptError(
+                f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}"
+            )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the directory that `from_pretrained` reads; weights as float16.
@@ -144,14 +167,19 @@ class Ranker:
         section: dict[str, Any] = {"pooling": self.model.pooling, "max_tokens": self.max_tokens}
         if self.token_map is not None:
             section["token_map"] = {"scores": self.token_map.scores, "tokens": self.token_map.tokens}
-        settings = {**self.config.to_diff_dict(), "architectures": ["BertModel"], "model_type": "bert",
-                    "dtype": "float16", "pars_fast": section}
+        settings = {
+            **self.config.to_diff_dict(),
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "dtype": "float16",
+            "pars_fast": section,
+        }
         (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         weights = {name: value.half().contiguous() for name, value in self.model.state_dict().items()}
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         self.tokenizer.save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer_config.json").write_text(json.dumps(
-            {"tokenizer_class": "BertTokenizerFast", "model_max_length": self.max_tokens}, indent=2) + "\n")
+        tokenizer_config = {"tokenizer_class": "BertTokenizerFast", "model_max_length": self.max_tokens}
+        (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
 
 def is_ranker(directory: Path) -> bool:
@@ -166,8 +194,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         settings = json.loads((directory / "config.json").read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: no config.json there; give a directory written by "
-                              "`pars-fast train` or a BERT-family model directory") from error
+        raise CheckpointError(
+            f"{directory}: no config.json there; give a directory written by `pars-fast train` or a "
+            "BERT-family model directory"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}/config.json: cannot be read ({error})") from error
     if not isinstance(settings, dict):
@@ -175,24 +205,45 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _bert_config(directory: Path, settings: dict[str, Any]) -> BertConfig:
-    if settings.get("model_type") != "bert":
-        raise CheckpointError(f"{directory}: model_type is {settings.get('model_type')!r}; only BERT-family "
-                              "encoders (BERT, MiniLM, BGE) are supported")
-    return BertConfig(**{key: value for key, value in settings.items() if key != "pars_fast"})
+def _build(directory: Path, settings: dict[str, Any], pooling: Pooling) -> tuple[ScoreModel, BertConfig]:
+    given = {**SUPPORTED, "model_type": None, **settings}
+    for key, wanted in SUPPORTED.items():
+        if given[key] != wanted:
+            raise CheckpointError(
+                f"{directory}: {key} is {given[key]!r}, not {wanted!r}; only BERT-family encoders "
+                "(BERT, MiniLM, BGE) are supported"
+            )
+    try:
+        config = BertConfig(**{key: value for key, value in settings.items() if key != "pars_fast"})
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size}")
+        return ScoreModel(config, pooling), config
+    except Exception as error:  # transformers' validation errors share no narrower base
+        reason = f"no encoder can be built from it ({error})"
+        raise CheckpointError(f"{directory}/config.json: {reason}") from error
+
+
+def _token_map(directory: Path, knots: Any) -> TokenMap | None:
+    try:
+        return None if knots is None else TokenMap(tuple(knots["scores"]), tuple(knots["tokens"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}/config.json: damaged token_map ({error})") from error
 
 
 def _read_tokenizer(directory: Path, config: BertConfig) -> Tokenizer:
     try:
-        if (directory / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        if (directory / "vocab.txt").exists() and not (directory / "tokenizer.json").exists():
+            slow_files = BertTokenizerFast.from_pretrained(directory, local_files_only=True)
+            tokenizer = slow_files.backend_tokenizer
         else:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{directory}: the tokenizer files are missing or damaged ({error})") from error
     if tokenizer.get_vocab_size() > config.vocab_size:
-        raise CheckpointError(f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the encoder "
-                              f"{config.vocab_size}; they belong to different models")
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the encoder "
+            f"{config.vocab_size}; they belong to different models"
+        )
     return tokenizer
 
 
@@ -201,7 +252,9 @@ def _load_weights(directory: Path, model: ScoreModel, *, new_head: bool = False)
     try:
         weights = load_safetensors(path.read_bytes())  # a copy: a file truncated later cannot hurt us
     except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: no model.safetensors there; other formats are not read") from error
+        raise CheckpointError(
+            f"{directory}: no model.safetensors there; other formats are not read"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged or truncated ({error})") from error
     weights = {name.removeprefix("bert."): value for name, value in weights.items()}
@@ -212,8 +265,9 @@ def _load_weights(directory: Path, model: ScoreModel, *, new_head: bool = False)
         if name not in weights:
             raise CheckpointError(f"{path}: no tensor {name!r}; the weights are of another architecture")
         if weights[name].shape != value.shape:
-            raise CheckpointError(f"{path}: {name!r} is {tuple(weights[name].shape)}, "
-                                  f"config.json says {tuple(value.shape)}")
+            raise CheckpointError(
+                f"{path}: {name!r} is {tuple(weights[name].shape)}, config.json says {tuple(value.shape)}"
+            )
         if not weights[name].isfinite().all():
             raise CheckpointError(f"{path}: {name!r} holds NaN or infinity")
     model.load_state_dict({name: weights[name].to(value.dtype) for name, value in wanted.items()})

