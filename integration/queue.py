@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex
 
 
 class RankedRequestQueue(RequestQueue):
@@ -22,6 +22,7 @@ class RankedRequestQueue(RequestQueue):
         index: the order itself.
         entries: by request id, every request that was added and has not finished, waiting or running.
         arrivals: new entries without a key, oldest first, for whoever scores them to take.
+        finished: seqs of requests that finished or were aborted, for a device that keeps an order of its own.
         spent_ns: time spent in this queue since it was last set to 0.
     """
 
@@ -30,6 +31,7 @@ class RankedRequestQueue(RequestQueue):
         self._trust_caller = trust_caller
         self.entries: dict[str, Entry] = {}
         self.arrivals: deque[Entry] = deque()
+        self.finished: list[int] = []
         self.spent_ns = 0
         self._next_seq = 0
         self._head: Entry | None = None  # what peek_request showed and pop_request must return
@@ -68,7 +70,10 @@ class RankedRequestQueue(RequestQueue):
 
     def prepend_request(self, request: Request) -> None:
         """Take back a request that was popped: skipped in this step, or preempted while running."""
-        entry = self.entries[request.request_id]
+        entry = self.entries.get(request.request_id)
+        if entry is None:  # never waited here, so it comes last among its equals
+            self.add_request(request)
+            return
         entry.lane = 0 if request.status == RequestStatus.PREEMPTED else 1
         self._head = None
         self.index.put_back(entry)
@@ -107,7 +112,9 @@ class RankedRequestQueue(RequestQueue):
         """Forget a finished or aborted request; its charge is corrected to the tokens it really made."""
         entry = self.entries.pop(request_id, None)
         if entry is not None:
+            self._head = None  # the guard may now decide otherwise
             self.index.finish(entry, entry.payload.num_output_tokens)
+            self.finished.append(entry.seq)
         return entry
 
     def __bool__(self) -> bool:
@@ -128,5 +135,5 @@ def _callers_estimate(request: Request) -> float | None:
     extra = request.sampling_params.extra_args if request.sampling_params is not None else None
     value = extra.get("pars_score") if extra else None
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
+        return float(min(value, MAX_EXPECTED_TOKENS))
     return None

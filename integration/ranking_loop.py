@@ -62,6 +62,8 @@ class RankingLoop:
         if scored:
             self._heard_at = self._clock()
             self._take(scored)
+            if (order := self._runtime.order()) is not None:
+                self._queue.index.set_device_order(order)
         elif reason := self._runtime.failure():
             self._fail(reason)
         elif self._in_flight and self._clock() - self._heard_at > self._stale_after_s:
@@ -69,12 +71,13 @@ class RankingLoop:
 
     def after_step(self, *, left_waiting: bool) -> None:
         """Hand prompts over, if the finished step left requests waiting."""
+        if self._queue.finished:
+            self._runtime.forget(self._queue.finished)
+            self._queue.finished = []
         arrivals = self._queue.arrivals
-        if not left_waiting:
-            while arrivals and not arrivals[0].waiting:  # admitted at once: never needed a score
-                arrivals.popleft()
-            return
-        if not self._ready or len(self._in_flight) >= MAX_IN_FLIGHT or not arrivals:
+        while arrivals and not arrivals[0].waiting:  # admitted already: needs no score
+            arrivals.popleft()
+        if not left_waiting or not self._ready or len(self._in_flight) >= MAX_IN_FLIGHT or not arrivals:
             return
         batch: list[Entry] = []
         while arrivals and len(self._in_flight) + len(batch) < MAX_IN_FLIGHT:
@@ -94,6 +97,8 @@ class RankingLoop:
             self._counters["pars_submitted"] += len(batch)
         else:
             arrivals.extendleft(reversed(batch))
+            if reason := self._runtime.failure():  # it ended while it had nothing to do
+                self._fail(reason)
 
     def close(self) -> None:
         self._runtime.close()
@@ -111,7 +116,7 @@ class RankingLoop:
                 self._counters["pars_scored"] += 1
             else:
                 self._counters["pars_fallback_prompt"] += 1
-        if self._failures:
+        if self._failures and scored[-1] != READY:  # one that starts but dies of its first batch is not back
             logger.info("pars-fast: the ranker is back")
             self._failures = 0
         if not self._shadow:

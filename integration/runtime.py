@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -34,6 +35,12 @@ class RankerRuntime(Protocol):
 
     def poll(self) -> list[Scored]:
         """What has been scored since the last call."""
+
+    def order(self) -> Sequence[int] | None:
+        """Seqs of all scored requests that run next, as of the last `poll`; None without a GPU's order."""
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        """These requests have finished; they need no place in the order any more."""
 
     def failure(self) -> str | None:
         """Why the ranker ended, None while it runs."""
@@ -85,6 +92,12 @@ class ProcessRuntime:
                 scored += self._decode(self._socket.recv(zmq.NOBLOCK))
         return scored
 
+    def order(self) -> None:
+        return None
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        pass
+
     def failure(self) -> str | None:
         code = self._process.poll() if self._process is not None else None
         return None if code is None else f"the ranker process ended with code {code}"
@@ -104,50 +117,81 @@ class ProcessRuntime:
         self._process = self._socket = None
 
 
+class Scorer(Protocol):
+    """What a `ThreadRuntime` runs in its thread."""
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
+        """Score prompts."""
+
+    def order(self) -> Sequence[int] | None:
+        """Seqs of the scored requests that run next, None if this scorer keeps no order."""
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        """Drop finished requests from the order."""
+
+
 class ThreadRuntime:
     """The ranker as a daemon thread on the engine's GPU; `make_scorer` loads it, inside the thread."""
 
-    def __init__(self, make_scorer: Callable[[], Callable[[list[Prompt]], list[Scored]]]) -> None:
+    def __init__(self, make_scorer: Callable[[], Scorer]) -> None:
         self._make_scorer = make_scorer
+        self._channel = _Channel()
 
     def start(self) -> None:
-        # A hung thread cannot be killed; it keeps its own queues and is forgotten with them.
-        self._prompts: queue.SimpleQueue[Sequence[Prompt] | None] = queue.SimpleQueue()
-        self._scored: queue.SimpleQueue[list[Scored]] = queue.SimpleQueue()
-        self._failure: list[str] = []
-        arguments = (self._make_scorer, self._prompts, self._scored, self._failure)
+        # A hung thread cannot be killed; it keeps its own channel, and ends if it ever comes back to it.
+        self.close()
+        self._channel = _Channel()
+        self._order: Sequence[int] | None = None
+        arguments = (self._make_scorer, self._channel)
         threading.Thread(target=_score_forever, args=arguments, name="pars-fast", daemon=True).start()
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
-        self._prompts.put(prompts)
+        self._channel.prompts.put(prompts)
         return True
 
     def poll(self) -> list[Scored]:
         scored: list[Scored] = []
-        while not self._scored.empty():
-            scored += self._scored.get_nowait()
+        while not self._channel.scored.empty():
+            batch, self._order = self._channel.scored.get_nowait()
+            scored += batch
         return scored
 
+    def order(self) -> Sequence[int] | None:
+        return self._order
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        self._channel.finished.put(seqs)
+
     def failure(self) -> str | None:
-        return self._failure[0] if self._failure else None
+        return self._channel.failure
 
     def close(self) -> None:
-        self._prompts.put(None)
+        self._channel.prompts.put(None)
 
 
-def _score_forever(
-    make_scorer: Callable[[], Callable[[list[Prompt]], list[Scored]]],
-    prompts: "queue.SimpleQueue[Sequence[Prompt] | None]",
-    scored: "queue.SimpleQueue[list[Scored]]",
-    failure: list[str],
-) -> None:
+@dataclass(slots=True)
+class _Channel:
+    """Between the scheduling thread and one ranker thread. `prompts` ends with None; `finished` is read
+    before each batch, since it changes nothing that anybody waits for."""
+
+    prompts: "queue.SimpleQueue[Sequence[Prompt] | None]" = field(default_factory=queue.SimpleQueue)
+    finished: "queue.SimpleQueue[Sequence[int]]" = field(default_factory=queue.SimpleQueue)
+    scored: "queue.SimpleQueue[tuple[list[Scored], Sequence[int] | None]]" = field(default_factory=queue.SimpleQueue)
+    failure: str | None = None
+
+
+def _score_forever(make_scorer: Callable[[], Scorer], channel: _Channel) -> None:
     try:
         score = make_scorer()
-        scored.put([READY])
-        while (batch := prompts.get()) is not None:
+        channel.scored.put(([READY], None))
+        while (batch := channel.prompts.get()) is not None:
             waiting = list(batch)
-            while not prompts.empty() and (more := prompts.get_nowait()) is not None:
-                waiting += more
-            scored.put(score(waiting))
+            with contextlib.suppress(queue.Empty):
+                while (more := channel.prompts.get_nowait()) is not None:
+                    waiting += more
+                channel.prompts.put(None)  # closed meanwhile: end after this batch
+            while not channel.finished.empty():
+                score.forget(channel.finished.get_nowait())
+            channel.scored.put((score(waiting), score.order()))
     except Exception as error:  # whatever it is, the scheduler must learn of it and go on
-        failure.append(f"the ranker thread ended: {error!r}")
+        channel.failure = f"the ranker thread ended: {error!r}"

@@ -9,7 +9,7 @@ Heaps are cleaned lazily: an item counts only while its stamp is its entry's.
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from pars_fast.policies import Policy
 
 Lane = Literal[0, 1]
 MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long" louder
+DEVICE_ORDER_MIN_WAITING = 65536  # where a GPU's order should begin to pay; a guess, not measured
 _MEDIAN_WINDOW = 511
 _Heap = list[tuple[int, float, int, int, "Entry"]]  # (lane, key, seq, stamp, entry)
 
@@ -68,7 +69,14 @@ class HostIndex:
     waiting request.
     """
 
-    def __init__(self, policy: Policy, guard: GuardSettings, *, initial_expected_tokens: float = 128.0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        guard: GuardSettings,
+        *,
+        initial_expected_tokens: float = 128.0,
+        device_order_min_waiting: int = DEVICE_ORDER_MIN_WAITING,
+    ) -> None:
         self.policy = policy
         self.ranking = True
         self.promotions = 0
@@ -78,6 +86,8 @@ class HostIndex:
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []
         self._size = 0
+        self._device_order: deque[int] = deque()
+        self._device_order_min_waiting = device_order_min_waiting
 
     def __len__(self) -> int:
         return self._size
@@ -87,7 +97,8 @@ class HostIndex:
         if entry.key is None:  # else the caller's estimate gave it
             entry.key = self.policy.key_on_arrival(entry.payload)
         group = self._class_of(entry.priority)
-        entry.budget = group.guard.arrive(entry.seq, group.expected_tokens + group.unscored * self._median.value)
+        tokens_ahead = group.expected_tokens + group.unscored * self._median.value
+        entry.budget = group.guard.arrive(entry.seq, tokens_ahead)
         group.put(entry)
         self._size += 1
 
@@ -117,9 +128,18 @@ class HostIndex:
         if waiting:
             group.take(entry)
         entry.expected_tokens = expected_tokens
-        entry.key = self.policy.key(expected_tokens)
+        if self.policy.uses_ranker:  # else the key is known from the start
+            entry.key = self.policy.key(expected_tokens)
         if waiting:
             group.put(entry)
+
+    def set_device_order(self, seqs: Sequence[int]) -> None:
+        """The newest order of the scored requests that a GPU computed, next first: a hint.
+
+        Used while at least `device_order_min_waiting` requests of one priority wait, none of them preempted.
+        Each entry is checked before use; when it is used up, the host's own heap decides.
+        """
+        self._device_order = deque(seqs)
 
     def expected(self, entry: Entry) -> float:
         """Expected output tokens of a request, the running median if it has no score."""
@@ -173,11 +193,22 @@ class HostIndex:
             insort(self._priorities, priority)
         return group
 
+    def _hint(self, group: "_PriorityClass") -> Entry | None:
+        """The scored request of `group` that the device put first, None if the host is to look itself."""
+        if self._size < self._device_order_min_waiting or len(group.by_seq) < self._size or group.preempted:
+            return None
+        while self._device_order:
+            entry = group.by_seq.get(self._device_order[0])
+            if entry is not None and entry.key is not None:
+                return entry
+            self._device_order.popleft()  # admitted or aborted meanwhile
+        return None
+
     def _head_of(self, group: "_PriorityClass") -> tuple[Entry, bool]:
         """(next entry of a class, whether the guard chose it)."""
         if not self.ranking:
             return group.first(group.arrivals), False
-        entry = group.shortest(self.policy.key(self._median.value))
+        entry = group.shortest(self.policy.key(self._median.value), self._hint(group))
         if not self.policy.guarded or entry.lane == 0:
             return entry, False
         promoted = False
@@ -194,6 +225,7 @@ class _PriorityClass:
         self.by_seq: dict[int, Entry] = {}
         self.expected_tokens = 0.0  # of the scored
         self.unscored = 0
+        self.preempted = 0
         self.arrivals: _Heap = []
         self._keyed: _Heap = []
         self._unscored: _Heap = []
@@ -221,18 +253,26 @@ class _PriorityClass:
         self._account(entry, -1)
         self._compact()
 
-    def shortest(self, median_key: float) -> Entry:
-        """The entry of lowest (lane, key, seq), `median_key` standing in for a missing key."""
-        keyed, unscored = self._clean(self._keyed), self._clean(self._unscored)
-        if not unscored:
-            return keyed[0][4]
-        if not keyed:
-            return unscored[0][4]
-        lane, _, seq, _, entry = unscored[0]
-        return entry if (lane, median_key, seq) < keyed[0][:3] else keyed[0][4]
+    def shortest(self, median_key: float, hint: Entry | None = None) -> Entry:
+        """The entry of lowest (lane, key, seq), `median_key` standing in for a missing key.
+
+        `hint`, if given, is the keyed entry to take instead of looking for it.
+        """
+        keyed = hint or self._top(self._keyed)
+        unscored = self._top(self._unscored)
+        if keyed is None or unscored is None:
+            entry = keyed or unscored
+            assert entry is not None
+            return entry
+        assert keyed.key is not None
+        waits_longer = (unscored.lane, median_key, unscored.seq) < (keyed.lane, keyed.key, keyed.seq)
+        return unscored if waits_longer else keyed
 
     def first(self, heap: _Heap) -> Entry:
         return self._clean(heap)[0][4]
+
+    def _top(self, heap: _Heap) -> Entry | None:
+        return self._clean(heap)[0][4] if self._clean(heap) else None
 
     def oldest_seq(self) -> int:
         """Lowest `seq` of lane 1; a large number if nobody waits there."""
@@ -240,6 +280,7 @@ class _PriorityClass:
         return heap[0][2] if heap else 1 << 62
 
     def _account(self, entry: Entry, sign: Literal[1, -1]) -> None:
+        self.preempted += sign * (entry.lane == 0)
         if entry.expected_tokens is None:
             self.unscored += sign
         else:
