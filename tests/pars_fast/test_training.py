@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def leave_state(encoder: Path, toy: LengthFile, out: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.shutil, "rmtree", lambda path, **options: None if options else stop())
+        patch.setattr(shutil, "rmtree", lambda path, **options: None if options else stop())
         with pytest.raises(KeyboardInterrupt):
             train([toy], str(encoder), Recipe(epochs=1, batch_prompts=16, max_tokens=32), out)
 

