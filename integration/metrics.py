@@ -25,14 +25,14 @@ METRICS: tuple[tuple[str, str, str], ...] = (
     ("pars_active", "gauge", "1 while the queue is ranked, 0 while it is in arrival order"),
     ("pars_waiting", "gauge", "Requests in the ranked waiting queue"),
     ("pars_kendall_tau", "gauge", "Kendall tau-b of scores and real lengths over the last finished requests"),
-    ("pars_step_overhead_us_p50", "gauge", "Median time that ranking added to a scheduling step, microseconds"),
+    ("pars_step_overhead_us_p50", "gauge", "Median time that ranking adds to a scheduling step, in us"),
 )
 NAMES = tuple(name for name, _, _ in METRICS)
 _LAYOUT = struct.Struct(f"{len(METRICS)}d")
 
 
 class CounterFile:
-    """The counters of one engine; `values` is what was written last. Falls back to memory without a folder."""
+    """The counters of one engine; `write` shows `values` to readers. Without a folder they stay in memory."""
 
     def __init__(self, directory: str | None, engine: int) -> None:
         self.values = dict.fromkeys(NAMES, 0.0)
@@ -71,11 +71,13 @@ class _Collector:
             base, _, reason = name.partition("_fallback_")
             if reason:
                 continue
-            family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(base, description, labels=["engine"])
+            family_cls = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            family = family_cls(base, description, labels=["engine"])
             for engine, values in counters.items():
                 family.add_metric([engine], values[name])
             yield family
-        fallback = CounterMetricFamily("pars_fallback", "Fallbacks to arrival order", labels=["engine", "reason"])
+        labels = ["engine", "reason"]
+        fallback = CounterMetricFamily("pars_fallback", "Fallbacks to arrival order", labels=labels)
         for engine, values in counters.items():
             for name in NAMES:
                 if name.startswith("pars_fallback_"):

@@ -7,7 +7,7 @@ vLLM's own tests use. Lives in EngineCore, on the scheduling thread.
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
@@ -22,7 +22,7 @@ class RankedRequestQueue(RequestQueue):
         index: the order itself.
         entries: by request id, every request that was added and has not finished, waiting or running.
         arrivals: new entries without a key, oldest first, for whoever scores them to take.
-        finished: seqs of requests that finished or were aborted, for a device that keeps an order of its own.
+        finished: seqs of scored requests that finished or were aborted, for a device with its own order.
         spent_ns: time spent in this queue since it was last set to 0.
     """
 
@@ -103,6 +103,11 @@ class RankedRequestQueue(RequestQueue):
         self._head = None
         self.index.set_expected_tokens(entry, expected_tokens)
 
+    def set_device_order(self, seqs: Sequence[int]) -> None:
+        """Give the index a new hint; see `HostIndex.set_device_order`."""
+        self._head = None
+        self.index.set_device_order(seqs)
+
     def set_ranking(self, active: bool) -> None:
         """Ranked order, or arrival order."""
         self._head = None
@@ -114,7 +119,8 @@ class RankedRequestQueue(RequestQueue):
         if entry is not None:
             self._head = None  # the guard may now decide otherwise
             self.index.finish(entry, entry.payload.num_output_tokens)
-            self.finished.append(entry.seq)
+            if entry.expected_tokens is not None:
+                self.finished.append(entry.seq)
         return entry
 
     def __bool__(self) -> bool:

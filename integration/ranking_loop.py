@@ -63,7 +63,7 @@ class RankingLoop:
             self._heard_at = self._clock()
             self._take(scored)
             if (order := self._runtime.order()) is not None:
-                self._queue.index.set_device_order(order)
+                self._queue.set_device_order(order)
         elif reason := self._runtime.failure():
             self._fail(reason)
         elif self._in_flight and self._clock() - self._heard_at > self._stale_after_s:
@@ -111,6 +111,8 @@ class RankingLoop:
             entry = self._in_flight.pop(seq, None)
             if entry is None:
                 continue
+            if self._queue.entries.get(entry.payload.request_id) is not entry:  # finished meanwhile
+                self._queue.finished.append(seq)
             if math.isfinite(expected_tokens):
                 self._queue.set_expected_tokens(entry, expected_tokens)
                 self._counters["pars_scored"] += 1

@@ -176,7 +176,9 @@ class _Channel:
 
     prompts: "queue.SimpleQueue[Sequence[Prompt] | None]" = field(default_factory=queue.SimpleQueue)
     finished: "queue.SimpleQueue[Sequence[int]]" = field(default_factory=queue.SimpleQueue)
-    scored: "queue.SimpleQueue[tuple[list[Scored], Sequence[int] | None]]" = field(default_factory=queue.SimpleQueue)
+    scored: "queue.SimpleQueue[tuple[list[Scored], Sequence[int] | None]]" = field(
+        default_factory=queue.SimpleQueue
+    )
     failure: str | None = None
 
 

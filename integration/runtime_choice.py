@@ -16,7 +16,9 @@ def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
     if settings.device == "cuda" or (settings.device == "auto" and _owns_a_gpu(parallel)):
         from pars_fast.integration.gpu_scoring import make_gpu_scorer
 
-        return ThreadRuntime(lambda: make_gpu_scorer(settings.ranker, model.tokenizer, model.tokenizer_revision))
+        return ThreadRuntime(
+            lambda: make_gpu_scorer(settings.ranker, model.tokenizer, model.tokenizer_revision)
+        )
     return ProcessRuntime(settings.ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads)
 
 

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,10 +46,13 @@ class RankingMixin:
         policy = POLICIES[settings.policy]()
         guard = GuardSettings(settings.guard_beta, settings.guard_floor_tokens)
         self.waiting = RankedRequestQueue(HostIndex(policy, guard), trust_caller=settings.trust_caller)
-        self._counters = CounterFile(os.environ.get("PARS_METRICS_DIR"), config.parallel_config.data_parallel_index)
+        engine = config.parallel_config.data_parallel_index
+        self._counters = CounterFile(os.environ.get("PARS_METRICS_DIR"), engine)
         self._overhead = OverheadMedian()
         self._steps = 0
-        self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard) if settings.mode == "shadow" else None
+        self._shadow: ShadowReport | None = None
+        if settings.mode == "shadow":
+            self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard)
         self._ranking_loop: RankingLoop | None = None
         if policy.uses_ranker:
             self._ranking_loop = RankingLoop(
@@ -75,11 +79,13 @@ class RankingMixin:
         outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
-                if output.finish_reason is not None:
+                if output.finish_reason is not None and self._is_gone(output.request_id):
                     self._finished(output.request_id)
         return outputs
 
-    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
         aborted: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
         for request in aborted:
             self.waiting.finish(request.request_id)
@@ -99,6 +105,8 @@ class RankingMixin:
             # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.
             deferred = len(self.deferred_waiting)  # type: ignore[attr-defined]
             self._ranking_loop.after_step(left_waiting=len(self.waiting) > deferred)
+        else:
+            self.waiting.finished.clear()  # no device keeps an order
         values, index = self._counters.values, self.waiting.index
         values["pars_active"] = float(index.ranking and index.policy.uses_ranker)
         values["pars_waiting"] = float(len(index))
@@ -108,6 +116,11 @@ class RankingMixin:
         if self._steps % OVERHEAD_EVERY_STEPS == 0:
             values["pars_step_overhead_us_p50"] = self._overhead.median_us()
         self._counters.write()
+
+    def _is_gone(self, request_id: str) -> bool:
+        """False between the turns of a streaming session, each of which has a finish reason."""
+        request: Request | None = self.requests.get(request_id)  # type: ignore[attr-defined]
+        return request is None or request.is_finished()
 
     def _finished(self, request_id: str) -> None:
         entry = self.waiting.finish(request_id)
@@ -122,6 +135,7 @@ class RankingMixin:
             logger.exception("pars-fast: ranking is switched off, the queue is in arrival order")
             self._counters.values["pars_fallback_error"] += 1
             self.waiting.set_ranking(False)
+            self.waiting.arrivals = deque(maxlen=0)  # nobody takes them any more
             loop, self._ranking_loop = self._ranking_loop, None
             if loop is not None:
                 loop.close()
@@ -129,7 +143,7 @@ class RankingMixin:
 
 @functools.cache
 def with_ranking(scheduler_cls: type) -> type:
-    """A subclass of vLLM's scheduler class whose waiting queue is ranked; a ranked class is given back as it is."""
+    """A subclass of vLLM's scheduler class whose waiting queue is ranked; a ranked class as it is."""
     if issubclass(scheduler_cls, RankingMixin):
         return scheduler_cls
     return type(f"Ranked{scheduler_cls.__name__}", (RankingMixin, scheduler_cls), {"__module__": __name__})

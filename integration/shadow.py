@@ -50,5 +50,7 @@ class ShadowReport:
         fcfs = mean_latencies(requests, "fcfs", self._guard, self._seats)
         ranked = mean_latencies(requests, "pars_fast", self._guard, self._seats)
         per_token, end_to_end = (100 * (r / f - 1) for r, f in zip(ranked, fcfs, strict=True))
-        return (f"Kendall tau-b {tau:.2f} over {len(requests)} scored requests; ranking would change mean latency "
-                f"per token by {per_token:+.0f} %, end-to-end by {end_to_end:+.0f} %")
+        return (
+            f"Kendall tau-b {tau:.2f} over {len(requests)} scored requests; ranking would change mean "
+            f"latency per token by {per_token:+.0f} %, end-to-end by {end_to_end:+.0f} %"
+        )

@@ -33,9 +33,8 @@ def mean_latencies(
     entries: list[Entry] = []
     latency = np.zeros(len(requests))
     while len(entries) < len(requests) or busy:
-        arrives = len(entries) < len(requests) and (not busy or requests[len(entries)].arrival_s <= busy[0][0])
-        if arrives:
-            request = requests[len(entries)]
+        request = requests[len(entries)] if len(entries) < len(requests) else None
+        if request is not None and (not busy or request.arrival_s <= busy[0][0]):
             now = request.arrival_s
             entries.append(Entry(len(entries), 0, None))
             if index.policy.uses_ranker:

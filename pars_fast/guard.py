@@ -13,7 +13,7 @@ again.
 """
 
 import heapq
-from bisect import insort
+from bisect import bisect_left
 from dataclasses import dataclass
 
 _BLOCK = 256
@@ -21,7 +21,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class GuardSettings:
-    """`beta`: extra work tolerated per token ahead at arrival, ratio >= 0; `floor_tokens`: a fixed allowance."""
+    """`beta`: extra work tolerated per token ahead at arrival, a ratio; `floor_tokens`: a fixed allowance."""
 
     beta: float = 0.5
     floor_tokens: float = 2000.0
@@ -92,7 +92,9 @@ class OvertakingBudget:
                 continue
             remaining = self.remaining(seq)
             if remaining < tokens:
-                insort(self._tight, seq)
+                place = bisect_left(self._tight, seq)
+                if self._tight[place : place + 1] != [seq]:  # it may have left and come back
+                    self._tight.insert(place, seq)
             else:
                 heapq.heappush(self._looks, (self._total + remaining, seq))
 
@@ -121,7 +123,10 @@ class _SuffixSums:
         self._sums[index] += value
 
     def beyond(self, position: int) -> float:
+        """Sum of the values at positions greater than `position`, as far as they are still kept."""
         index = position // _BLOCK - self._first_block
+        if index < 0:
+            return sum(self._sums)
         if index >= len(self._blocks):
             return 0.0
         return sum(self._sums[index + 1 :]) + sum(self._blocks[index][position % _BLOCK + 1 :])

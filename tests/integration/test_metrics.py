@@ -1,0 +1,96 @@
+"""Counters from the engine's file to the text that Prometheus reads."""
+
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+
+from pars_fast.integration.metrics import (
+    METRICS,
+    NAMES,
+    CounterFile,
+    _Collector,
+    read_counters,
+    register_collector,
+)
+from pars_fast.integration.overhead import OverheadMedian
+
+
+def test_counters_travel_through_the_file(tmp_path: Path) -> None:
+    engines = [CounterFile(str(tmp_path), engine) for engine in (0, 1)]
+    engines[0].values["pars_scored"] += 5
+    engines[1].values["pars_kendall_tau"] = -0.25
+    assert read_counters(tmp_path)["0"]["pars_scored"] == 0  # not yet written
+    for engine in engines:
+        engine.write()
+    counters = read_counters(tmp_path)
+    assert counters == {
+        "0": dict.fromkeys(NAMES, 0.0) | {"pars_scored": 5.0},
+        "1": dict.fromkeys(NAMES, 0.0) | {"pars_kendall_tau": -0.25},
+    }
+
+
+def test_a_restarted_engine_starts_from_zero(tmp_path: Path) -> None:
+    first = CounterFile(str(tmp_path), 0)
+    first.values["pars_scored"] = 9.0
+    first.write()
+    CounterFile(str(tmp_path), 0)
+    assert read_counters(tmp_path)["0"]["pars_scored"] == 0
+
+
+def test_without_a_folder_counters_stay_in_memory() -> None:
+    counters = CounterFile(None, 0)
+    counters.values["pars_scored"] += 1
+    counters.write()
+    assert counters.values["pars_scored"] == 1
+
+
+def test_files_that_are_not_ours_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "engine_0.bin").write_bytes(b"short")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert read_counters(tmp_path) == {}
+    assert read_counters(tmp_path / "gone") == {}
+
+
+def test_what_prometheus_reads(tmp_path: Path) -> None:
+    counters = CounterFile(str(tmp_path), 3)
+    counters.values |= {"pars_scored": 7.0, "pars_fallback_ranker": 2.0, "pars_waiting": 11.0}
+    counters.write()
+    registry = CollectorRegistry()
+    registry.register(_Collector(str(tmp_path)))
+    text = generate_latest(registry).decode()
+    for line in (
+        "# TYPE pars_scored_total counter",
+        'pars_scored_total{engine="3"} 7.0',
+        'pars_fallback_total{engine="3",reason="ranker"} 2.0',
+        'pars_fallback_total{engine="3",reason="prompt"} 0.0',
+        'pars_fallback_total{engine="3",reason="error"} 0.0',
+        "# TYPE pars_waiting gauge",
+        'pars_waiting{engine="3"} 11.0',
+    ):
+        assert line in text.splitlines()
+    for name, _, description in METRICS:
+        if "_fallback_" not in name:
+            assert f"{description}\n" in text
+
+
+def test_the_collector_lives_in_the_default_registry(tmp_path: Path) -> None:
+    before = set(REGISTRY._collector_to_names)
+    CounterFile(str(tmp_path), 0)
+    register_collector(str(tmp_path))
+    (collector,) = set(REGISTRY._collector_to_names) - before
+    try:
+        assert b"pars_scored_total" in generate_latest(REGISTRY)
+    finally:
+        REGISTRY.unregister(collector)
+
+
+@pytest.mark.parametrize(
+    ("spent_ns", "median_us"),
+    [([], 0.0), ([1500], 1.5), ([1000, 2000, 9_999_999], 2.5), ([10**12], 1999.5), ([999, 5000, 5999], 5.5)],
+)
+def test_overhead_median(spent_ns: list[int], median_us: float) -> None:
+    overhead = OverheadMedian()
+    for value in spent_ns:
+        overhead.add(value)
+    assert overhead.median_us() == median_us

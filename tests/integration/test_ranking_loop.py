@@ -1,0 +1,337 @@
+"""The ranking loop with a ranker in memory and a clock that the test moves."""
+
+import logging
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from vllm.v1.request import Request
+
+from pars_fast.guard import GuardSettings
+from pars_fast.host_index import HostIndex
+from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.queue import RankedRequestQueue
+from pars_fast.integration.ranking_loop import MAX_IN_FLIGHT, MAX_PROMPT_IDS, MAX_RESTART_DELAY_S, RankingLoop
+from pars_fast.policies import POLICIES
+
+STALE_AFTER_S = 5.0
+
+
+class Bench:
+    """A loop with everything around it. `step` is one scheduling step that admits nothing by itself."""
+
+    def __init__(self, runtime: Any, make_request: Callable[..., Request], *, shadow: bool = False) -> None:
+        self.now = 1000.0
+        self.runtime = runtime
+        self.queue = RankedRequestQueue(HostIndex(POLICIES["pars_fast"](), GuardSettings(0.0, math.inf)))
+        self.counters = CounterFile(None, 0).values
+        file = CounterFile(None, 0)
+        file.values = self.counters
+        self.make_request = make_request
+        self.loop = RankingLoop(
+            self.queue, runtime, file, stale_after_s=STALE_AFTER_S, shadow=shadow, clock=lambda: self.now
+        )
+
+    def step(self, *, left_waiting: bool = True, seconds: float = 0.01) -> None:
+        self.loop.before_step()
+        self.loop.after_step(left_waiting=left_waiting)
+        self.now += seconds
+
+    def add(self, count: int = 1, **fields: Any) -> list[Request]:
+        requests = [self.make_request(**fields) for _ in range(count)]
+        for request in requests:
+            self.queue.add_request(request)
+        return requests
+
+    def fallbacks(self, reason: str) -> float:
+        return self.counters[f"pars_fallback_{reason}"]
+
+    def expected(self, request: Request) -> float | None:
+        return self.queue.entries[request.request_id].expected_tokens
+
+
+@pytest.fixture
+def bench(fake_runtime: Any, make_request: Callable[..., Request]) -> Bench:
+    return Bench(fake_runtime, make_request)
+
+
+def descending(prompt: tuple[int, list[int]]) -> float:
+    """Later requests are shorter, so that a ranked order is the reverse of arrival."""
+    return 1000.0 - prompt[0]
+
+
+def test_nothing_is_scored_while_nothing_is_left_waiting(bench: Bench) -> None:
+    for _ in range(20):
+        bench.add()
+        bench.loop.before_step()
+        bench.queue.pop_request()
+        bench.loop.after_step(left_waiting=False)
+    assert bench.runtime.submitted == []
+    assert bench.counters["pars_submitted"] == 0
+    assert not bench.queue.arrivals  # and nothing piles up
+
+
+def test_scores_are_applied(bench: Bench) -> None:
+    bench.runtime.answer = descending
+    requests = bench.add(5)
+    bench.step()
+    bench.step()
+    assert list(bench.queue) == requests[::-1]
+    assert bench.counters["pars_submitted"] == bench.counters["pars_scored"] == 5
+
+
+def test_nothing_is_submitted_before_the_ranker_is_ready(bench: Bench) -> None:
+    bench.runtime.ready_on_start = False
+    bench.runtime.start()
+    bench.add(3)
+    bench.step()
+    assert bench.runtime.submitted == []
+    bench.runtime.become_ready()
+    bench.step()
+    assert len(bench.runtime.submitted) == 3
+
+
+def test_few_prompts_are_in_flight_at_once(bench: Bench) -> None:
+    requests = bench.add(3 * MAX_IN_FLIGHT)
+    for _ in range(3):
+        bench.step()
+        assert len(bench.runtime.pending) == MAX_IN_FLIGHT
+    for _ in range(4):
+        bench.runtime.score(descending)
+        bench.step()
+    assert [seq for seq, _ in bench.runtime.submitted] == list(range(3 * MAX_IN_FLIGHT))
+    assert None not in [bench.expected(request) for request in requests]
+
+
+def test_a_request_admitted_meanwhile_is_not_scored(bench: Bench) -> None:
+    admitted, waiting = bench.add(2)
+    assert bench.queue.pop_request() is admitted
+    bench.step()
+    assert [ids for _, ids in bench.runtime.submitted] == [waiting.prompt_token_ids]
+
+
+@pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf])
+def test_a_prompt_that_cannot_be_scored_is_counted_and_keeps_the_median(bench: Bench, answer: float) -> None:
+    bad, good = bench.add(2)
+    bench.runtime.answer = lambda prompt: answer if prompt[0] == 0 else 40.0
+    bench.step()
+    bench.step()
+    assert bench.expected(bad) is None
+    assert bench.expected(good) == 40.0
+    assert (bench.fallbacks("prompt"), bench.counters["pars_scored"]) == (1, 1)
+    bench.step()
+    assert len(bench.runtime.submitted) == 2  # not tried again
+
+
+@pytest.mark.parametrize("ids", [None, []], ids=["no ids", "empty"])
+def test_a_prompt_without_ids_is_counted(bench: Bench, ids: list[int] | None) -> None:
+    (request,) = bench.add()
+    request.prompt_token_ids = ids  # embeddings only
+    bench.add()
+    bench.step()
+    assert [seq for seq, _ in bench.runtime.submitted] == [1]
+    assert bench.fallbacks("prompt") == 1
+    assert len(bench.queue) == 2
+
+
+def test_of_a_prompt_of_100k_tokens_only_the_head_is_handed_over(bench: Bench) -> None:
+    bench.add(prompt_token_ids=list(range(100_000)))
+    bench.step()
+    assert bench.runtime.submitted == [(0, list(range(MAX_PROMPT_IDS)))]
+
+
+def test_an_abort_with_a_score_in_flight_does_not_touch_the_next_request_of_that_id(bench: Bench) -> None:
+    (request,) = bench.add(request_id="again")
+    bench.step()
+    bench.queue.remove_requests([request])
+    bench.queue.finish("again")
+    (successor,) = bench.add(request_id="again")
+    bench.runtime.score(lambda prompt: 7.0)
+    bench.step()
+    assert bench.expected(successor) is None
+    bench.runtime.score(lambda prompt: 9.0)
+    bench.step()
+    assert bench.expected(successor) == 9.0
+    assert len(bench.queue) == 1
+
+
+def test_an_answer_to_a_question_nobody_asked_is_dropped(bench: Bench) -> None:
+    (request,) = bench.add()
+    bench.step()
+    bench.runtime.pending.append((12345, [1]))
+    bench.runtime.score(lambda prompt: 7.0)
+    bench.step()
+    assert bench.expected(request) == 7.0
+    assert bench.counters["pars_scored"] == 1
+
+
+def test_a_failure_falls_back_to_arrival_order_once_said_and_counted(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.runtime.answer = descending
+    requests = bench.add(4)
+    bench.step()
+    bench.step()
+    assert list(bench.queue) == requests[::-1]
+    bench.runtime.answer = None
+    requests += bench.add(2)
+    bench.step()
+    with caplog.at_level(logging.INFO, "vllm.pars_fast"):
+        bench.runtime.reason = "the ranker process ended with code -9"
+        bench.step()
+        assert list(bench.queue) == requests
+        assert bench.fallbacks("ranker") == 1
+        bench.step(seconds=1.1)  # the restart is due
+        bench.runtime.answer = descending
+        for _ in range(4):
+            bench.step()
+    assert bench.runtime.starts == 2
+    assert list(bench.queue) == requests[::-1]  # the two in flight were asked again
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == [
+        "pars-fast: the ranker process ended with code -9; the queue is in arrival order until it is back"
+    ]
+    assert caplog.records[-1].getMessage() == "pars-fast: the ranker is back"
+
+
+def test_restarts_come_at_growing_intervals(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """A ranker that never comes up is started after 1, 2, 4, ... seconds, at most a minute apart."""
+    bench.runtime.ready_on_start = False
+    bench.runtime.start()
+    bench.add()
+    started_at = []
+    for _ in range(40_000):
+        before = bench.runtime.starts
+        bench.runtime.reason = "no checkpoint"
+        bench.step()
+        if bench.runtime.starts > before:
+            started_at.append(bench.now)
+    gaps = [round(later - earlier) for earlier, later in pairwise(started_at)]
+    assert gaps[:5] == [2, 4, 8, 16, 32]
+    assert set(gaps[5:]) == {MAX_RESTART_DELAY_S}
+    assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 1
+    assert len(bench.queue) == 1
+
+
+def test_a_prompt_that_kills_every_ranker_does_not_make_it_restart_ever_faster(bench: Bench) -> None:
+    """Coming up is no recovery: only a score is."""
+    bench.add()
+    while bench.now < 1060.0:
+        bench.step(seconds=0.05)
+        if bench.runtime.pending:
+            bench.runtime.reason = "the ranker process ended with code -11"
+    assert 5 <= bench.fallbacks("ranker") <= 7  # after 1, 2, 4, ... seconds
+
+
+def test_a_ranker_that_dies_while_idle_is_noticed(bench: Bench) -> None:
+    """It holds no prompt then, so nobody would hear its silence."""
+    bench.step()
+    bench.runtime.accepts, bench.runtime.reason = False, "the ranker process ended with code -9"
+    requests = bench.add(3)
+    bench.step()
+    assert bench.fallbacks("ranker") == 1
+    bench.runtime.accepts, bench.runtime.answer = True, descending
+    bench.step(seconds=1.1)
+    for _ in range(3):
+        bench.step()
+    assert list(bench.queue) == requests[::-1]
+
+
+def test_a_silent_ranker_counts_as_hung(bench: Bench) -> None:
+    bench.step(seconds=100.0)  # silence without work is no hang
+    requests = bench.add(3)
+    bench.step(seconds=STALE_AFTER_S - 0.1)
+    bench.step(seconds=0.2)
+    assert bench.fallbacks("ranker") == 0
+    bench.step()
+    assert bench.fallbacks("ranker") == 1
+    assert list(bench.queue) == requests
+    bench.step(seconds=1.1)
+    bench.step()  # the restart
+    bench.step()
+    assert bench.runtime.starts == 2
+    assert [seq for seq, _ in bench.runtime.pending] == [0, 1, 2]
+
+
+def test_a_slow_ranker_that_still_answers_is_not_hung(bench: Bench) -> None:
+    for _ in range(10):
+        bench.add(2)
+        bench.step(seconds=STALE_AFTER_S - 0.1)
+        bench.runtime.score(descending)
+    assert bench.fallbacks("ranker") == 0
+
+
+def test_a_refused_hand_over_loses_nothing(bench: Bench) -> None:
+    bench.runtime.accepts = False
+    requests = bench.add(3)
+    bench.step()
+    bench.step()
+    assert [entry.payload for entry in bench.queue.arrivals] == requests
+    assert (bench.counters["pars_submitted"], bench.fallbacks("ranker")) == (0, 0)
+    bench.runtime.accepts = True
+    bench.step()
+    assert [seq for seq, _ in bench.runtime.submitted] == [0, 1, 2]
+
+
+def test_nothing_piles_up_while_the_ranker_is_away(bench: Bench) -> None:
+    """A saturated server whose ranker never starts keeps no finished request."""
+    bench.runtime.ready_on_start = False
+    bench.runtime.start()
+    bench.add(5)
+    for _ in range(200):
+        bench.add()
+        bench.queue.finish(bench.queue.pop_request().request_id)
+        bench.step()
+    assert len(bench.queue.arrivals) == len(bench.queue) == 5
+
+
+def test_shadow_scores_but_keeps_arrival_order(
+    fake_runtime: Any, make_request: Callable[..., Request]
+) -> None:
+    bench = Bench(fake_runtime, make_request, shadow=True)
+    fake_runtime.answer = descending
+    requests = bench.add(4)
+    for _ in range(3):
+        bench.step()
+    assert bench.counters["pars_scored"] == 4
+    assert list(bench.queue) == requests
+
+
+def test_a_device_forgets_scored_requests_that_finished(bench: Bench) -> None:
+    """Those only: with nothing to score it would never get round to forgetting. Late scores included."""
+    unscored, scored, late = bench.add(3)
+    bench.queue.remove_requests([unscored])
+    bench.queue.finish(unscored.request_id)
+    bench.step()
+    assert bench.runtime.forgotten == []
+    bench.queue.remove_requests([late])
+    bench.queue.finish(late.request_id)
+    bench.runtime.score(descending)
+    bench.step()
+    bench.queue.finish(scored.request_id)
+    bench.step()
+    assert bench.runtime.forgotten == [2, 1]
+
+
+def test_a_new_device_order_does_not_part_what_is_shown_from_what_is_popped(bench: Bench) -> None:
+    """A step may end with a request shown and not taken; the hint that comes next need not agree."""
+    bench.queue.index._device_order_min_waiting = 1
+    bench.runtime.answer = descending
+    bench.add(3)
+    bench.step()
+    bench.step()
+    (nameless,) = bench.add()
+    bench.runtime.answer = lambda prompt: math.nan  # a message that changes no key
+    bench.step()
+    bench.queue.peek_request()
+    bench.runtime.device_order = [0, 1, 2]
+    bench.step()
+    assert bench.queue.peek_request() is bench.queue.pop_request()
+    assert bench.expected(nameless) is None
+
+
+def test_close_ends_the_ranker(bench: Bench) -> None:
+    bench.loop.close()
+    assert bench.runtime.closed

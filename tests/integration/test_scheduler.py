@@ -1,0 +1,424 @@
+"""The ranked scheduler on vLLM's real one; only the model's output is made up.
+
+How a step is driven follows vLLM's own tests/v1/core: `schedule`, a made-up token for every request whose
+prompt is done, `update_from_output`.
+"""
+
+import logging
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from pars_fast.integration import scheduler as scheduler_module
+from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler, RankingMixin, with_ranking
+
+MakeRequest = Callable[..., Request]
+MakeScheduler = Callable[..., Any]
+TOKEN = 7
+
+
+class Engine:
+    """Drives a scheduler as EngineCore does; an async one runs a step ahead of its output.
+
+    `admitted` lists request ids in the order of their first admission, `tokens` what each was given,
+    `steps` what every step scheduled.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.ahead = 1 if isinstance(scheduler, AsyncScheduler) else 0
+        self.in_flight: deque[SchedulerOutput] = deque()
+        self.admitted: list[str] = []
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: set[str] = set()
+        self.steps: list[dict[str, int]] = []
+        self.preemptions = 0
+
+    def add(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.scheduler.add_request(request)
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        self.in_flight.append(output)
+        self.admitted += [request.req_id for request in output.scheduled_new_reqs]
+        self.steps.append(dict(output.num_scheduled_tokens))
+        self.preemptions += len(output.preempted_req_ids or ())
+        while len(self.in_flight) > (self.ahead if output.total_num_scheduled_tokens else 0):
+            self._finish_step(self.in_flight.popleft())
+
+    def run(self, max_steps: int = 20_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_unfinished_requests() and not self.in_flight:
+                return
+            self.step()
+        raise AssertionError(f"{self.scheduler.get_num_unfinished_requests()} requests never finished")
+
+    def _finish_step(self, output: SchedulerOutput) -> None:
+        ids = list(output.num_scheduled_tokens)
+        outputs = self.scheduler.update_from_output(output, self._made_up(ids, output))
+        for engine_outputs in outputs.values():
+            for one in engine_outputs.outputs:
+                self.tokens.setdefault(one.request_id, []).extend(one.new_token_ids)
+                if one.finish_reason is not None:
+                    self.finished.add(one.request_id)
+
+    def _made_up(self, ids: list[str], output: SchedulerOutput) -> ModelRunnerOutput:
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        sampled = [
+            [TOKEN] if self._prompt_done(i, computed[i] + output.num_scheduled_tokens[i]) else [] for i in ids
+        ]
+        return ModelRunnerOutput(ids, {request_id: index for index, request_id in enumerate(ids)}, sampled)
+
+    def _prompt_done(self, request_id: str, computed: int) -> bool:
+        request = self.scheduler.requests.get(request_id)
+        return request is not None and computed >= request.num_tokens
+
+
+@pytest.fixture
+def make_engine(make_scheduler: MakeScheduler) -> Callable[..., Engine]:
+    def make(scheduler_cls: type, **arguments: Any) -> Engine:
+        if issubclass(scheduler_cls, AsyncScheduler):
+            arguments["async_scheduling"] = True
+        return Engine(make_scheduler(scheduler_cls, **arguments))
+
+    return make
+
+
+@pytest.fixture
+def use_policy(monkeypatch: pytest.MonkeyPatch, fake_runtime: Any) -> Callable[..., Any]:
+    """Set the policy and put the ranker in memory behind it; gives the ranker."""
+
+    def use(policy: str, **variables: str) -> Any:
+        for name, value in {"PARS_POLICY": policy, **variables}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(scheduler_module, "make_runtime", lambda settings, config: fake_runtime)
+        return fake_runtime
+
+    return use
+
+
+both_schedulers = pytest.mark.parametrize("scheduler_cls", [RankedScheduler, RankedAsyncScheduler])
+
+
+def test_with_ranking_makes_a_subclass_once() -> None:
+    assert with_ranking(Scheduler) is RankedScheduler
+    assert with_ranking(RankedScheduler) is RankedScheduler
+    assert issubclass(RankedAsyncScheduler, AsyncScheduler)
+    assert issubclass(RankedAsyncScheduler, RankingMixin)
+    assert RankedScheduler.__module__ == "pars_fast.integration.scheduler"
+
+
+@both_schedulers
+def test_the_oracle_admits_short_ones_first(
+    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy("oracle")
+    engine = make_engine(scheduler_cls, max_num_seqs=1)
+    lengths = [40, 5, 30, 1, 20, 5]
+    engine.add([make_request(str(i), max_tokens=n) for i, n in enumerate(lengths)])
+    engine.run()
+    assert engine.admitted == ["3", "1", "5", "4", "2", "0"]
+    assert {i: len(tokens) for i, tokens in engine.tokens.items()} == {
+        str(i): n for i, n in enumerate(lengths)
+    }
+
+
+def random_workload(make_request: MakeRequest, seed: int) -> Callable[[Engine], None]:
+    """60 requests that arrive over 100 steps, some of which are aborted; the same for every engine."""
+
+    def play(engine: Engine) -> None:
+        rng = random.Random(seed)
+        arriving = [
+            make_request(f"r{i}", num_prompt_tokens=rng.randint(1, 120), max_tokens=rng.randint(1, 60))
+            for i in range(60)
+        ]
+        for _ in range(100):
+            for _ in range(rng.choice([0, 0, 1, 3])):
+                if arriving:
+                    engine.add([arriving.pop()])
+            if rng.random() < 0.1:
+                engine.abort(f"r{rng.randrange(60)}")
+            engine.step()
+        engine.add(arriving)
+        engine.run()
+
+    return play
+
+
+@both_schedulers
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fcfs_is_stock_vllm_step_for_step(
+    scheduler_cls: type, seed: int, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy("fcfs")
+    stock_cls = scheduler_cls.__bases__[1]
+    play = random_workload(make_request, seed)
+    stock, ours = make_engine(stock_cls), make_engine(scheduler_cls)
+    for engine in (stock, ours):
+        play(engine)
+    assert ours.steps == stock.steps
+    assert ours.tokens == stock.tokens
+    assert ours.finished == stock.finished
+
+
+@both_schedulers
+@pytest.mark.parametrize("policy", ["fcfs", "oracle", "pars_fast"])
+def test_everyone_gets_all_tokens_when_memory_runs_out(
+    scheduler_cls: type, policy: str, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """With 16 blocks for 8 seats vLLM preempts; the order may differ from stock, what is served may not."""
+    runtime = use_policy(policy, PARS_GUARD_FLOOR_TOKENS="50")
+    runtime.answer = lambda prompt: 5.0 + 37 * prompt[0] % 60
+    engine = make_engine(scheduler_cls, max_num_seqs=8, num_blocks=16)
+    lengths = {f"r{i}": 20 + 13 * i % 70 for i in range(30)}
+    engine.add([make_request(i, num_prompt_tokens=30, max_tokens=n) for i, n in lengths.items()])
+    for _ in range(20):
+        engine.step()
+    engine.abort("r7")
+    engine.abort("r29")
+    engine.run()
+    assert engine.preemptions > 0
+    completed = {i: n for i, n in lengths.items() if i not in ("r7", "r29")}
+    assert {i: len(engine.tokens[i]) for i in completed} == completed
+    assert completed.keys() <= engine.finished
+    assert not engine.scheduler.waiting.entries
+    assert not engine.scheduler.requests
+
+
+@both_schedulers
+def test_pars_fast_follows_the_scores(
+    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    runtime = use_policy("pars_fast")
+    engine = make_engine(scheduler_cls, max_num_seqs=1)
+    engine.add([make_request(str(i), max_tokens=10) for i in range(8)])
+    for _ in range(3):
+        engine.step()
+    runtime.score(lambda prompt: 500.0 - prompt[0])
+    engine.run()
+    assert engine.admitted == ["0", *map(str, range(7, 0, -1))]
+    values = engine.scheduler._counters.values
+    assert values["pars_scored"] == 7
+    assert values["pars_overtakes"] == 6
+    assert values["pars_active"] == 1
+
+
+def test_below_saturation_nothing_is_scored(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    runtime = use_policy("pars_fast")
+    engine = make_engine(RankedScheduler, max_num_seqs=4)
+    for _ in range(10):
+        engine.add([make_request(max_tokens=3) for _ in range(4)])
+        engine.run()
+    assert runtime.submitted == []
+    assert not engine.scheduler.waiting.arrivals
+
+
+def test_requests_that_wait_for_a_grammar_do_not_start_the_ranker(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM pops them, skips them and puts them back, step after step: no order would help them."""
+    runtime = use_policy("pars_fast")
+    engine = make_engine(RankedScheduler, max_num_seqs=4)
+    blocked = {"0", "2"}
+    monkeypatch.setattr(
+        engine.scheduler, "_handle_blocked_waiting_request", lambda request: request.request_id not in blocked
+    )
+    engine.add([make_request(str(i), max_tokens=5) for i in range(4)])
+    for _ in range(10):
+        engine.step()
+    assert engine.finished == {"1", "3"}
+    assert runtime.submitted == []
+    blocked.clear()
+    engine.run()
+    assert engine.finished == {"0", "1", "2", "3"}
+    assert [len(tokens) for tokens in engine.tokens.values()] == [5] * 4
+
+
+@both_schedulers
+@pytest.mark.parametrize("hook", ["before_step", "after_step"])
+def test_a_raising_hook_falls_back_and_all_are_served(
+    scheduler_cls: type,
+    hook: str,
+    make_engine: Any,
+    make_request: MakeRequest,
+    use_policy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runtime = use_policy("pars_fast")
+    engine = make_engine(scheduler_cls, max_num_seqs=1)
+    caplog.clear()
+
+    def fail(**_: Any) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(engine.scheduler._ranking_loop, hook, fail)
+    engine.add([make_request(str(i), max_tokens=5) for i in range(6)])
+    with caplog.at_level(logging.ERROR, "vllm.pars_fast"):
+        engine.run()
+    assert engine.admitted == ["0", "1", "2", "3", "4", "5"]
+    assert {len(tokens) for tokens in engine.tokens.values()} == {5}
+    assert engine.scheduler._counters.values["pars_fallback_error"] == 1
+    assert engine.scheduler._counters.values["pars_active"] == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "pars-fast: ranking is switched off, the queue is in arrival order"
+    ]
+    assert runtime.closed
+    assert not engine.scheduler.waiting.arrivals
+
+
+@both_schedulers
+def test_all_requests_can_be_aborted_at_once(
+    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    runtime = use_policy("pars_fast")
+    engine = make_engine(scheduler_cls, max_num_seqs=2)
+    engine.add([make_request(f"r{i}") for i in range(8)])
+    for _ in range(3):
+        engine.step()
+    aborted = engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert {request.request_id for request in aborted} == {f"r{i}" for i in range(8)}
+    assert not engine.scheduler.waiting
+    assert not engine.scheduler.waiting.entries
+    runtime.score(lambda prompt: 7.0)  # late: they are gone
+    engine.add([make_request("r0", max_tokens=3)])
+    engine.run()
+    assert engine.finished >= {"r0"}
+
+
+def test_a_client_may_abort_what_is_not_there(make_engine: Any, use_policy: Any) -> None:
+    use_policy("fcfs")
+    engine = make_engine(RankedScheduler)
+    assert engine.scheduler.finish_requests(["nobody"], RequestStatus.FINISHED_ABORTED) == []
+
+
+@both_schedulers
+def test_running_requests_can_all_be_preempted(
+    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """`reset_prefix_cache` puts every running request back; they go before all that wait."""
+    use_policy("oracle")
+    engine = make_engine(scheduler_cls, max_num_seqs=2)
+    engine.add([make_request(str(i), max_tokens=20) for i in range(2)])
+    for _ in range(4):
+        engine.step()
+    engine.add([make_request(str(i), max_tokens=3) for i in range(2, 6)])
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.step()
+    assert engine.steps[-1].keys() == {"0", "1"}
+    engine.run()
+    assert {i: len(tokens) for i, tokens in engine.tokens.items()} == {
+        "0": 20,
+        "1": 20,
+        "2": 3,
+        "3": 3,
+        "4": 3,
+        "5": 3,
+    }
+
+
+def test_a_streaming_session_outlives_its_turns(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """Each turn ends with a finish reason, yet the session may still be preempted in the next one."""
+    use_policy("fcfs")
+    engine = make_engine(RankedScheduler, max_num_seqs=2)
+    engine.add([make_request("session", max_tokens=3, resumable=True)])
+    for _ in range(6):
+        engine.step()
+    assert engine.scheduler.requests["session"].status is RequestStatus.WAITING_FOR_STREAMING_REQ
+    engine.add([make_request("session", max_tokens=3, resumable=True)])
+    engine.step()
+    session = engine.scheduler.requests["session"]
+    assert session.status is RequestStatus.RUNNING
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    for _ in range(6):
+        engine.step()
+    assert len(engine.tokens["session"]) == 6
+    engine.abort("session")
+    assert not engine.scheduler.waiting.entries
+
+
+def test_the_overtaking_bound_holds(make_engine: Any, make_request: MakeRequest, use_policy: Any) -> None:
+    """Counted in tokens really made, with scores that are pure noise.
+
+    A charge is corrected when its request finishes, so the last admissions ahead of a request may turn out
+    longer than expected: at most one answer a seat.
+    """
+    seats, longest = 4, 40
+    runtime = use_policy("pars_fast", PARS_GUARD_BETA="0.5", PARS_GUARD_FLOOR_TOKENS="100")
+    rng = random.Random(5)
+    runtime.answer = lambda prompt: rng.lognormvariate(3, 1)
+    engine = make_engine(RankedScheduler, max_num_seqs=seats)
+    lengths = {f"r{i}": rng.randint(1, longest) for i in range(150)}
+    budgets: dict[str, float] = {}
+    for request_id, max_tokens in lengths.items():
+        engine.add([make_request(request_id, max_tokens=max_tokens)])
+        budgets[request_id] = engine.scheduler.waiting.entries[request_id].budget
+        engine.step()
+    engine.run()
+    arrival = {request_id: position for position, request_id in enumerate(lengths)}
+    for position, request_id in enumerate(engine.admitted):
+        ahead = (other for other in engine.admitted[:position] if arrival[other] > arrival[request_id])
+        assert sum(lengths[other] for other in ahead) <= budgets[request_id] + seats * longest
+    assert engine.scheduler.waiting.index.overtakes > 0
+    assert engine.scheduler.waiting.index.promotions > 0
+
+
+def test_counters_tell_the_overhead(make_engine: Any, make_request: MakeRequest, use_policy: Any) -> None:
+    use_policy("oracle")
+    engine = make_engine(RankedScheduler, max_num_seqs=2)
+    engine.add([make_request(max_tokens=30) for _ in range(10)])
+    engine.run()
+    values = engine.scheduler._counters.values
+    assert len(engine.steps) > scheduler_module.OVERHEAD_EVERY_STEPS
+    assert 0 < values["pars_step_overhead_us_p50"] < math.inf
+    assert values["pars_waiting"] == 0
+
+
+def test_shadow_mode_keeps_arrival_order_and_estimates_the_gain(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    runtime = use_policy("pars_fast", PARS_MODE="shadow")
+    runtime.answer = lambda prompt: 500.0 - prompt[0]
+    engine = make_engine(RankedScheduler, max_num_seqs=2)
+    engine.add([make_request(str(i), max_tokens=60 - i) for i in range(30)])
+    engine.run()
+    assert engine.admitted == [str(i) for i in range(30)]
+    shadow = engine.scheduler._shadow
+    assert engine.scheduler._counters.values["pars_active"] == 0
+    assert shadow.estimate(list(shadow._finished)).startswith("Kendall tau-b 1.00 over ")
+
+
+def test_shutdown_ends_the_ranker(make_engine: Any, use_policy: Any) -> None:
+    runtime = use_policy("pars_fast")
+    engine = make_engine(RankedScheduler)
+    engine.scheduler.shutdown()
+    assert runtime.closed
+
+
+def test_a_wrong_setting_stops_the_start(
+    make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARS_POLICY", "sjf")
+    with pytest.raises(
+        ValueError, match=r"PARS_POLICY='sjf' is not allowed: expected one of fcfs, pars_fast, oracle"
+    ):
+        make_scheduler(RankedScheduler)

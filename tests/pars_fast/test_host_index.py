@@ -1,0 +1,273 @@
+"""The queue's order on the host against a sorted list, and what is never lost."""
+
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pars_fast.guard import GuardSettings
+from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex, RunningMedian
+from pars_fast.policies import POLICIES
+
+NO_GUARD = GuardSettings(beta=0.0, floor_tokens=math.inf)
+INITIAL = 128.0
+
+
+class Request:
+    """What the oracle reads of a request."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+
+class ReferenceIndex:
+    """Waiting requests in a plain list, sorted anew for every question."""
+
+    def __init__(self, policy: str, ranking: bool) -> None:
+        self.policy, self.ranking = policy, ranking
+        self.waiting: list[Entry] = []
+        self.scores: list[float] = []
+
+    def order(self) -> list[Entry]:
+        return sorted(
+            self.waiting, key=lambda entry: (entry.priority, entry.lane, self._key(entry), entry.seq)
+        )
+
+    def _key(self, entry: Entry) -> float:
+        if not self.ranking or self.policy == "fcfs":
+            return 0.0
+        if self.policy == "oracle":
+            return float(entry.payload.max_tokens)
+        return self.median() if entry.expected_tokens is None else entry.expected_tokens
+
+    def median(self) -> float:
+        return statistics.median_high(self.scores[-511:]) if self.scores else INITIAL
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    policy=st.sampled_from(["fcfs", "oracle", "pars_fast"]),
+    ranking=st.sampled_from([True, True, False]),
+    priorities=st.sampled_from([1, 3]),
+)
+def test_order_equals_a_sorted_list(seed: int, policy: str, ranking: bool, priorities: int) -> None:
+    """Arrivals, scores, admissions, skips, preemptions and aborts at random; few keys, so many ties."""
+    rng = random.Random(seed)
+    index = HostIndex(POLICIES[policy](), NO_GUARD, initial_expected_tokens=INITIAL)
+    index.ranking = ranking
+    reference = ReferenceIndex(policy, ranking)
+    running: list[Entry] = []
+    for seq in range(300):
+        entry = Entry(seq, rng.randrange(priorities), Request(rng.randint(1, 9)))
+        index.add(entry)
+        reference.waiting.append(entry)
+        for _ in range(rng.randrange(3)):
+            _random_operation(rng, index, reference, running)
+        assert len(index) == len(reference.waiting)
+        if reference.waiting:
+            assert index.head() is reference.order()[0]
+        if seq % 50 == 0:
+            assert list(index) == reference.order()
+    remaining = reference.order()
+    assert [index.pop() for _ in remaining] == remaining
+    assert len(index) == 0
+
+
+def _random_operation(
+    rng: random.Random, index: HostIndex, reference: ReferenceIndex, running: list[Entry]
+) -> None:
+    waiting = reference.waiting
+    operation = rng.choice(["score", "score", "admit", "admit", "skip", "preempt", "abort"])
+    if operation == "score" and waiting + running:
+        entry, tokens = rng.choice(waiting + running), float(rng.randint(1, 9))
+        index.set_expected_tokens(entry, tokens)
+        reference.scores.append(tokens)
+    elif operation in ("admit", "skip") and waiting:
+        head = index.head()
+        entry = index.pop()
+        assert entry is head is reference.order()[0]
+        if operation == "skip":
+            index.put_back(entry)
+        else:
+            waiting.remove(entry)
+            running.append(entry)
+    elif operation == "preempt" and running:
+        entry = running.pop(rng.randrange(len(running)))
+        entry.lane = 0
+        index.put_back(entry)
+        waiting.append(entry)
+    elif operation == "abort" and waiting:
+        index.remove(waiting.pop(rng.randrange(len(waiting))))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), floor=st.sampled_from([0.0, 50.0, 500.0]))
+def test_membership_is_never_lost_under_the_guard(seed: int, floor: float) -> None:
+    """Whatever the guard decides: what goes in comes out, once, and the head is what is popped."""
+    rng = random.Random(seed)
+    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.5, floor_tokens=floor))
+    inside: set[int] = set()
+    running: list[Entry] = []
+    out: list[int] = []
+    for seq in range(400):
+        entry = Entry(seq, rng.randrange(2), None)
+        index.add(entry)
+        inside.add(seq)
+        if rng.random() < 0.7:
+            index.set_expected_tokens(entry, rng.lognormvariate(4, 1.5))
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            if not len(index):
+                break
+            head = index.head()
+            entry = index.pop()
+            assert entry is head
+            if rng.random() < 0.2:
+                index.put_back(entry)
+            else:
+                running.append(entry)
+        if running and rng.random() < 0.8:
+            entry = running.pop(rng.randrange(len(running)))
+            if rng.random() < 0.2:
+                entry.lane = 0
+                index.put_back(entry)
+            else:
+                index.finish(entry, rng.randint(1, 300))
+                out.append(entry.seq)
+        assert {e.seq for e in index} == inside - {e.seq for e in running} - set(out)
+    out += [entry.seq for entry in running] + [index.pop().seq for _ in range(len(index))]
+    assert sorted(out) == sorted(inside)
+
+
+def test_priority_comes_before_everything() -> None:
+    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    _add(index, 0, priority=1, expected=1.0)
+    _add(index, 1, priority=0, expected=900.0)
+    _add(index, 2, priority=-1)
+    assert _drain(index) == [2, 1, 0]
+
+
+def test_a_request_without_a_score_counts_as_the_median() -> None:
+    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    for seq, expected in enumerate([10.0, 50.0, None, 90.0, 50.0]):
+        _add(index, seq, expected=expected)
+    assert _drain(index) == [0, 1, 2, 4, 3]
+
+
+def test_a_preempted_request_goes_first_in_its_class() -> None:
+    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    for seq, expected in enumerate([10.0, 900.0, 20.0]):
+        _add(index, seq, expected=expected)
+    entries = {entry.seq: entry for entry in index}
+    index.pop()
+    index.remove(entries[1])
+    entries[1].lane = 0
+    index.put_back(entries[1])
+    _add(index, 3, expected=1.0)
+    assert _drain(index) == [1, 3, 2]
+
+
+def test_a_preempted_request_comes_back_long_after_its_charges_were_forgotten() -> None:
+    """The guard forgets what no waiting request can see; a request preempted late was running meanwhile."""
+    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=50.0))
+    old = _add(index, 0, expected=5.0)
+    assert index.pop() is old
+    for seq in range(1, 3000):
+        _add(index, seq, expected=5.0)
+        index.pop()
+    old.lane = 0
+    index.put_back(old)
+    _add(index, 3000, expected=1.0)
+    _add(index, 3001, expected=1.0)
+    assert _drain(index) == [0, 3000, 3001]
+
+
+def test_a_skipped_request_gives_back_what_it_charged() -> None:
+    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=10.0))
+    _add(index, 0, expected=100.0)
+    short = _add(index, 1, expected=10.0)
+    for _ in range(5):
+        assert index.pop() is short
+        index.put_back(short)
+    assert _drain(index) == [1, 0]
+
+
+def test_an_abort_gives_back_what_it_did_not_use() -> None:
+    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=10.0))
+    _add(index, 0, expected=100.0)
+    first = _add(index, 1, expected=10.0)
+    assert index.pop() is first
+    index.finish(first, 0)
+    _add(index, 2, expected=10.0)
+    assert _drain(index) == [2, 0]
+
+
+def test_switching_ranking_off_and_on_keeps_scores() -> None:
+    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    for seq, expected in enumerate([30.0, 20.0, 10.0]):
+        _add(index, seq, expected=expected)
+    index.ranking = False
+    assert [entry.seq for entry in index] == [0, 1, 2]
+    assert index.pop().seq == 0
+    index.ranking = True
+    assert _drain(index) == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("expected", "kept"), [(0.0, 1.0), (-5.0, 1.0), (1e12, MAX_EXPECTED_TOKENS), (7.5, 7.5)]
+)
+def test_expected_tokens_are_clamped(expected: float, kept: float) -> None:
+    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    assert _add(index, 0, expected=expected).expected_tokens == kept
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "oracle"])
+def test_an_estimate_does_not_change_a_key_known_from_the_start(policy: str) -> None:
+    index = HostIndex(POLICIES[policy](), NO_GUARD)
+    _add(index, 0, expected=900.0)
+    _add(index, 1, expected=1.0)
+    assert _drain(index) == [0, 1]
+
+
+def test_an_empty_index_says_so() -> None:
+    index = HostIndex(POLICIES["fcfs"](), NO_GUARD)
+    with pytest.raises(IndexError, match="peek from an empty queue"):
+        index.head()
+    with pytest.raises(IndexError, match="pop from an empty queue"):
+        index.pop()
+
+
+def test_stale_heap_items_are_cleaned_up() -> None:
+    """A request that is scored again and again leaves no more than a bounded number of stale items."""
+    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    entry = _add(index, 0)
+    for score in range(2000):
+        index.set_expected_tokens(entry, float(score + 1))
+    group = index._classes[0]
+    assert len(group.arrivals) < 200
+    assert len(group._keyed) < 200
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(1, 1e5), min_size=1, max_size=60), window=st.integers(1, 20))
+def test_running_median_equals_statistics(values: list[float], window: int) -> None:
+    median = RunningMedian(INITIAL, window)
+    assert median.value == INITIAL
+    for count, value in enumerate(values, start=1):
+        median.add(value)
+        assert median.value == statistics.median_high(values[max(0, count - window) : count])
+
+
+def _add(index: HostIndex, seq: int, *, priority: int = 0, expected: float | None = None) -> Entry:
+    entry = Entry(seq, priority, Request(max_tokens=100))
+    if expected is not None:
+        index.set_expected_tokens(entry, expected)
+    index.add(entry)
+    return entry
+
+
+def _drain(index: HostIndex) -> list[int]:
+    return [index.pop().seq for _ in range(len(index))]

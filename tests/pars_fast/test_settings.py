@@ -1,0 +1,95 @@
+"""Settings: defaults, what is taken, and messages that say how to mend a wrong value."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from pars_fast.errors import SettingsError
+from pars_fast.settings import INTERNAL_VARIABLES, Settings
+
+
+def test_defaults() -> None:
+    assert Settings.from_environ({}) == Settings(
+        enable=False,
+        ranker="default",
+        policy="pars_fast",
+        mode="on",
+        guard_beta=0.5,
+        guard_floor_tokens=2000.0,
+        trust_caller=False,
+        device="auto",
+        cpu_threads=1,
+        stale_after_s=5.0,
+        force=False,
+    )
+
+
+def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
+    environ = {
+        "PARS_ENABLE": "1",
+        "PARS_RANKER": str(tmp_path),
+        "PARS_POLICY": "oracle",
+        "PARS_MODE": "shadow",
+        "PARS_GUARD_BETA": "2",
+        "PARS_GUARD_FLOOR_TOKENS": "1e3",
+        "PARS_TRUST_CALLER": "1",
+        "PARS_DEVICE": "cpu",
+        "PARS_CPU_THREADS": "3",
+        "PARS_STALE_AFTER_S": "0.5",
+        "PARS_FORCE": "1",
+    }
+    assert environ.keys() == {f.metadata["variable"] for f in fields(Settings)}
+    assert Settings.from_environ(environ) == Settings(
+        True, str(tmp_path), "oracle", "shadow", 2.0, 1000.0, True, "cpu", 3, 0.5, True
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("PARS_ENABLE", "yes", "0 or 1"),
+        ("PARS_RANKER", "/no/such/folder", "`default` or an existing ranker directory"),
+        ("PARS_POLICY", "sjf", "one of fcfs, pars_fast, oracle"),
+        ("PARS_MODE", "off", "one of on, shadow"),
+        ("PARS_GUARD_BETA", "-0.1", "a number >= 0"),
+        ("PARS_GUARD_BETA", "nan", "a number >= 0"),
+        ("PARS_GUARD_BETA", "inf", "a number >= 0"),
+        ("PARS_GUARD_FLOOR_TOKENS", "many", "a number of tokens >= 0"),
+        ("PARS_TRUST_CALLER", "true", "0 or 1"),
+        ("PARS_DEVICE", "tpu", "one of auto, cpu, cuda"),
+        ("PARS_CPU_THREADS", "0", "a number of threads, a whole number >= 1"),
+        ("PARS_CPU_THREADS", "1.5", "a number of threads, a whole number >= 1"),
+        ("PARS_STALE_AFTER_S", "0", "seconds >= 0.1"),
+        ("PARS_FORCE", "2", "0 or 1"),
+    ],
+)
+def test_a_wrong_value_names_the_variable_and_what_is_allowed(
+    variable: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(SettingsError) as raised:
+        Settings.from_environ({variable: value})
+    assert f"{variable}={value!r} is not allowed: expected {allowed}" in str(raised.value)
+
+
+def test_a_typo_in_a_variable_name_is_refused() -> None:
+    with pytest.raises(
+        SettingsError, match=r"PARS_POLICI is no setting of pars-fast; there are: PARS_ENABLE, "
+    ):
+        Settings.from_environ({"PARS_POLICI": "fcfs"})
+
+
+def test_empty_and_foreign_variables_are_left_alone() -> None:
+    assert Settings.from_environ({"PARS_POLICY": "", "HOME": "/", "PARSER": "x"}) == Settings()
+
+
+@pytest.mark.parametrize("variable", sorted(INTERNAL_VARIABLES))
+def test_internal_variables_are_no_typo(variable: str) -> None:
+    assert Settings.from_environ({variable: "/tmp"}) == Settings()
+
+
+def test_the_docstring_names_every_variable() -> None:
+    documented = Settings.__doc__ or ""
+    assert [
+        f.name for f in fields(Settings) if f"{f.name}: {f.metadata['variable']}." not in documented
+    ] == []
