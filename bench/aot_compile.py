@@ -1,0 +1,159 @@
+"""Registers, spills and shared memory of every kernel, compiled ahead of time for GPUs that are not here.
+
+    python -m bench.aot_compile [--csv bench/results/aot_compile.csv]
+
+Block sizes are those the launchers choose. Must not run under TRITON_INTERPRET: interpreted kernels do not
+compile.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "aot_compile.csv"
+ARCHES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # A100, H100 and H200, B200
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel at one shape. `signature` gives each argument that is no constexpr its Triton type."""
+
+    shape: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, int | bool]
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    kernel: str
+    shape: str
+    arch: str
+    num_warps: int
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    triton: str
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel of the project, at the shapes it runs in."""
+    from pars_fast.kernels import pool_score, queue_topk
+
+    for pooling in ("cls", "mean"):
+        for hidden_size in (384, 768):
+            config = pool_score.launch_config(hidden_size, pooling)
+            yield Case(
+                f"{pooling} H={hidden_size} bf16",
+                pool_score._pool_score_kernel,
+                {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
+                 "score_ptr": "*fp32", "stride_t": "i32"},
+                {"H": hidden_size, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"],
+                 "BLOCK_H": config["BLOCK_H"]},
+                config["num_warps"],
+            )  # fmt: skip
+    for k in (256, 1024):
+        config = queue_topk.launch_config(k, 1 << 18)
+        tile = {"K": config["K"], "TILE": config["TILE"]}
+        for kernel, signature, constexprs in (
+            (
+                queue_topk._queue_topk_tile_kernel,
+                {"priority_rank_ptr": "*i32", "lane_ptr": "*i32", "key_ptr": "*fp32", "seq_ptr": "*i64",
+                 "occupied_ptr": "*i1", "median_key_ptr": "*fp32", "seq_base_ptr": "*i64",
+                 "urgency_ptr": "*i64", "list_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
+                tile,
+            ),
+            (
+                queue_topk._queue_topk_merge_kernel,
+                {"list_ptr": "*i64", "merged_ptr": "*i64", "num_lists": "i32", "fan": "i32"},
+                {"K": config["K"]},
+            ),
+            (
+                queue_topk._queue_topk_locate_kernel,
+                {"urgency_ptr": "*i64", "top_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
+                tile,
+            ),
+        ):  # fmt: skip
+            yield Case(f"k={k}", kernel, signature, dict(constexprs), config["num_warps"])
+
+
+def compile_case(case: Case, arch: str) -> Row:
+    """Compile to PTX with Triton and read what ptxas says of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    # As at run time: tensors come from the allocator, aligned to 16 bytes and more.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+    source = ASTSource(case.kernel, signature, case.constexprs, aligned)
+    target = GPUTarget("cuda", ARCHES[arch], 32)
+    compiled = triton.compile(source, target, options={"num_warps": case.num_warps})
+    log = ptxas_log(compiled.asm["ptx"], arch)
+    return Row(
+        kernel=case.kernel.__name__,
+        shape=case.shape,
+        arch=arch,
+        num_warps=case.num_warps,
+        registers=number(r"Used (\d+) registers", log),
+        spill_store_bytes=number(r"(\d+) bytes spill stores", log),
+        spill_load_bytes=number(r"(\d+) bytes spill loads", log),
+        stack_bytes=number(r"(\d+) bytes stack frame", log),
+        shared_bytes=compiled.metadata.shared,
+        triton=triton.__version__,
+    )
+
+
+def ptxas_log(ptx: str, arch: str) -> str:
+    """ptxas -v: triton tells registers and spills only after loading a kernel, which takes a GPU."""
+    from triton import knobs
+
+    ptxas = knobs.nvidia.ptxas_blackwell.path if ARCHES[arch] >= 90 else knobs.nvidia.ptxas.path
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder, "kernel.ptx")).write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def number(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    if not found:
+        raise RuntimeError(f"ptxas said nothing like {pattern!r}: {log}")
+    return int(found[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    path = parser.parse_args().csv
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for case in cases():
+            for arch in ARCHES:
+                row = compile_case(case, arch)
+                writer.writerow(asdict(row))
+                print(
+                    f"{row.kernel:28} {row.shape:16} {arch:8} {row.registers:4} registers "
+                    f"{row.spill_store_bytes:4} B spilled {row.shared_bytes:6} B shared",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

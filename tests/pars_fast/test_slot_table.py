@@ -1,0 +1,219 @@
+"""The slot table against a plain list of requests: order, reuse of slots, late scores, and every error."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pars_fast.kernels.queue_topk import MAX_RANKS, MAX_SEQ_SPAN
+from pars_fast.slot_table import NORMAL_LANE, PREEMPTED_LANE, SlotTable
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def keys_of(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=DEVICE)
+
+
+def filled(capacity: int, seqs: Sequence[int]) -> tuple[SlotTable, list[int], list[int]]:
+    """A table with one request of rank 0 a seq; its slots and generations."""
+    table = SlotTable(capacity, DEVICE)
+    taken = [table.acquire() for _ in seqs]
+    slots = [pair[0] for pair in taken if pair]
+    generations = [pair[1] for pair in taken if pair]
+    table.insert(slots, generations, [0] * len(slots), seqs)
+    return table, slots, generations
+
+
+def order(table: SlotTable, k: int) -> list[int]:
+    slots = table.order(k)
+    assert slots is not None
+    return slots.tolist()
+
+
+def test_orders_by_key_and_gives_the_unscored_the_median() -> None:
+    table, slots, generations = filled(5, seqs=[0, 1, 2])
+    table.set_keys(slots[:2], generations[:2], keys_of([3.0, 1.0]))
+    table.set_median_key(2.0)
+    assert order(table, 4) == [slots[1], slots[2], slots[0], -1]
+
+
+def test_priority_then_lane_come_before_the_key() -> None:
+    table, slots, generations = filled(5, seqs=[0, 1, 2])
+    table.set_keys(slots, generations, keys_of([1.0, 2.0, 3.0]))
+    table.set_lane([slots[2]], PREEMPTED_LANE)
+    assert order(table, 3) == [slots[2], slots[0], slots[1]]
+    table.set_priority_ranks([slots[2]], [1])
+    assert order(table, 3) == [slots[0], slots[1], slots[2]]
+    table.set_lane([slots[2]], NORMAL_LANE)
+    table.set_priority_ranks([slots[2]], [0])
+    assert order(table, 3) == slots
+
+
+def test_a_score_for_a_slot_that_changed_hands_is_dropped() -> None:
+    table, [slot], [old] = filled(1, seqs=[0])
+    table.free([slot])
+    table.release(slot)
+    again = table.acquire()
+    assert again is not None
+    assert again[0] == slot
+    table.insert([slot], [again[1]], [0], [1])
+    table.set_keys([slot], [old], keys_of([-9.0]))  # in flight while the slot changed hands
+    assert table._key[slot].isnan()
+    # Both in one batch: whatever order the writes take, the new owner's key stays.
+    table.set_keys([slot, slot], [again[1], old], keys_of([4.0, -9.0]))
+    assert table._key[slot].item() == 4.0
+    table.set_keys([slot, slot], [old, again[1]], keys_of([-9.0, 5.0]))
+    assert table._key[slot].item() == 5.0
+
+
+def test_a_late_score_does_not_bring_back_a_freed_request() -> None:
+    table, slots, generations = filled(2, seqs=[0, 1])
+    table.free(slots[:1])
+    table.set_keys(slots, generations, keys_of([-1.0, 1.0]))
+    assert order(table, 2) == [slots[1], -1]
+
+
+def test_full_table_says_so_and_takes_released_slots_again() -> None:
+    table = SlotTable(2, DEVICE)
+    assert table.acquire() == (0, 1)
+    assert table.acquire() == (1, 1)
+    assert table.acquire() is None
+    table.release(1)
+    assert table.acquire() == (1, 2)
+
+
+def test_seqs_too_far_apart_for_the_packed_key_leave_the_order_to_the_host() -> None:
+    table, slots, _ = filled(3, seqs=[5, MAX_SEQ_SPAN - 1, MAX_SEQ_SPAN])
+    assert table.order(2) is None
+    table.free(slots[:1])  # the oldest goes, the rest fits, and the base moves along
+    assert order(table, 2) == slots[1:]
+    assert int(table._seq_base) == (MAX_SEQ_SPAN - 1) >> 16 << 16
+
+
+def test_seqs_far_past_32_bits_are_ordered() -> None:
+    table, slots, _ = filled(3, seqs=[2**40 + 2, 2**40, 2**40 + 1])
+    assert order(table, 3) == [slots[1], slots[2], slots[0]]
+
+
+def test_too_many_ranks_leave_the_order_to_the_host() -> None:
+    table, slots, _ = filled(2, seqs=[0, 1])
+    table.set_priority_ranks(slots[:1], [MAX_RANKS])
+    assert table.order(2) is None
+    table.set_priority_ranks(slots[:1], [MAX_RANKS - 1])
+    assert order(table, 2) == [slots[1], slots[0]]
+
+
+def test_empty_calls_and_an_empty_table_do_nothing() -> None:
+    table = SlotTable(4, DEVICE)
+    table.insert([], [], [], [])
+    table.set_keys([], [], keys_of([]))
+    table.set_lane([], NORMAL_LANE)
+    table.set_priority_ranks([], [])
+    table.free([])
+    assert len(table) == 0
+    assert order(table, 2) == [-1, -1]
+
+
+def test_addresses_never_change() -> None:
+    table, slots, generations = filled(4, seqs=[0, 1])
+    before = [value.data_ptr() for value in vars(table).values() if isinstance(value, torch.Tensor)]
+    table.set_keys(slots, generations, keys_of([2.0, 1.0]))
+    table.set_median_key(1.5)
+    table.order(2)
+    table.free(slots)
+    assert before == [value.data_ptr() for value in vars(table).values() if isinstance(value, torch.Tensor)]
+
+
+def test_errors_name_what_is_wrong_and_change_nothing() -> None:
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        SlotTable(0, DEVICE)
+    table, slots, generations = filled(4, seqs=[0, 1])
+    with pytest.raises(ValueError, match="slot 3 is not taken"):
+        table.release(3)
+    with pytest.raises(ValueError, match="slot -1 is not taken"):
+        table.release(-1)
+    with pytest.raises(ValueError, match="seqs must have one entry a slot: 2 for 1 slots"):
+        table.insert([2], [1], [0], [2, 3])
+    with pytest.raises(ValueError, match=r"slots must be in \[0, 4\), got 2 to 4"):
+        table.insert([2, 4], [1, 1], [0, 0], [2, 3])
+    with pytest.raises(ValueError, match="must not be negative, got -1 and 2"):
+        table.insert([2], [1], [-1], [2])
+    with pytest.raises(ValueError, match=r"each slot takes one request; live already: \[0\]"):
+        table.insert([0], [1], [0], [2])
+    with pytest.raises(ValueError, match=r"each slot takes one request; .*inserted: \[2, 2\]"):
+        table.insert([2, 2], [1, 1], [0, 0], [2, 3])
+    with pytest.raises(ValueError, match="priority ranks must not be negative, got -2"):
+        table.set_priority_ranks([0], [-2])
+    with pytest.raises(ValueError, match="lane must be 0"):
+        table.set_lane([0], 2)
+    with pytest.raises(ValueError, match=r"keys must be \(2,\) torch.float32 on .*got \(1,\)"):
+        table.set_keys(slots, generations, keys_of([1.0]))
+    with pytest.raises(ValueError, match=r"got \(2,\) torch.float64"):
+        table.set_keys(slots, generations, keys_of([1.0, 2.0]).double())
+    with pytest.raises(ValueError, match=r"slots must be live and given once; not live: \[3\]"):
+        table.free([3])
+    with pytest.raises(ValueError, match="slots must be live and given once"):
+        table.set_lane([0, 0], NORMAL_LANE)
+    with pytest.raises(ValueError, match="k must be 1 to 1024, got 0"):
+        table.order(0)
+    assert order(table, 3) == [*slots, -1]
+
+
+class AgainstAList(RuleBasedStateMachine):
+    """Any interleaving of arrivals, late scores, preemptions and departures, in a table of four slots."""
+
+    @initialize()
+    def start(self) -> None:
+        self.table = SlotTable(4, DEVICE)
+        self.table.set_median_key(1.0)
+        self.waiting: dict[int, list[float]] = {}  # slot -> [rank, lane, key, seq]
+        self.scoring: list[tuple[int, int, bool]] = []  # slot, generation, still waiting
+        self.seq = 0
+
+    @rule(rank=st.integers(0, 2))
+    def arrive(self, rank: int) -> None:
+        taken = self.table.acquire()
+        assert (taken is None) == (len(self.waiting) == 4)
+        if taken:
+            self.table.insert([taken[0]], [taken[1]], [rank], [self.seq])
+            self.waiting[taken[0]] = [rank, NORMAL_LANE, 1.0, self.seq]
+            self.scoring.append((*taken, True))
+            self.seq += 1
+
+    @precondition(lambda self: self.scoring)
+    @rule(data=st.data(), key=st.sampled_from([0.0, -0.0, 1.0, 2.0, math.nan, math.inf]))
+    def score(self, data: st.DataObject, key: float) -> None:
+        slot, generation, waits = self.scoring.pop(data.draw(st.integers(0, len(self.scoring) - 1)))
+        self.table.set_keys([slot], [generation], keys_of([key]))
+        if waits:
+            self.waiting[slot][2] = key if math.isfinite(key) else 1.0
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.waiting)))
+        self.table.free([slot])
+        self.table.release(slot)
+        del self.waiting[slot]
+        self.scoring = [(s, generation, waits and s != slot) for s, generation, waits in self.scoring]
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.waiting)))
+        self.table.set_lane([slot], PREEMPTED_LANE)
+        self.waiting[slot][1] = PREEMPTED_LANE
+
+    @invariant()
+    def same_order(self) -> None:
+        expected = sorted(self.waiting, key=lambda slot: self.waiting[slot])
+        assert order(self.table, 4) == expected + [-1] * (4 - len(expected))
+
+
+TestAgainstAList = AgainstAList.TestCase
+TestAgainstAList.settings = settings(max_examples=10, stateful_step_count=12, deadline=None)
