@@ -1,0 +1,272 @@
+"""The scheduling step as a benchmark: vLLM's real `Scheduler`, stock and ranked, with a made-up model output.
+
+N requests wait at every step. A step is `schedule()` and `update_from_output()`: it admits `SEATS` requests
+and finishes them all. Between steps, untimed, `SEATS` of the waiting are aborted and twice as many arrive,
+half of them with a caller's estimate, half for the ranker to score. Needs vLLM; loads no model, so it runs
+on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests (tests/v1/core/utils.py), 0.32.
+"""
+
+import gc
+import math
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import msgspec
+import numpy as np
+import torch
+from transformers import Qwen2Config
+from vllm import SamplingParams
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.utils.gc_utils import freeze_gc_heap
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from pars_fast.errors import ParsFastError
+from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.scheduler import with_ranking
+
+SEATS = 16  # admitted, and finished, in each step
+MIN_WAITING = 2 * SEATS  # enough to admit and to abort
+PROMPT_TOKENS = 128
+WARM_UP_STEPS = 50
+_BLOCK_SIZE = 32
+_SETTINGS = {"PARS_TRUST_CALLER": "1"}
+# Log of answer lengths: normal, of which the ranker sees a part. Gives Kendall's tau of about 0.4.
+_LOG_MEDIAN, _SEEN_SIGMA, _UNSEEN_SIGMA = 5.0, 0.6, 0.8
+
+
+class WholeAnswer(Request):  # type: ignore[misc]  # vLLM is not followed
+    """A request whose one output token stands for its whole answer of `max_tokens`.
+
+    So it finishes in the step that admits it, and the guard still sees an answer of real length.
+    """
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self._output_token_ids) * self.max_tokens
+
+
+class FakeRuntime:
+    """A `RankerRuntime` that has scored every prompt by the next step: its first token is its score.
+
+    Packs and unpacks messages as the runtime of the ranker's process does, since a step pays for that.
+    """
+
+    def __init__(self) -> None:
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(list[Scored]).decode
+        self._answers: list[bytes] = []
+
+    def start(self) -> None:
+        self._answers = [self._encode([READY])]
+
+    def submit(self, prompts: Sequence[Prompt]) -> bool:
+        self._encode(prompts)
+        self._answers.append(self._encode([(seq, float(ids[0])) for seq, ids in prompts]))
+        return True
+
+    def poll(self) -> list[Scored]:
+        scored = [score for answer in self._answers for score in self._decode(answer)]
+        self._answers.clear()
+        return scored
+
+    def order(self) -> None:
+        """None: the order is the host's, as without a GPU."""
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        pass
+
+    def failure(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        self._answers.clear()
+
+
+class StepWorkload:
+    """One scheduler, stepped and refilled by hand; `waiting` requests are in its queue after each refill.
+
+    The same `seed` gives every scheduler the same arrivals.
+    """
+
+    def __init__(self, scheduler: Scheduler, waiting: int, *, seed: int = 0) -> None:
+        self.scheduler = scheduler
+        self._random = random.Random(seed)
+        self.arrived = 0
+        self._waiting: dict[str, None] = {}  # a set that keeps its order, for the seed's sake
+        self._arrive(waiting - SEATS, estimated=True)  # the first refill brings the rest
+
+    def step(self) -> list[str]:
+        """One scheduling step; the ids of the requests it admitted, which have finished when it returns."""
+        output = self.scheduler.schedule()
+        ids = list(output.num_scheduled_tokens)
+        positions = {request_id: position for position, request_id in enumerate(ids)}
+        self.scheduler.update_from_output(output, ModelRunnerOutput(ids, positions, [[1]] * len(ids)))
+        return ids
+
+    def timed_step(self) -> int:
+        """One step; its time in ns."""
+        started = time.perf_counter_ns()
+        admitted = self.step()
+        spent_ns = time.perf_counter_ns() - started
+        self.forget(admitted)
+        return spent_ns
+
+    def refill(self) -> None:
+        """What happens between two steps: aborts, and arrivals that make up for all who left."""
+        aborted = self._random.sample(list(self._waiting), SEATS)
+        self.scheduler.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
+        self.forget(aborted)
+        self._arrive(SEATS, estimated=True)
+        self._arrive(SEATS, estimated=False)
+
+    def forget(self, request_ids: list[str]) -> None:
+        """These wait no longer."""
+        for request_id in request_ids:
+            del self._waiting[request_id]
+
+    def _arrive(self, count: int, *, estimated: bool) -> None:
+        for _ in range(count):
+            expected_tokens, answer_tokens = draw_lengths(self._random)
+            extra_args = {"pars_score": expected_tokens} if estimated else None
+            sampling_params = SamplingParams(max_tokens=answer_tokens, ignore_eos=True, extra_args=extra_args)
+            prompt_token_ids = [expected_tokens, *range(1, PROMPT_TOKENS)]
+            request = WholeAnswer(f"{self.arrived}", prompt_token_ids, sampling_params, None)
+            self.scheduler.add_request(request)
+            self._waiting[request.request_id] = None
+            self.arrived += 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What `pars-fast bench step` reports; `added` is ranked less stock, of the same step number."""
+
+    waiting: int
+    stock_us_p50: float
+    ranked_us_p50: float
+    added_us_p50: float
+    added_us_p99: float
+
+
+class StepPair:
+    """Stock and ranked scheduler side by side in one process, fed alike and timed in turn.
+
+    A round is `prepare()`, `ranked_step()`, `complete()`. The stock step runs before the ranked one in even
+    rounds and after it in odd ones, so that neither always finds the caches warm. The garbage collector is
+    on and, as in EngineCore, what was alive before the first request is frozen.
+
+    Raises: ParsFastError: if `waiting` is under `MIN_WAITING`.
+    """
+
+    def __init__(self, waiting: int, scheduler_cls: type[Scheduler] = Scheduler) -> None:
+        if waiting < MIN_WAITING:
+            raise ParsFastError(f"waiting must be at least {MIN_WAITING}, got {waiting}")
+        self.waiting = waiting
+        schedulers = [make_scheduler(scheduler_cls), make_ranked_scheduler(scheduler_cls)]
+        freeze_gc_heap()
+        self.stock, self.ranked = (StepWorkload(scheduler, waiting) for scheduler in schedulers)
+        self.stock_ns: list[int] = []
+        self.ranked_ns: list[int] = []
+        self.run(WARM_UP_STEPS)
+        self.stock_ns.clear()
+        self.ranked_ns.clear()
+
+    def prepare(self) -> None:
+        self.stock.refill()
+        self.ranked.refill()
+        if len(self.ranked_ns) % 2 == 0:
+            self.stock_ns.append(self.stock.timed_step())
+
+    def ranked_step(self) -> None:
+        self.ranked_ns.append(self.ranked.timed_step())
+
+    def complete(self) -> None:
+        if len(self.stock_ns) < len(self.ranked_ns):
+            self.stock_ns.append(self.stock.timed_step())
+
+    def run(self, rounds: int) -> None:
+        for _ in range(rounds):
+            self.prepare()
+            self.ranked_step()
+            self.complete()
+
+    def times(self) -> StepTimes:
+        stock, ranked = np.array(self.stock_ns) / 1e3, np.array(self.ranked_ns) / 1e3
+        added_p50, added_p99 = np.quantile(ranked - stock, [0.5, 0.99]).tolist()
+        return StepTimes(
+            self.waiting, float(np.median(stock)), float(np.median(ranked)), added_p50, added_p99
+        )
+
+    def close(self) -> None:
+        gc.unfreeze()
+        self.stock.scheduler.shutdown()
+        self.ranked.scheduler.shutdown()
+
+
+def measure_step(waiting: int, rounds: int) -> StepTimes:
+    """Times of `rounds` paired steps with `waiting` requests in the queue.
+
+    Raises: ParsFastError: as `StepPair`.
+    """
+    pair = StepPair(waiting)
+    pair.run(rounds)
+    pair.close()
+    return pair.times()
+
+
+def draw_lengths(rng: random.Random) -> tuple[int, int]:
+    """(expected, real) answer tokens of a request, as a calibrated ranker of middling quality has them."""
+    seen = rng.gauss(_LOG_MEDIAN, _SEEN_SIGMA)
+    real = seen + rng.gauss(0.0, _UNSEEN_SIGMA)
+    return max(1, round(math.exp(seen + _UNSEEN_SIGMA**2 / 2))), max(1, round(math.exp(real)))
+
+
+def make_scheduler(scheduler_cls: type[Scheduler]) -> Scheduler:
+    """A scheduler of `SEATS` seats and room enough in the KV cache, for a model that is never loaded."""
+    num_blocks = 2 * SEATS * (PROMPT_TOKENS // _BLOCK_SIZE + 1)
+    with tempfile.TemporaryDirectory() as model:
+        Qwen2Config(architectures=["Qwen2ForCausalLM"], num_hidden_layers=1).save_pretrained(model)
+        model_config = ModelConfig(model=model, skip_tokenizer_init=True, dtype="float32", max_model_len=1024)
+        scheduler_config = SchedulerConfig(
+            max_num_seqs=SEATS,
+            max_num_batched_tokens=SEATS * PROMPT_TOKENS,
+            max_model_len=1024,
+            is_encoder_decoder=False,
+        )
+        cache_config = CacheConfig(block_size=_BLOCK_SIZE, enable_prefix_caching=False)
+        config = VllmConfig(
+            model_config=model_config, scheduler_config=scheduler_config, cache_config=cache_config
+        )
+    cache_config.num_gpu_blocks = num_blocks
+    spec = FullAttentionSpec(block_size=_BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    return scheduler_cls(
+        vllm_config=config,
+        kv_cache_config=kv_cache_config,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=_BLOCK_SIZE,
+    )
+
+
+def make_ranked_scheduler(scheduler_cls: type[Scheduler]) -> Scheduler:
+    """The same, ranked by a `FakeRuntime`; counters go to a mapped file, as in a server."""
+    runtime = patch("pars_fast.integration.scheduler.make_runtime", return_value=FakeRuntime())
+    with tempfile.TemporaryDirectory() as metrics, _settings(PARS_METRICS_DIR=metrics), runtime:
+        return make_scheduler(with_ranking(scheduler_cls))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _settings(**variables: str) -> Iterator[None]:
+    """The workload's `PARS_*` variables in place of the caller's."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("PARS_")}
+    with patch.dict(os.environ, {**others, **_SETTINGS, **variables}, clear=True):
+        yield
