@@ -123,14 +123,13 @@ class HostIndex:
         """Give a request its score, in expected output tokens (finite); waiting or not."""
         expected_tokens = min(max(expected_tokens, 1.0), MAX_EXPECTED_TOKENS)
         self._median.add(expected_tokens)
-        group = self._classes.get(entry.priority)
-        waiting = entry.waiting and group is not None
-        if waiting:
+        group = self._classes.get(entry.priority) if entry.waiting else None
+        if group is not None:
             group.take(entry)
         entry.expected_tokens = expected_tokens
         if self.policy.uses_ranker:  # else the key is known from the start
             entry.key = self.policy.key(expected_tokens)
-        if waiting:
+        if group is not None:
             group.put(entry)
 
     def set_device_order(self, seqs: Sequence[int]) -> None:
