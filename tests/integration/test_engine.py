@@ -1,0 +1,282 @@
+"""End to end: real engines, a real ranker process, real HTTP.
+
+Three engines are started, each takes half a minute of two cores: `LLM` without and with ranking, and the
+OpenAI server. All are started from the repository root, where the folders `kernels/` and `integration/`
+must not get in the way of packages of these names.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pars_fast.demo.server import vllm_server
+from pars_fast.integration.metrics import read_counters
+
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT_S = 400.0
+Generated = tuple[list[list[list[int]]], Path]  # token ids by round and prompt; the folder of the counters
+ENGINE = {"enforce_eager": True, "max_num_seqs": 4, "max_model_len": 512, "dtype": "float32"}
+OFFLINE = """
+import json, sys, time
+from vllm import LLM, SamplingParams
+from pars_fast.integration.metrics import read_counters
+
+job = json.load(sys.stdin)
+llm = LLM(**job["engine"])
+params = [SamplingParams(max_tokens=n, ignore_eos=True, temperature=0.0) for n in job["lengths"]]
+deadline = time.monotonic() + job["patience_s"]
+rounds = []
+while True:
+    outputs = llm.generate(job["prompts"], params, use_tqdm=False)
+    rounds.append([list(output.outputs[0].token_ids) for output in outputs])
+    counters = read_counters(job["metrics_dir"]).get("0", {})
+    if time.monotonic() > deadline or counters.get("pars_scored", 0) >= 10:
+        break
+json.dump(rounds, open(job["result"], "w"))
+"""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment as a user has it: only tests run kernels in Triton's interpreter."""
+    leave_out = ("PARS_", "TRITON_INTERPRET")
+    return {name: value for name, value in os.environ.items() if not name.startswith(leave_out)} | variables
+
+
+def run_in_session(command: list[str], *, stdin: str, env: dict[str, str]) -> "tuple[int, str]":
+    """(exit code, output) of a command; whatever happens, nothing that it started is left running."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env=env,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(stdin, timeout=TIMEOUT_S)
+        finally:
+            kill_group(process.pid)
+        return process.returncode, output
+
+
+def kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+@pytest.fixture
+def generate(
+    served_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_prompts: Callable[[int], list[str]],
+) -> Callable[..., Generated]:
+    """Runs 40 prompts through a new engine; gives token ids by round, and the folder of its counters."""
+
+    def run(*, patience_s: float, **variables: str) -> Generated:
+        folder = tmp_path_factory.mktemp("offline")
+        job = {
+            "engine": {"model": str(served_model), **ENGINE},
+            "prompts": make_prompts(40),
+            "lengths": lengths(40),
+            "patience_s": patience_s,
+            "metrics_dir": str(folder),
+            "result": str(folder / "rounds.json"),
+        }
+        env = environment(PARS_METRICS_DIR=str(folder), **variables)
+        code, output = run_in_session([sys.executable, "-c", OFFLINE], stdin=json.dumps(job), env=env)
+        assert code == 0, output[-4000:]
+        rounds: list[list[list[int]]] = json.loads((folder / "rounds.json").read_text())
+        return rounds, folder
+
+    return run
+
+
+def test_each_prompt_gets_its_tokens_and_the_text_of_stock(
+    generate: Callable[..., Generated], ranker_dir: Path
+) -> None:
+    """The order changes which requests share a batch, and so may the last bit of a logit: a near tie can
+    fall the other way, as it can under any load. In float32 that is rare, so nearly all texts are equal.
+    """
+    stock, _ = generate(patience_s=0.0)
+    ranked, counters = generate(patience_s=120.0, PARS_ENABLE="1", PARS_RANKER=str(ranker_dir))
+    assert read_counters(counters)["0"]["pars_scored"] > 0
+    assert read_counters(counters)["0"]["pars_fallback_error"] == 0
+    for texts in [*stock, *ranked]:
+        assert [len(ids) for ids in texts] == lengths(40)
+    for texts in ranked:
+        equal = sum(ids == reference for ids, reference in zip(texts, stock[0], strict=True))
+        assert equal >= 36
+
+
+def lengths(count: int) -> list[int]:
+    """Output tokens of each request, 5 to 60."""
+    return [5 + 23 * i % 56 for i in range(count)]
+
+
+class Client:
+    """A user of the server: plain HTTP, a thread a request."""
+
+    def __init__(self, url: str, model: str, ranker: Path) -> None:
+        self.url, self.model, self.ranker = url, model, ranker
+        self._threads = ThreadPoolExecutor(60)
+
+    def send(self, prompts: list[str], extra: Callable[[int], dict[str, Any]]) -> "list[Future[int]]":
+        """Send all prompts at once; each future gives the number of tokens that came back."""
+        bodies = (
+            {
+                "model": self.model,
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "ignore_eos": True,
+                "temperature": 0,
+                **extra(i),
+            }
+            for i, (prompt, max_tokens) in enumerate(zip(prompts, lengths(len(prompts)), strict=True))
+        )
+        return [self._threads.submit(self._complete, body) for body in bodies]
+
+    def wave(self, prompts: list[str], extra: Callable[[int], dict[str, Any]] = lambda i: {}) -> None:
+        """Send all prompts at once and check that each got exactly its tokens."""
+        check(self.send(prompts, extra))
+
+    def _complete(self, body: dict[str, Any]) -> int:
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            return int(json.load(response)["usage"]["completion_tokens"])
+
+    def metric(self, sample: str) -> float:
+        """The value of a sample of `/metrics`, named as Prometheus writes it."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
+            lines = response.read().decode().splitlines()
+        (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f"{sample} "))
+        return float(value)
+
+    def kill_ranker(self) -> int:
+        """Kill the ranker's process, found by its folder, which is this test's own; gives their number."""
+        killed = 0
+        for pid in (entry.name for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if os.fsencode(self.ranker) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed += 1
+        return killed
+
+
+def check(futures: "list[Future[int]]") -> None:
+    assert [future.result(TIMEOUT_S) for future in futures] == lengths(len(futures))
+
+
+SCORED = 'pars_scored_total{engine="0"}'
+RANKER_FAILURES = 'pars_fallback_total{engine="0",reason="ranker"}'
+ERRORS = 'pars_fallback_total{engine="0",reason="error"}'
+
+
+@pytest.fixture(scope="module")
+def client(
+    served_model: Path, ranker_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
+    """One OpenAI server for all tests below, which run in this order."""
+    folder = tmp_path_factory.mktemp("server")
+    ranker = Path(shutil.copytree(ranker_dir, folder / "ranker"))
+    arguments = ["--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "512", "--dtype", "float32"]
+    variables = {
+        "PARS_ENABLE": "1",
+        "PARS_RANKER": str(ranker),
+        "PARS_TRUST_CALLER": "1",
+        "TRITON_INTERPRET": "0",
+    }
+    with vllm_server(str(served_model), arguments, variables, folder / "log.txt") as url:
+        yield Client(url, str(served_model), ranker)
+
+
+def test_below_saturation_nothing_is_scored(client: Client, make_prompts: Callable[[int], list[str]]) -> None:
+    for _ in range(2):
+        client.wave(make_prompts(4))
+    assert client.metric(SCORED) == 0
+    assert client.metric('pars_submitted_total{engine="0"}') == 0
+
+
+def test_sixty_at_once_are_ranked_and_served(
+    client: Client, make_prompts: Callable[[int], list[str]]
+) -> None:
+    """Waves are sent until the ranker has come up, which takes longer than the first wave."""
+    wave_until(client, make_prompts(60), lambda: client.metric(SCORED) > 0)
+    assert client.metric(ERRORS) == client.metric(RANKER_FAILURES) == 0
+    assert client.metric('pars_waiting{engine="0"}') == 0
+
+
+def test_estimates_of_callers_come_through(client: Client, make_prompts: Callable[[int], list[str]]) -> None:
+    """Sound ones, senseless ones and none, mixed."""
+    values: list[Any] = [120, 3.5, -1, "many", 10**15]
+    client.wave(
+        make_prompts(40), lambda i: {"vllm_xargs": {"pars_score": values[i % 6]}} if i % 6 < 5 else {}
+    )
+    assert client.metric(ERRORS) == 0
+
+
+def test_a_killed_ranker_costs_no_request_and_comes_back(
+    client: Client, make_prompts: Callable[[int], list[str]]
+) -> None:
+    prompts = make_prompts(60)
+    under_way = client.send(prompts, lambda i: {})
+    assert client.kill_ranker() == 1
+    check(under_way)
+    client.wave(prompts)  # if all had been scored by then, it is noticed now
+    assert client.metric(RANKER_FAILURES) >= 1
+    scored = client.metric(SCORED)
+    wave_until(client, prompts, lambda: client.metric(SCORED) > scored)
+    assert client.metric(ERRORS) == 0
+
+
+def test_a_ranker_that_cannot_come_back_costs_no_request(
+    client: Client, make_prompts: Callable[[int], list[str]]
+) -> None:
+    failures = client.metric(RANKER_FAILURES)
+    shutil.rmtree(client.ranker)
+    client.kill_ranker()
+    wave_until(client, make_prompts(60), lambda: client.metric(RANKER_FAILURES) >= failures + 2)
+    assert client.metric('pars_active{engine="0"}') == 0
+    assert client.metric(ERRORS) == 0
+
+
+def wave_until(client: Client, prompts: list[str], done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        client.wave(prompts)
+        if done():
+            return
+        assert time.monotonic() < deadline, "it never happened"
+
+
+def test_a_wrong_setting_stops_the_server(served_model: Path) -> None:
+    code, output = run_in_session(
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(served_model),
+            "--port",
+            "0",
+        ],
+        stdin="",
+        env=environment(PARS_ENABLE="1", PARS_POLICY="sjf"),
+    )
+    assert code != 0
+    assert "PARS_POLICY='sjf' is not allowed: expected one of fcfs, pars_fast, oracle" in output

@@ -1,0 +1,267 @@
+"""The real runtimes: a ranker process that scores, dies, is killed and comes back, and a ranker thread."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from pars_fast import Ranker
+from pars_fast.integration.ranker_process import BATCH_PROMPTS
+from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored, ThreadRuntime
+from pars_fast.integration.runtime_choice import make_runtime
+from pars_fast.settings import Settings
+
+START_TIMEOUT_S = 300.0  # a loaded machine takes its time to import torch
+
+
+@pytest.fixture
+def start_process(ranker_dir: Path, served_model: Path) -> Iterator[Callable[..., ProcessRuntime]]:
+    """A started process runtime; killed at the end, whatever happened."""
+    started: list[ProcessRuntime] = []
+
+    def start(ranker: Path = ranker_dir, tokenizer: Path = served_model) -> ProcessRuntime:
+        started.append(ProcessRuntime(str(ranker), str(tokenizer), None, threads=1))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for runtime in started:
+        runtime.close()
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = START_TIMEOUT_S) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+    return value
+
+
+def collect(runtime: Any, count: int) -> list[Scored]:
+    """The next `count` messages of a runtime; fails at once if the ranker ends."""
+    scored: list[Scored] = []
+
+    def enough() -> bool:
+        scored.extend(runtime.poll())
+        assert len(scored) >= count or runtime.failure() is None, runtime.failure()
+        return len(scored) >= count
+
+    wait_for(enough)
+    return scored
+
+
+def process_of(runtime: ProcessRuntime) -> "subprocess.Popen[bytes]":
+    assert runtime._process is not None
+    return runtime._process
+
+
+def test_a_process_scores_as_the_library_does_and_survives_a_kill(
+    start_process: Callable[..., ProcessRuntime],
+    ranker_dir: Path,
+    served_model: Path,
+    make_prompts: Callable[[int], list[str]],
+) -> None:
+    runtime = start_process()
+    tokenizer = AutoTokenizer.from_pretrained(served_model)
+    texts = make_prompts(3 * BATCH_PROMPTS + 1)
+    prompts: list[Prompt] = [(seq, tokenizer.encode(text)) for seq, text in enumerate(texts)]
+    ranker = Ranker.from_pretrained(ranker_dir, device="cpu")
+    assert ranker.token_map is not None
+    expected = dict(enumerate(ranker.token_map(ranker.score(texts).numpy())))
+    assert len(set(expected.values())) > len(texts) // 2  # the toy ranker tells prompts apart
+
+    assert collect(runtime, 1) == [READY]
+    assert runtime.submit(prompts)
+    assert dict(collect(runtime, len(prompts))) == pytest.approx(expected, rel=1e-4)
+
+    # One prompt without text in it harms no other, and an id past the vocabulary harms nobody.
+    assert runtime.submit([(100, tokenizer.encode("   ")), (101, [10**6]), *prompts[:1]])
+    scored = dict(collect(runtime, 3))
+    assert math.isnan(scored[100])
+    assert scored[0] == pytest.approx(expected[0], rel=1e-4)
+
+    process = process_of(runtime)
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    process.send_signal(signal.SIGKILL)
+    assert wait_for(runtime.failure, 10.0) == "the ranker process ended with code -9"
+    assert not runtime.submit(prompts)  # nobody there, and the caller is not kept waiting
+    assert runtime.poll() == []
+
+    runtime.start()
+    assert runtime.failure() is None
+    assert collect(runtime, 1) == [READY]
+    assert runtime.submit(prompts[:2])
+    assert dict(collect(runtime, 2)) == pytest.approx({seq: expected[seq] for seq in (0, 1)}, rel=1e-4)
+
+    process = process_of(runtime)
+    runtime.close()
+    assert process.poll() is not None
+    runtime.close()
+
+
+def damaged(ranker_dir: Path, folder: Path) -> Path:
+    """A copy of the ranker with half of its weights file."""
+    folder.mkdir()
+    for file in ranker_dir.iterdir():
+        content = file.read_bytes()
+        (folder / file.name).write_bytes(
+            content[: len(content) // 2] if file.suffix == ".safetensors" else content
+        )
+    return folder
+
+
+def test_a_missing_or_damaged_checkpoint_is_a_failure_not_a_crash(
+    start_process: Callable[..., ProcessRuntime], ranker_dir: Path, tmp_path: Path
+) -> None:
+    runtimes = [start_process(tmp_path / "missing"), start_process(damaged(ranker_dir, tmp_path / "damaged"))]
+    for runtime in runtimes:  # both at once: each takes seconds to import torch
+        assert wait_for(runtime.failure) == "the ranker process ended with code 1"
+        assert runtime.poll() == []
+
+
+OWNER = """
+import sys, time
+from pars_fast.integration.runtime import ProcessRuntime
+runtime = ProcessRuntime(sys.argv[1], sys.argv[2], None, 1)
+runtime.start()
+while not runtime.poll():
+    time.sleep(0.01)
+print(runtime._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_process_ends_when_its_engine_is_killed(ranker_dir: Path, served_model: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(ranker_dir), str(served_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            ranker_pid = int(owner.stdout.readline())
+        finally:
+            owner.kill()
+    wait_for(lambda: not is_running(ranker_pid), 20.0)
+
+
+def is_running(pid: int) -> bool:
+    """False for a zombie, too: nobody may be there to reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class ToyScorer:
+    """Scores with a function; its order is by seq. `forgotten` keeps what it was told to drop."""
+
+    def __init__(self, score: Callable[[Sequence[Prompt]], list[Scored]]) -> None:
+        self.score = score
+        self.scored: list[int] = []
+        self.forgotten: list[int] = []
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
+        self.scored += [seq for seq, _ in prompts]
+        return self.score(prompts)
+
+    def order(self) -> Sequence[int]:
+        return sorted(set(self.scored) - set(self.forgotten))
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        self.forgotten += seqs
+
+
+def lengths(prompts: Sequence[Prompt]) -> list[Scored]:
+    return [(seq, float(len(ids))) for seq, ids in prompts]
+
+
+def test_a_thread_scores() -> None:
+    runtime = ThreadRuntime(lambda: ToyScorer(lengths))
+    runtime.start()
+    assert collect(runtime, 1) == [READY]
+    assert runtime.submit([(0, [1, 2]), (1, [3])])
+    assert runtime.submit([(2, [4, 5, 6])])
+    assert sorted(collect(runtime, 3)) == [(0, 2.0), (1, 1.0), (2, 3.0)]
+    assert runtime.order() == [0, 1, 2]
+    runtime.forget([1])
+    assert runtime.submit([(3, [7])])
+    assert collect(runtime, 1) == [(3, 1.0)]
+    assert runtime.order() == [0, 2, 3]
+    assert runtime.failure() is None
+    runtime.close()
+    runtime.close()
+
+
+def test_a_thread_whose_scorer_raises_says_so_and_can_be_started_anew() -> None:
+    broken = True
+
+    def score(prompts: Sequence[Prompt]) -> list[Scored]:
+        if broken:
+            raise RuntimeError("out of memory")
+        return lengths(prompts)
+
+    runtime = ThreadRuntime(lambda: ToyScorer(score))
+    runtime.start()
+    runtime.submit([(0, [1])])
+    assert wait_for(runtime.failure, 10.0) == "the ranker thread ended: RuntimeError('out of memory')"
+    broken = False
+    runtime.start()
+    assert runtime.failure() is None
+    runtime.submit([(0, [1])])
+    assert collect(runtime, 2) == [READY, (0, 1.0)]
+    runtime.close()
+
+
+def test_a_thread_that_cannot_load_its_ranker_says_so() -> None:
+    def make_scorer() -> Any:
+        raise FileNotFoundError("no config.json there")
+
+    runtime = ThreadRuntime(make_scorer)
+    runtime.start()
+    assert "no config.json there" in wait_for(runtime.failure, 10.0)
+    assert runtime.poll() == []
+
+
+@pytest.mark.parametrize("end", ["close", "start"])
+def test_a_thread_that_is_busy_when_it_is_ended_does_end(end: str) -> None:
+    """Closed, or given up for a new one, with prompts still queued: it must not hold its ranker for ever."""
+    busy, go_on = threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def score(prompts: Sequence[Prompt]) -> list[Scored]:
+        threads.append(threading.current_thread())
+        busy.set()
+        assert go_on.wait(10.0)
+        return lengths(prompts)
+
+    runtime = ThreadRuntime(lambda: ToyScorer(score))
+    runtime.start()
+    runtime.submit([(0, [1])])
+    assert busy.wait(10.0)
+    runtime.submit([(1, [1])])
+    runtime.close() if end == "close" else runtime.start()
+    go_on.set()
+    threads[0].join(10.0)
+    assert not threads[0].is_alive()
+    runtime.close()
+
+
+def test_on_a_machine_without_a_gpu_the_ranker_is_a_process(ranker_dir: Path, served_model: Path) -> None:
+    class Config:
+        class model_config:  # noqa: N801
+            tokenizer, tokenizer_revision = str(served_model), None
+
+        class parallel_config:  # noqa: N801
+            world_size = 1
+
+    runtime = make_runtime(Settings(ranker=str(ranker_dir), device="cpu"), Config)
+    assert isinstance(runtime, ProcessRuntime)
+    runtime.close()
