@@ -19,7 +19,7 @@ from pars_fast.demo.sample import load_sample
 from pars_fast.ranker import DEFAULT_CHECKPOINT, Ranker
 from pars_fast.tokenization import encode
 
-ROUNDS = {1: 50, 16: 15, 256: 5}  # prompts: rounds
+ROUNDS = {1: 50, 16: 10, 256: 3}  # prompts: rounds
 Score = Callable[[Sequence[str]], Tensor]
 
 

@@ -40,7 +40,8 @@ class DeviceOrder:
         self._slots.update(zip(seqs, slots, strict=True))
         self._seqs.update(zip(slots, seqs, strict=True))
         self._table.insert(slots, generations, [0] * len(slots), seqs)
-        self._table.set_keys(slots, generations, torch.tensor(keys, dtype=torch.float32, device=self._table.device))
+        column = torch.tensor(keys, dtype=torch.float32, device=self._table.device)
+        self._table.set_keys(slots, generations, column)
 
     def remove(self, seqs: Sequence[int]) -> None:
         """Drop requests; those that never had a slot are passed over."""
@@ -52,10 +53,12 @@ class DeviceOrder:
         self._overflowed = self._overflowed and bool(self._slots)
 
     def first(self, k: int) -> list[int] | None:
-        """Seqs of the k requests that run first; None if not all are in the table, or it cannot order them."""
+        """Seqs of the k requests that run first; None if the table cannot order all."""
         slots = None if self._overflowed else self._table.order(k)
+        if slots is None:
+            return None
         # Waits for the copy, in this thread: the scheduling thread sees the list when it is complete.
-        return None if slots is None else [self._seqs[slot] for slot in slots.tolist() if slot >= 0]
+        return [self._seqs[slot] for slot in slots.tolist() if slot >= 0]
 
 
 class GpuScorer:

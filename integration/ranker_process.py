@@ -1,7 +1,8 @@
 """The ranker's own process on the CPU: `python -m pars_fast.integration.ranker_process --endpoint ...`.
 
-Niced, so that the engine's steps come first. It ends when its parent does: the parent holds the other end
-of its standard input. Messages are msgpack, `[(seq, ids)]` in and `[(seq, expected_tokens)]` out.
+Runs when a core has nothing else to do, so that the engine's steps come first. It ends when its parent does:
+the parent holds the other end of its standard input. Messages are msgpack, `[(seq, ids)]` in and
+`[(seq, expected_tokens)]` out.
 """
 
 import argparse
@@ -16,9 +17,8 @@ import zmq
 
 from pars_fast.integration.runtime import READY, Prompt
 from pars_fast.integration.scoring import PromptScorer
-from pars_fast.ranker import Ranker
+from pars_fast.ranker import SERVING_WINDOW_CPU, Ranker
 
-NICENESS = 10
 BATCH_PROMPTS = 4  # small, so that the first of a burst are ordered while the others are scored
 
 
@@ -29,12 +29,12 @@ def main() -> None:
     parser.add_argument("--revision")
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
-    os.nice(NICENESS)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError):  # the engine may have pinned itself, and us with it, to its cores
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     torch.set_num_threads(arguments.threads)
-    scorer = PromptScorer(Ranker.from_pretrained(arguments.ranker, device="cpu"), arguments.tokenizer,
-                          arguments.revision)
+    ranker = Ranker.from_pretrained(arguments.ranker, device="cpu", window=SERVING_WINDOW_CPU)
+    scorer = PromptScorer(ranker, arguments.tokenizer, arguments.revision)
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
     socket.connect(arguments.endpoint)
     _serve(socket, scorer)

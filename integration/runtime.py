@@ -1,7 +1,7 @@
 """Where the ranker runs: beside the scheduling thread, never on it.
 
 A runtime takes prompts and gives back expected tokens; no call of it blocks. On the CPU the ranker is a
-process of its own at low priority, spoken to over a ZeroMQ socket whose I/O thread needs no GIL. On a GPU
+process of its own at idle priority, spoken to over a ZeroMQ socket whose I/O thread needs no GIL. On a GPU
 it is a thread of EngineCore, since one GPU is one process there.
 """
 
@@ -50,7 +50,7 @@ class RankerRuntime(Protocol):
 
 
 class ProcessRuntime:
-    """The ranker as a niced process on the CPU (`ranker_process.py`)."""
+    """The ranker as a process on the CPU, at idle priority (`ranker_process.py`)."""
 
     def __init__(self, ranker: str, tokenizer: str, revision: str | None, threads: int) -> None:
         self._arguments = ["--ranker", ranker, "--tokenizer", tokenizer, "--threads", str(threads)]

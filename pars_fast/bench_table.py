@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -143,9 +144,12 @@ def write_csv(path: Path, report: Report) -> None:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """The table, and below it the machine."""
-    console = console or Console()
-    table = Table("op", "provider", "shape", title="pars-fast bench")
-    for header in ("p20 us", "p50 us", "p80 us", "speed-up", "added p50 / p99 us"):
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title="pars-fast bench", box=SIMPLE)
+    for header in ("op", "provider"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("shape")
+    for header in ("p20 us", "p50 us", "p80 us", "speed-up", "added us p50 / p99"):
         table.add_column(header, justify="right")
     for previous, row in zip([None, *report.rows], report.rows, strict=False):
         if row.time_us is None:

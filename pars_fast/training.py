@@ -108,7 +108,7 @@ def train(
         out: directory to write; holds `state/` while the run is unfinished.
         exclude: length files whose prompts are not trained on wherever else they occur (their licence).
     Raises: DataError, CheckpointError, MissingExtraError, OutputError; ParsFastError: if `out` holds a run of
-        another recipe or data, or training diverges.
+        other starting weights, recipe or data, or training diverges.
     """
     accelerator = require_extra("accelerate", "train").Accelerator()
     make_writable(out)
@@ -167,7 +167,7 @@ class _Run:
         )
         self.model, self.optimizer = accelerator.prepare(ranker.model, optimizer)
         self.progression = Progression()
-        self.fingerprint = _fingerprint(recipe, training, validation)
+        self.fingerprint = _fingerprint(recipe, ranker, share, training, validation)
 
     def fit(self) -> None:
         self._resume()
@@ -271,7 +271,7 @@ class _Run:
         except (OSError, ValueError, SafetensorError) as error:
             raise ParsFastError(f"{state} is damaged ({error}); {advice}") from error
         if record.pop("fingerprint", None) != self.fingerprint:
-            raise ParsFastError(f"{state} belongs to a run with another recipe or other data; {advice}")
+            raise ParsFastError(f"{state} is of a run with other starting weights, recipe or data; {advice}")
         self.progression = Progression(**record)
         self.ranker.model.load_state_dict(weights)
         for name, parameter in self.ranker.model.named_parameters():
@@ -279,8 +279,10 @@ class _Run:
             self.optimizer.state[parameter] = {key.split("|")[1]: moments[key] for key in keys}
 
 
-def _fingerprint(recipe: Recipe, *splits: LabelledPrompts) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+def _fingerprint(recipe: Recipe, start: Ranker, prompts_per_step: int, *splits: LabelledPrompts) -> str:
+    digest = hashlib.sha256(json.dumps([prompts_per_step, asdict(recipe)], sort_keys=True).encode())
+    for weight in start.model.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
     for split in splits:
         digest.update("\0".join(split.prompts).encode("utf-8", "surrogatepass"))
         digest.update(split.log_length.tobytes())

@@ -108,8 +108,13 @@ def _session() -> aiohttp.ClientSession:
 async def _stream(session: aiohttp.ClientSession, url: str, model: str, prompt: SamplePrompt) -> _Answer:
     """What came back; of a request that failed, what came before."""
     body: dict[str, Any] = {
-        "model": model, "prompt": prompt.prompt, "max_tokens": prompt.output_tokens, "ignore_eos": True,
-        "temperature": 0, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "model": model,
+        "prompt": prompt.prompt,
+        "max_tokens": prompt.output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
     answer = _Answer()
     with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):

@@ -31,7 +31,8 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self._runs: list[Run] = []
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns)
         # The client shares two cores with the server, so the picture is drawn twice a second.
         self._live = Live(self._picture(), console=console or Console(), refresh_per_second=2)
 
@@ -62,6 +63,11 @@ class Display:
         table = Table("load", "policy", "#", "done", *(heading for _, heading, _ in _COLUMNS))
         for run in self._runs:
             columns = run.columns()
-            cells = ("-" if columns[name] is None else form.format(columns[name]) for name, _, form in _COLUMNS)
-            table.add_row(run.load, run.policy, str(run.repeat + 1), f"{columns['completed']}/{columns['requests']}", *cells)
+            done = f"{columns['completed']}/{columns['requests']}"
+            cells = (_cell(columns[name], form) for name, _, form in _COLUMNS)
+            table.add_row(run.load, run.policy, str(run.repeat + 1), done, *cells)
         return Group(table, self._progress)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -13,20 +13,28 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCAB_SIZE = 4096
+END = "<|endoftext|>"
 MAX_MODEL_LEN = 8192
 
 
 def make_tiny_model(directory: Path, prompts: Sequence[str]) -> str:
     """Write a random Qwen2 and its tokenizer to `directory`; returns what to tell a reader about it."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(prompts, vocab_size=VOCAB_SIZE, special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    bpe.train_from_iterator(prompts, vocab_size=VOCAB_SIZE, special_tokens=[END], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_MODEL_LEN, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        bos_token_id=0,
+        eos_token_id=0,
         tie_word_embeddings=True,
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
-    return "a tiny random Qwen2 (2 layers, hidden 128) made on the spot: real engine, made-up words"
+    return "a tiny random Qwen2 (1 layer, hidden 128) made on the spot: real engine, made-up words"

@@ -72,6 +72,7 @@ class Run:
         end_to_end = np.array([request.end_to_end_latency for request in done])
         per_output_token = end_to_end / np.array([request.output_tokens for request in done])
         after_first = np.array([x for request in done if (x := request.time_per_output_token) is not None])
+        tokens = sum(request.output_tokens for request in done)
         makespan = max(request.finish_s or 0.0 for request in done) if done else float("nan")
         return {
             "policy": self.policy,
@@ -85,7 +86,7 @@ class Run:
             **_summary("tpot_s", after_first),
             **_summary("e2e_s", end_to_end),
             "max_wait_s": _rounded(first.max()) if done else None,
-            "throughput_tok_s": _rounded(sum(request.output_tokens for request in done) / makespan) if done else None,
+            "throughput_tok_s": _rounded(tokens / makespan) if done else None,
             "makespan_s": _rounded(makespan) if done else None,
             "scored_total": self.scored_total,
             "fallback_total": self.fallback_total,
@@ -107,7 +108,8 @@ def _rounded(value: float) -> float:
 
 def mean_over_repeats(runs: Sequence[Run], policy: str, load: Load, column: str) -> float | None:
     """Mean of one column over the repeats of (policy, load) on the ranked server; None without a value."""
-    values = [run.columns()[column] for run in runs if (run.policy, run.load, run.stock) == (policy, load, False)]
+    chosen = [run for run in runs if (run.policy, run.load, run.stock) == (policy, load, False)]
+    values = [run.columns()[column] for run in chosen]
     kept = [value for value in values if value is not None]
     return float(np.mean(kept)) if kept else None
 

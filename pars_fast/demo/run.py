@@ -1,4 +1,4 @@
-"""The demo itself: one server for all policies, the same arrivals for each, then a stock server to compare."""
+"""The demo itself: one server for all policies, the same arrivals for each, then a stock server."""
 
 import os
 import platform
@@ -24,10 +24,12 @@ from pars_fast.demo.sample import SOURCES, SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
 from pars_fast.demo.server import read_metrics, vllm_server
 from pars_fast.metrics import kendall_tau
-from pars_fast.ranker import Ranker
+from pars_fast.ranker import SERVING_WINDOW_CPU, Ranker
 
 MAX_NUM_SEQS = 16
 SEED = 1203
+WARM_UP_REQUESTS = 3 * MAX_NUM_SEQS
+LIGHT_EVERY = 3  # repeats; a light run takes longest and varies least
 CLOSED_LOOP_CLIENTS = 2 * MAX_NUM_SEQS
 POLICIES: dict[Load, tuple[str, ...]] = {
     "saturated": ("fcfs", "pars_fast", "oracle"),
@@ -73,14 +75,17 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
         served = _served_model(model, Path(folder), sample)
         capacity, runs = _ranked_server(served, ranker, sample, repeats, Path(folder), display)
         runs.append(_stock_server(served, sample, capacity, Path(folder), display))
-    summary = summarise(runs, sample, expected, capacity_tok_s=capacity, served=served.description, repeats=repeats)
+    summary = summarise(
+        runs, sample, expected, capacity_tok_s=capacity, served=served.description, repeats=repeats
+    )
     return DemoResult(tuple(runs), tuple(expected), summary)
 
 
 def _expected_tokens(ranker: str, sample: Sequence[SamplePrompt]) -> list[float]:
-    loaded = Ranker.from_pretrained(ranker, device="cpu")
+    loaded = Ranker.from_pretrained(ranker, device="cpu", window=SERVING_WINDOW_CPU)
     assert loaded.token_map is not None
-    expected: list[float] = loaded.token_map(loaded.score([prompt.prompt for prompt in sample]).numpy()).tolist()
+    scores = loaded.score([prompt.prompt for prompt in sample]).numpy()
+    expected: list[float] = loaded.token_map(scores).tolist()
     return expected
 
 
@@ -93,7 +98,8 @@ def _served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt
         return _Served(model, model, arguments, {})
     description = make_tiny_model(folder / "model", [prompt.prompt for prompt in sample])
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return _Served(str(folder / "model"), description, (*arguments, "--enforce-eager", "--dtype", "float32"), environment)
+    arguments = (*arguments, "--enforce-eager", "--dtype", "float32")
+    return _Served(str(folder / "model"), description, arguments, environment)
 
 
 def _ranked_server(
@@ -102,16 +108,25 @@ def _ranked_server(
     """(capacity in tokens per second, all runs of the server whose policy can be switched)."""
     policy_file = folder / "policy"
     policy_file.write_text("fcfs")
-    environment = {**served.environment, "PARS_ENABLE": "1", "PARS_RANKER": ranker, POLICY_FILE_VARIABLE: str(policy_file)}
+    environment = {
+        **served.environment,
+        "PARS_ENABLE": "1",
+        "PARS_RANKER": ranker,
+        POLICY_FILE_VARIABLE: str(policy_file),
+    }
     arguments = (*served.arguments, "--scheduler-cls", "pars_fast.demo.scheduler.SwitchableScheduler")
     display.say(f"starting vLLM with pars-fast, serving {served.description}")
     with vllm_server(served.model, arguments, environment, folder / "ranked.log") as url:
+        with display.task("warm-up", WARM_UP_REQUESTS) as advance:
+            closed_loop_capacity(url, served.model, sample[:WARM_UP_REQUESTS], MAX_NUM_SEQS, advance)
         with display.task("capacity (closed loop, fcfs)", len(sample)) as advance:
             capacity = closed_loop_capacity(url, served.model, sample, CLOSED_LOOP_CLIENTS, advance)
         display.say(f"capacity {capacity:.0f} tokens/s; serving the same arrivals under each policy")
         runs: list[Run] = []
         for repeat in range(repeats):
             for load, policies in POLICIES.items():
+                if load == "light" and repeat % LIGHT_EVERY:
+                    continue
                 first = repeat % len(policies)  # no policy is always the first after a start
                 for policy in policies[first:] + policies[:first]:
                     policy_file.write_text(policy)
@@ -124,8 +139,8 @@ def _stock_server(
 ) -> Run:
     display.say("starting stock vLLM, to see that FCFS under the switch equals it")
     with vllm_server(served.model, served.arguments, served.environment, folder / "stock.log") as url:
-        with display.task("warm-up", MAX_NUM_SEQS) as advance:
-            closed_loop_capacity(url, served.model, sample[:MAX_NUM_SEQS], MAX_NUM_SEQS, advance)
+        with display.task("warm-up", WARM_UP_REQUESTS) as advance:
+            closed_loop_capacity(url, served.model, sample[:WARM_UP_REQUESTS], MAX_NUM_SEQS, advance)
         return _serve(url, served, sample, "stock", "saturated", 0, capacity, display)
 
 
@@ -138,19 +153,32 @@ def _serve(
     with display.task(f"{load}, {policy}, repeat {repeat + 1}", len(sample)) as advance:
         requests = serve_arrivals(url, served.model, sample, arrivals, advance)
     after = read_metrics(url)
-    counted = {name: int(after.get(name, 0) - before.get(name, 0)) for name in ("pars_scored_total", "pars_fallback_total")}
+
+    def counted(name: str) -> int:
+        return int(after.get(name, 0) - before.get(name, 0))
+
     run = Run(
-        policy, load, repeat, requests, scored_total=counted["pars_scored_total"],
-        fallback_total=counted["pars_fallback_total"], stock=policy == "stock",
+        policy,
+        load,
+        repeat,
+        requests,
+        scored_total=counted("pars_scored_total"),
+        fallback_total=counted("pars_fallback_total"),
         step_overhead_us_p50=after.get("pars_step_overhead_us_p50"),
+        stock=policy == "stock",
     )
     display.add(run)
     return run
 
 
 def summarise(
-    runs: Sequence[Run], sample: Sequence[SamplePrompt], expected: Sequence[float], *, capacity_tok_s: float,
-    served: str, repeats: int,
+    runs: Sequence[Run],
+    sample: Sequence[SamplePrompt],
+    expected: Sequence[float],
+    *,
+    capacity_tok_s: float,
+    served: str,
+    repeats: int,
 ) -> dict[str, Any]:
     """All figures of a demo but its rows."""
     lengths = np.array([prompt.output_tokens for prompt in sample])
@@ -172,7 +200,9 @@ def summarise(
         "sources": [{"source": source, "share": share, "model_column": column,
                      "requests": sum(prompt.source == source for prompt in sample)}
                     for source, (share, column) in SOURCES.items()],
-        "versions": {"pars-fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "pars-fast": __version__, "torch": torch.__version__, "python": platform.python_version()
+        },
         "date": date.fromtimestamp(time.time()).isoformat(),
     }
 
@@ -198,7 +228,8 @@ def light_ttft_ratio(runs: Sequence[Run], *, resamples: int = 2000) -> dict[str,
 
 
 def _gain(runs: Sequence[Run], column: str) -> float | None:
-    means = [mean_over_repeats(runs, policy, "saturated", column) for policy in ("fcfs", "pars_fast", "oracle")]
+    policies = POLICIES["saturated"]
+    means = [mean_over_repeats(runs, policy, "saturated", column) for policy in policies]
     return None if None in means else gain_captured(*means)  # type: ignore[arg-type]
 
 

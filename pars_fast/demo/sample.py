@@ -19,6 +19,7 @@ from pars_fast.data import read_length_file
 SEED = 2510
 REQUESTS = 200
 MAX_PROMPT_CHARS = 6000  # so that prompt and answer fit the stand-in model's context
+MAX_OUTPUT_TOKENS = 800  # so that one answer does not outlast a run
 
 # source: (share of the requests, the model whose recorded lengths are replayed)
 SOURCES: dict[str, tuple[float, str]] = {
@@ -57,7 +58,8 @@ def draw_sample(data_dir: Path) -> list[SamplePrompt]:
     for source, (share, model) in SOURCES.items():
         file = read_length_file(data_dir / f"lengths_{source}.jsonl.gz").select("test")
         file.require_model(model)
-        rows = [row for row in file.rows if model in row.output_tokens and len(row.prompt) <= MAX_PROMPT_CHARS]
+        rows = [row for row in file.rows if len(row.prompt) <= MAX_PROMPT_CHARS
+                and 1 <= row.output_tokens.get(model, 0) <= MAX_OUTPUT_TOKENS]
         for i in rng.choice(len(rows), round(share * REQUESTS), replace=False):
             drawn.append(SamplePrompt(source, model, rows[i].prompt, rows[i].output_tokens[model]))
     return [drawn[i] for i in rng.permutation(len(drawn))]

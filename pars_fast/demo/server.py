@@ -65,9 +65,8 @@ def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path)
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
-        with contextlib.suppress(OSError):
-            with urllib.request.urlopen(f"{url}/health", timeout=2):
-                return
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
+            return
         time.sleep(0.25)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
     raise ServerError(f"the vLLM server did not start; the end of {log}:\n{tail}")
@@ -76,10 +75,8 @@ def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path)
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        pass
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

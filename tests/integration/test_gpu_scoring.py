@@ -65,7 +65,8 @@ def test_host_index_admits_by_the_devices_order_as_by_its_own(order: DeviceOrder
     keys = rng.integers(1, 20, size=40).astype(float)  # ties are many
     admitted = []
     for use_device in (False, True):
-        index = HostIndex(POLICIES["pars_fast"](), UNBOUNDED, device_order_min_waiting=1 if use_device else 1000)
+        least = 1 if use_device else 1000
+        index = HostIndex(POLICIES["pars_fast"](), UNBOUNDED, device_order_min_waiting=least)
         entries = [Entry(seq, 0, SimpleNamespace(max_tokens=1)) for seq in range(40)]
         for entry, key in zip(entries, keys, strict=True):
             index.add(entry)

@@ -111,7 +111,7 @@ def leave_state(encoder: Path, toy: LengthFile, out: Path, monkeypatch: pytest.M
             train([toy], str(encoder), Recipe(epochs=1, batch_prompts=16, max_tokens=32), out)
 
 
-@pytest.mark.parametrize("damage", ["recipe", "data", "record", "weights"])
+@pytest.mark.parametrize("damage", ["start", "recipe", "data", "record", "weights"])
 def test_a_state_that_is_foreign_or_damaged_is_refused(
     tiny_encoder: Path,
     toy: LengthFile,
@@ -123,8 +123,11 @@ def test_a_state_that_is_foreign_or_damaged_is_refused(
     recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32)
     out = tmp_path / "out"
     leave_state(tiny_encoder, toy, out, monkeypatch)
-    message = "belongs to a run with another recipe or other data; give another --out, or remove it"
-    if damage == "recipe":
+    message = "is of a run with other starting weights, recipe or data; give another --out, or remove it"
+    start = tiny_encoder
+    if damage == "start":
+        start = out
+    elif damage == "recipe":
         recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32, seed=7)
     elif damage == "data":
         toy = read_length_file(write_lengths([*toy_rows(50, "train", 5), *toy_rows(9, "val", 6)], "b.jsonl"))
@@ -133,7 +136,7 @@ def test_a_state_that_is_foreign_or_damaged_is_refused(
         name = {"record": "progression.json", "weights": "weights.safetensors"}[damage]
         (out / "state" / name).write_bytes(b"{")
     with pytest.raises(ParsFastError, match=message):
-        train([toy], str(tiny_encoder), recipe, out)
+        train([toy], str(start), recipe, out)
 
 
 def trained_prompts(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
