@@ -16,7 +16,7 @@ from pars_fast.integration.runtime import READY, RankerRuntime
 
 logger = logging.getLogger("vllm.pars_fast")
 
-MAX_IN_FLIGHT = 16  # few, so that no work goes into requests that are admitted meanwhile
+MAX_IN_FLIGHT = 8  # few, so that no work goes into requests that are admitted meanwhile
 MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
 MAX_RESTART_DELAY_S = 60.0
 
@@ -81,7 +81,8 @@ class RankingLoop:
             return
         batch: list[Entry] = []
         while arrivals and len(self._in_flight) + len(batch) < MAX_IN_FLIGHT:
-            entry = arrivals.popleft()
+            # Newest first: when the ranker cannot keep up, the oldest are admitted before their score comes.
+            entry = arrivals.pop()
             if not entry.waiting or entry.key is not None:
                 continue
             if entry.payload.prompt_token_ids:
@@ -96,7 +97,7 @@ class RankingLoop:
             self._in_flight |= {entry.seq: entry for entry in batch}
             self._counters["pars_submitted"] += len(batch)
         else:
-            arrivals.extendleft(reversed(batch))
+            arrivals.extend(reversed(batch))
             if reason := self._runtime.failure():  # it ended while it had nothing to do
                 self._fail(reason)
 
@@ -131,7 +132,7 @@ class RankingLoop:
         self._failures += 1
         self._counters["pars_fallback_ranker"] += 1
         self._queue.set_ranking(False)
-        self._queue.arrivals.extendleft(reversed(self._in_flight.values()))
+        self._queue.arrivals.extend(self._in_flight.values())
         self._in_flight.clear()
         self._ready = False
         self._restart_at = self._clock() + delay

@@ -98,8 +98,8 @@ def _served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt
         return _Served(model, model, arguments, {})
     description = make_tiny_model(folder / "model", [prompt.prompt for prompt in sample])
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    arguments = (*arguments, "--enforce-eager", "--dtype", "float32")
-    return _Served(str(folder / "model"), description, arguments, environment)
+    for_cpu = ("--enforce-eager", "--dtype", "float32")
+    return _Served(str(folder / "model"), description, (*arguments, *for_cpu), environment)
 
 
 def _ranked_server(

@@ -93,7 +93,7 @@ def test_nothing_is_submitted_before_the_ranker_is_ready(bench: Bench) -> None:
     assert len(bench.runtime.submitted) == 3
 
 
-def test_few_prompts_are_in_flight_at_once(bench: Bench) -> None:
+def test_few_prompts_are_in_flight_at_once_newest_first(bench: Bench) -> None:
     requests = bench.add(3 * MAX_IN_FLIGHT)
     for _ in range(3):
         bench.step()
@@ -101,7 +101,7 @@ def test_few_prompts_are_in_flight_at_once(bench: Bench) -> None:
     for _ in range(4):
         bench.runtime.score(descending)
         bench.step()
-    assert [seq for seq, _ in bench.runtime.submitted] == list(range(3 * MAX_IN_FLIGHT))
+    assert [seq for seq, _ in bench.runtime.submitted] == list(reversed(range(3 * MAX_IN_FLIGHT)))
     assert None not in [bench.expected(request) for request in requests]
 
 
@@ -272,7 +272,7 @@ def test_a_refused_hand_over_loses_nothing(bench: Bench) -> None:
     assert (bench.counters["pars_submitted"], bench.fallbacks("ranker")) == (0, 0)
     bench.runtime.accepts = True
     bench.step()
-    assert [seq for seq, _ in bench.runtime.submitted] == [0, 1, 2]
+    assert [seq for seq, _ in bench.runtime.submitted] == [2, 1, 0]
 
 
 def test_nothing_piles_up_while_the_ranker_is_away(bench: Bench) -> None:
