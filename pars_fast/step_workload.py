@@ -1,9 +1,10 @@
 """The scheduling step as a benchmark: vLLM's real `Scheduler`, stock and ranked, with a made-up model output.
 
 N requests wait at every step. A step is `schedule()` and `update_from_output()`: it admits `SEATS` requests
-and finishes them all. Between steps, untimed, `SEATS` of the waiting are aborted and twice as many arrive,
-half of them with a caller's estimate, half for the ranker to score. Needs vLLM; loads no model, so it runs
-on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests (tests/v1/core/utils.py), 0.32.
+and finishes them all. Between steps, untimed, `SEATS` of the waiting are aborted and twice as many arrive:
+as many without a score as the ranker takes in a step, the others with a caller's estimate. Needs vLLM; loads
+no model, so it runs on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests
+(tests/v1/core/utils.py), 0.32.
 """
 
 import gc
@@ -31,10 +32,12 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
+from pars_fast.integration.ranking_loop import MAX_IN_FLIGHT
 from pars_fast.integration.runtime import READY, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 
 SEATS = 16  # admitted, and finished, in each step
+SCORED_A_STEP = min(SEATS, MAX_IN_FLIGHT)
 MIN_WAITING = 2 * SEATS  # enough to admit and to abort
 PROMPT_TOKENS = 128
 WARM_UP_STEPS = 50
@@ -126,8 +129,8 @@ class StepWorkload:
         aborted = self._random.sample(list(self._waiting), SEATS)
         self.scheduler.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
         self.forget(aborted)
-        self._arrive(SEATS, estimated=True)
-        self._arrive(SEATS, estimated=False)
+        self._arrive(2 * SEATS - SCORED_A_STEP, estimated=True)
+        self._arrive(SCORED_A_STEP, estimated=False)
 
     def forget(self, request_ids: list[str]) -> None:
         """These wait no longer."""

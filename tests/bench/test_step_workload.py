@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from pars_fast.cli import main
 from pars_fast.errors import ParsFastError
-from pars_fast.step_workload import MIN_WAITING, SEATS, WARM_UP_STEPS, StepPair
+from pars_fast.step_workload import MIN_WAITING, SCORED_A_STEP, SEATS, WARM_UP_STEPS, StepPair
 
 WAITING = 48
 
@@ -47,7 +47,9 @@ def test_ranked_order_is_not_that_of_arrival(pair: StepPair) -> None:
 def test_scores_are_published_while_steps_are_timed(pair: StepPair) -> None:
     before = pair.ranked.scheduler._counters.values["pars_scored"]
     pair.run(8)
-    assert pair.ranked.scheduler._counters.values["pars_scored"] - before == pytest.approx(8 * SEATS, rel=0.3)
+    assert pair.ranked.scheduler._counters.values["pars_scored"] - before == pytest.approx(
+        8 * SCORED_A_STEP, rel=0.3
+    )
 
 
 def test_both_get_the_same_arrivals(pair: StepPair) -> None:
