@@ -50,7 +50,8 @@ class OvertakingBudget:
         if len(self._looks) > 2 * len(self._budget) + 64:
             self._compact(seq)
         budget = self._settings.floor_tokens + self._settings.beta * tokens_ahead
-        self.rejoin(seq, budget)
+        self._budget[seq] = budget
+        heapq.heappush(self._looks, (self._total + budget, seq))  # nothing is charged to the newest yet
         return budget
 
     def rejoin(self, seq: int, budget: float) -> None:
