@@ -91,7 +91,7 @@ def test_a_process_scores_as_the_library_does_and_survives_a_kill(
     assert scored[0] == pytest.approx(expected[0], rel=1e-4)
 
     process = process_of(runtime)
-    assert os.getpriority(os.PRIO_PROCESS, process.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
     process.send_signal(signal.SIGKILL)
     assert wait_for(runtime.failure, 10.0) == "the ranker process ended with code -9"
     assert not runtime.submit(prompts)  # nobody there, and the caller is not kept waiting
