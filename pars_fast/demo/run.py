@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pars_fast import __version__
-from pars_fast.demo.arrivals import LOADS, arrival_times, arrivals_hash
+from pars_fast.demo.arrivals import arrival_times, arrivals_hash
 from pars_fast.demo.client import closed_loop_capacity, serve_arrivals
 from pars_fast.demo.display import Display
 from pars_fast.demo.model import MAX_MODEL_LEN, make_tiny_model
@@ -234,15 +234,16 @@ def _gain(runs: Sequence[Run], column: str) -> float | None:
 
 
 def _achieved_load(runs: Sequence[Run], capacity_tok_s: float) -> dict[str, float]:
-    """Offered tokens per second until the last arrival, over the capacity; mean over the runs of a load."""
+    """Offered tokens/s until the last arrival over the capacity, by policy; mean over its saturated runs."""
+
+    def achieved(run: Run) -> float:
+        offered = sum(request.output_tokens for request in run.requests)
+        return offered / max(request.arrival_s for request in run.requests) / capacity_tok_s
+
+    saturated = [run for run in runs if run.load == "saturated" and not run.stock]
     return {
-        load: float(np.mean([
-            sum(request.output_tokens for request in run.requests)
-            / max(request.arrival_s for request in run.requests) / capacity_tok_s
-            for run in runs if run.load == load
-        ]))
-        for load in LOADS
-        if any(run.load == load for run in runs)
+        policy: float(np.mean([achieved(run) for run in saturated if run.policy == policy]))
+        for policy in dict.fromkeys(run.policy for run in saturated)
     }
 
 
