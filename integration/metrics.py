@@ -24,7 +24,6 @@ METRICS: tuple[tuple[str, str, str], ...] = (
     ("pars_guard_promotions", "counter", "Admissions decided by the overtaking budget"),
     ("pars_active", "gauge", "1 while the queue is ranked, 0 while it is in arrival order"),
     ("pars_waiting", "gauge", "Requests in the ranked waiting queue"),
-    ("pars_kendall_tau", "gauge", "Kendall tau-b of scores and real lengths over the last finished requests"),
     ("pars_step_overhead_us_p50", "gauge", "Median time that ranking adds to a scheduling step, in us"),
 )
 NAMES = tuple(name for name, _, _ in METRICS)

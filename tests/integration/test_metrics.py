@@ -19,14 +19,14 @@ from pars_fast.integration.overhead import OverheadMedian
 def test_counters_travel_through_the_file(tmp_path: Path) -> None:
     engines = [CounterFile(str(tmp_path), engine) for engine in (0, 1)]
     engines[0].values["pars_scored"] += 5
-    engines[1].values["pars_kendall_tau"] = -0.25
+    engines[1].values["pars_waiting"] = -0.25
     assert read_counters(tmp_path)["0"]["pars_scored"] == 0  # not yet written
     for engine in engines:
         engine.write()
     counters = read_counters(tmp_path)
     assert counters == {
         "0": dict.fromkeys(NAMES, 0.0) | {"pars_scored": 5.0},
-        "1": dict.fromkeys(NAMES, 0.0) | {"pars_kendall_tau": -0.25},
+        "1": dict.fromkeys(NAMES, 0.0) | {"pars_waiting": -0.25},
     }
 
 
