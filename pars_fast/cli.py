@@ -59,10 +59,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
     add("--loss", default=DEFAULT, help="margin (PARS) or huber")
     add("--pooling", default=DEFAULT, choices=["cls", "mean"])
-    for name in ("epochs", "batch-prompts", "max-prompts-per-file", "max-tokens", "seed"):
+    for name in ("epochs", "batch-prompts", "max-prompts-per-file", "max-tokens", "layers", "seed"):
         add(f"--{name}", type=int, default=DEFAULT)
     for name in ("learning-rate", "dropout"):
         add(f"--{name}", type=float, default=DEFAULT)
+    add("--teacher", default=DEFAULT, help="ranker whose scores are averaged with the recorded lengths")
     parser.set_defaults(run=_train)
 
 

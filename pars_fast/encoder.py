@@ -110,6 +110,7 @@ class PackedBertEncoder(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = LayerStack(config)
 

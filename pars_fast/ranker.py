@@ -117,6 +117,16 @@ class Ranker:
         _load_weights(directory, model, new_head=True)
         return cls(model, config, _read_tokenizer(directory, config), max_tokens=max_tokens)
 
+    def keep_layers(self, count: int) -> None:
+        """Drop all but the first `count` layers of the encoder, as a start for training a faster ranker.
+
+        Raises: CheckpointError: if it has not that many.
+        """
+        if not 1 <= count <= self.config.num_hidden_layers:
+            raise CheckpointError(f"layers must be in 1..{self.config.num_hidden_layers}, got {count}")
+        self.model.encoder.layer = self.model.encoder.layer[:count]
+        self.config.num_hidden_layers = count
+
     def score(self, prompts: Sequence[str], *, batch_tokens: int = 8192) -> Tensor:
         """Score prompts: (B,) float32 on the CPU, in the order given; larger = longer expected answer.
 

@@ -39,7 +39,9 @@ class Recipe:
 
     `batch_prompts` 16 gives 120 pairs a step (PARS: 128); a pointwise loss may want more. `max_tokens` is
     the prompt window in WordPiece tokens. `max_prompts_per_file` keeps one large file from drowning the
-    others; None takes all.
+    others; None takes all. `layers` keeps only the first so many of the starting encoder. With a `teacher`
+    (`default` or a ranker directory trained to the same scale) the label is the mean of the recorded log
+    length and the teacher's score: one recorded answer is a noisy label, the teacher has seen many.
     """
 
     loss: str = "margin"
@@ -54,6 +56,8 @@ class Recipe:
     dropout: float = 0.1
     max_prompts_per_file: int | None = None
     max_tokens: int = MAX_TOKENS
+    layers: int | None = None
+    teacher: str | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -133,6 +137,8 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     else:
         ranker = Ranker.from_encoder(directory, pooling=recipe.pooling, max_tokens=recipe.max_tokens)
         torch.nn.init.constant_(ranker.model.score_head.bias, mean_log_length)
+    if recipe.layers is not None:
+        ranker.keep_layers(recipe.layers)
     ranker.model.set_dropout(recipe.dropout)
     return ranker
 
@@ -152,6 +158,10 @@ class _Run:
         self.accelerator, self.ranker, self.recipe, self.out = accelerator, ranker, recipe, out
         self.training, self.validation = training, validation
         self.ids = encode(ranker.tokenizer, training.prompts, recipe.max_tokens)
+        self.labels = training.log_length
+        if recipe.teacher is not None:
+            teacher = Ranker.from_pretrained(recipe.teacher, device=accelerator.device)
+            self.labels = (self.labels + teacher.score(training.prompts).numpy()) / 2
         share = recipe.batch_prompts * accelerator.num_processes
         self.steps_per_epoch = max(1, len(self.ids) // share)
         self.total_steps = self.steps_per_epoch * recipe.epochs
@@ -204,7 +214,7 @@ class _Run:
             group["lr"] = recipe.learning_rate * self._schedule(step)
         self.model.train()
         batch = pack([self.ids[i] for i in indices]).to(self.accelerator.device)
-        labels = torch.tensor(self.training.log_length[indices], dtype=torch.float32)
+        labels = torch.tensor(self.labels[indices], dtype=torch.float32)
         scores = self.model(batch.input_ids, batch.cu_seqlens)
         loss = LOSSES[recipe.loss](scores, labels.to(scores.device))
         self.accelerator.backward(loss)
