@@ -14,7 +14,7 @@ from pars_fast.simulation.arrays import Floats, Ints
 EMPTY = -1
 
 
-@njit(cache=True)
+@njit
 def meld(a: int, b: int, key: Floats, child: Ints, sibling: Ints) -> int:
     """Join two heaps; a single node without children is one."""
     if a < 0:
@@ -28,7 +28,7 @@ def meld(a: int, b: int, key: Floats, child: Ints, sibling: Ints) -> int:
     return a
 
 
-@njit(cache=True)
+@njit
 def pop(root: int, key: Floats, child: Ints, sibling: Ints) -> int:
     """Take the root off and return the heap that is left."""
     node = child[root]
@@ -59,7 +59,7 @@ def tournament(size: int, value: float) -> NDArray[np.float64]:
     return tree
 
 
-@njit(cache=True)
+@njit
 def set_value(tree: Floats, place: int, value: float) -> None:
     node = len(tree) // 2 + place
     tree[node] = value
@@ -68,7 +68,7 @@ def set_value(tree: Floats, place: int, value: float) -> None:
         tree[node] = min(tree[2 * node], tree[2 * node + 1])
 
 
-@njit(cache=True)
+@njit
 def least(tree: Floats) -> int:
     """The lowest place that holds the least value."""
     leaves = len(tree) // 2

@@ -275,6 +275,8 @@ def with_noisy_scores(workload: Workload, tau: float, *, seed: int) -> Workload:
     lengths = workload.output_tokens.astype(np.float64)
     if tau == 1 or len(workload) < 2 or lengths.min() == lengths.max():
         return replace(workload, expected_tokens=lengths)
+    from scipy.optimize import brentq  # slow to import
+
     log_lengths = np.log(lengths)
     signal = (log_lengths - log_lengths.mean()) / log_lengths.std()
     rng = np.random.default_rng((seed, 1))
