@@ -1,15 +1,16 @@
 """vLLM engines in flat arrays, advanced from event to event.
 
-One engine step is vLLM's: running requests first, in order of admission, each decoding one token or prefilling its
-next chunk; the last admitted are preempted when the KV cache has no block left; then, unless one was preempted,
-waiting requests are admitted while seats, the token budget and KV blocks for the whole prompt last. A step takes
+One engine step is vLLM's: running requests first, in order of admission, each decoding one token or
+prefilling its next chunk; the last admitted are preempted when the KV cache has no block left; then, unless
+one was preempted, waiting requests are admitted while seats, the token budget and KV blocks for the whole
+prompt last. A step takes
 
     base_s + prefill_token_s * prefill tokens + decode_seq_s * decoding requests + kv_token_s * KV tokens read
 
-Steps that only decode change nothing but counts until a request finishes, the KV cache is full, or someone arrives
-at an engine with a free seat, so that many of them are taken at once: all decoding requests have grown by the same
-number of tokens, `decoded`, and a request's own length is kept relative to it. KV blocks are needed by those whose
-length reaches a multiple of the block size, counted by `phases`.
+Steps that only decode change nothing but counts until a request finishes, the KV cache is full, or someone
+arrives at an engine with a free seat, so that many of them are taken at once: all decoding requests have
+grown by the same number of tokens, `decoded`, and a request's own length is kept relative to it. KV blocks
+are needed by those whose length reaches a multiple of the block size, counted by `phases`.
 
 Arrays are by engine, or by request where said. An engine's next event is the end of the steps it has planned.
 """
@@ -24,8 +25,16 @@ from pars_fast.simulation.arrays import Floats, Ints
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.heaps import EMPTY, tournament
 from pars_fast.simulation.step_time import StepTime
-from pars_fast.simulation.waiting_queue import (Order, Queue, admit, finish, head, next_score_s, preempt,
-                                                take_scores)
+from pars_fast.simulation.waiting_queue import (
+    Order,
+    Queue,
+    admit,
+    finish,
+    head,
+    next_score_s,
+    preempt,
+    take_scores,
+)
 
 _REQUEST_BITS = 32  # a finish is (decode step << 32) | request
 

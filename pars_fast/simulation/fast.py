@@ -1,6 +1,7 @@
 """The fast simulator: one engine, 10^6 requests in seconds.
 
-What a step is and takes is in `engines.py`, the order in `waiting_queue.py`, the loop over events in `fleet.py`.
+What a step is and takes is in `engines.py`, the order in `waiting_queue.py`, the loop over events in
+`fleet.py`.
 """
 
 import numpy as np

@@ -1,9 +1,9 @@
 """Up to a thousand data-parallel engines behind one router; a single engine is a fleet of one.
 
 Routers: `round_robin`; `least_loaded`, by vLLM's own measure for data-parallel engines, 4 * waiting + running
-(vllm/v1/engine/core_client.py); `predicted_work`, by the seconds that the unfinished requests of an engine are
-expected to take of a full batch. Ties go to the first engine. A router sees an engine as it is at the end of the
-last step that was over when the request arrived; a request stays where it was sent.
+(vllm/v1/engine/core_client.py); `predicted_work`, by the seconds that the unfinished requests of an engine
+are expected to take of a full batch. Ties go to the first engine. A router sees an engine as it is at the end
+of the last step that was over when the request arrived; a request stays where it was sent.
 """
 
 import zlib
@@ -21,11 +21,23 @@ from pars_fast.guards import Guard
 from pars_fast.simulation.arrays import Flags, Floats
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.engines import (Costs, Engines, Limits, Requests, commit, cut_plan, engine_limits,
-                                          make_engines, make_requests, plan, step_costs, steps_begun)
+from pars_fast.simulation.engines import (
+    Costs,
+    Engines,
+    Limits,
+    Requests,
+    commit,
+    cut_plan,
+    engine_limits,
+    make_engines,
+    make_requests,
+    plan,
+    step_costs,
+    steps_begun,
+)
 from pars_fast.simulation.heaps import least, set_value, tournament
 from pars_fast.simulation.step_time import StepTime
-from pars_fast.simulation.waiting_queue import (INITIAL_MEDIAN, Order, Queue, arrive, guard_order, make_queue)
+from pars_fast.simulation.waiting_queue import INITIAL_MEDIAN, Order, Queue, arrive, guard_order, make_queue
 from pars_fast.simulation.workload import Workload
 
 Router = Literal["round_robin", "least_loaded", "predicted_work"]
@@ -40,12 +52,14 @@ def simulate_fleet(workload: Workload, policy: str, guard: Guard, engine: Engine
     """Serve a workload on `engines` equal engines, each with a queue and a guard of its own.
 
     Args:
-        policy: the order of each queue; `pars` and `pars_fast` have one order, by `expected_tokens`, and differ
+        policy: the order of each queue; `pars` and `pars_fast` have one order, by `expected_tokens`, and
+        differ
             in the guard they are used with.
         router: by predicted work, a request without a score counts as one of the median score.
         ranker_delay_s: from a request's arrival to its score; until then it is ordered by the running median.
             The router has it at once.
-    Raises: ValueError: if a name is not known, a number is out of range, or the token budget of a step is below
+    Raises: ValueError: if a name is not known, a number is out of range, or the token budget of a step is
+    below
         the number of seats.
     """
     _check(policy, router, engine, engines, ranker_delay_s)
@@ -131,8 +145,8 @@ def _set_load(s: Engines, q: Queue, e: int, router: int, load: Floats) -> None:
 
 
 def _compiled(sources: int) -> Callable[..., None]:
-    """The loop over events. Numba keeps compiled code by this file alone and by what a function closes over, so a
-    checksum of all files that are compiled into it stands there too."""
+    """The loop over events. Numba keeps compiled code by this file alone and by what a function closes over,
+    so a checksum of all files that are compiled into it stands there too."""
 
     @njit(cache=True)
     def serve(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, router: int,

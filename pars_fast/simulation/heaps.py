@@ -1,8 +1,9 @@
 """Priority queues that live in flat arrays, for numba.
 
-A pairing heap (Fredman, Sedgewick, Sleator, Tarjan 1986) over node numbers: `child` and `sibling` hold the links of
-all nodes, so that a thousand heaps share two arrays and nothing is allocated. A heap is its root, -1 if empty. Order:
-(`key`, node). A tournament tree gives the least of a fixed number of values that change one at a time.
+A pairing heap (Fredman, Sedgewick, Sleator, Tarjan 1986) over node numbers: `child` and `sibling` hold the
+links of all nodes, so that a thousand heaps share two arrays and nothing is allocated. A heap is its root, -1
+if empty. Order: (`key`, node). A tournament tree gives the least of a fixed number of values that change one
+at a time.
 """
 
 import numpy as np

@@ -1,9 +1,10 @@
 """The waiting queues of many engines in flat arrays: `HostIndex` and the guards, compiled.
 
-The order is `HostIndex`'s: preempted requests first, then the lowest key, a request without a score having the
-running median; the guard may put another request ahead. Requests are numbered in order of arrival, which is `seq`.
-All arrays are by request, except those named `..._of` which are by engine. Per engine there is one chain of all its
-arrivals (`after`), on which several places move forward: the next to be scored, the oldest without a score.
+The order is `HostIndex`'s: preempted requests first, then the lowest key, a request without a score having
+the running median; the guard may put another request ahead. Requests are numbered in order of arrival, which
+is `seq`. All arrays are by request, except those named `..._of` which are by engine. Per engine there is one
+chain of all its arrivals (`after`), on which several places move forward: the next to be scored, the oldest
+without a score.
 
 A guard keeps each waiting request in one of two heaps, `later` and `urgent`, which share their links:
 
@@ -23,8 +24,15 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from pars_fast.guards import (FixedThreshold, Guard, IdleQuantum, NoGuard, OvertakingBudget, RelativeAgeing,
-                              UniBoost)
+from pars_fast.guards import (
+    FixedThreshold,
+    Guard,
+    IdleQuantum,
+    NoGuard,
+    OvertakingBudget,
+    RelativeAgeing,
+    UniBoost,
+)
 from pars_fast.host_index import MAX_EXPECTED_TOKENS
 from pars_fast.simulation.arrays import Flags, Floats, Ints
 from pars_fast.simulation.heaps import EMPTY, meld, pop
@@ -413,8 +421,9 @@ def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
     return EMPTY
 
 
-# Charges: a Fenwick tree per engine whose element p sums a power of two of places up from p, so that both a charge
-# and the sum beyond a place take O(log n). It starts at the oldest waiting request and grows with the queue.
+# Charges: a Fenwick tree per engine whose element p sums a power of two of places up from p, so that both a
+# charge and the sum beyond a place take O(log n). It starts at the oldest waiting request and grows with the
+# queue.
 
 
 @njit
