@@ -419,6 +419,6 @@ def test_a_wrong_setting_stops_the_start(
 ) -> None:
     monkeypatch.setenv("PARS_POLICY", "sjf")
     with pytest.raises(
-        ValueError, match=r"PARS_POLICY='sjf' is not allowed: expected one of fcfs, pars_fast, oracle"
+        ValueError, match=r"PARS_POLICY='sjf' is not allowed: expected one of fcfs, prompt_length, oracle, pars, pars_fast"
     ):
         make_scheduler(RankedScheduler)
