@@ -168,8 +168,8 @@ def test_a_threshold_bounds_every_wait(seed: int, guard: Guard) -> None:
 
 
 def test_settings_as_text() -> None:
-    guards = [NoGuard(), FixedThreshold(60.0), IdleQuantum(100, 5), RelativeAgeing(0.0123456789), UniBoost(2.5),
-              OvertakingBudget(0.25, 1000.0)]
+    guards = [NoGuard(), FixedThreshold(60.0), IdleQuantum(100, 5), RelativeAgeing(0.0123456789),
+              UniBoost(2.5), OvertakingBudget(0.25, 1000.0)]
     assert [parse_guard(guard_text(guard)) for guard in guards] == guards
     assert guard_text(OvertakingBudget()) == "overtaking_budget:beta=0.5,floor_tokens=2000"
     assert guard_text(NoGuard()) == "none"
@@ -179,7 +179,7 @@ def test_settings_as_text() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, overtaking_budget, with"),
+        ("", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, overtaking_budget,"),
         ("fixed_threshold:", None),
         ("fixed_threshold:seconds", "fixed_threshold with seconds as a number, not ''"),
         ("fixed_threshold:seconds=-1", "fixed_threshold with another value: seconds must be >= 0, got -1"),

@@ -22,7 +22,8 @@ def request(
     number: int, *, max_tokens: int, min_tokens: int = 0, ignore_eos: bool = False, num_prompt_tokens: int = 2
 ) -> Request:
     params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos)
-    return Request(f"request-{number}", [number] * num_prompt_tokens, params, None, arrival_time=float(number))
+    prompt = [number] * num_prompt_tokens
+    return Request(f"request-{number}", prompt, params, None, arrival_time=float(number))
 
 
 def order(policy: str, requests: Sequence[Request]) -> list[str]:
