@@ -49,5 +49,6 @@ def parse_guard(text: str) -> Guard:
 
 def guard_text(guard: Guard) -> str:
     """The text that `parse_guard` reads."""
-    settings = (f"{field.name}={getattr(guard, field.name):g}" for field in fields(guard))  # type: ignore[arg-type]
+    values = {field.name: getattr(guard, field.name) for field in fields(guard)}  # type: ignore[arg-type]
+    settings = (f"{name}={str(value).removesuffix('.0')}" for name, value in values.items())
     return ":".join(filter(None, (guard.name, ",".join(settings))))

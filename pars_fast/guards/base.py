@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 class WaitingRequest(Protocol):
     """The part of a queue's entry that a guard may read; `budget` is the guard's own to write.
 
-    `arrival_s` and `arrival_step` are on the clocks of `Moment`. `expected_tokens` is None until a score comes.
+    `arrival_s` and `arrival_step` are on the clocks of `Moment`. `expected_tokens` is None without a score.
     """
 
     seq: int

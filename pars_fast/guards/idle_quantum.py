@@ -2,9 +2,9 @@
 
 Source: LTR (arXiv 2408.15792) and its scheduler: a request that did not run in `idle_steps` iterations is
 promoted, the promoted are served by score, and a promotion ends when the request has run for a quantum.
-Chosen here, since in vLLM's queue a request that runs is no longer waiting: the quantum is counted in waiting
-steps. A request promoted for `quantum_steps` steps and not admitted counts its idle steps anew; a long quantum
-keeps it promoted until it is admitted, as LTR does.
+Chosen here, since in vLLM a request that runs is not in the queue: the quantum is counted in waiting steps. A
+request promoted for `quantum_steps` steps and not admitted counts its idle steps anew; a long quantum keeps it
+promoted until it is admitted, as LTR does.
 """
 
 import heapq
@@ -16,7 +16,7 @@ from pars_fast.guards.base import Moment, WaitingRequest, Watch
 
 @dataclass(frozen=True, slots=True)
 class IdleQuantum:
-    """After `idle_steps` scheduling steps in the queue a request goes first for `quantum_steps`, and so on."""
+    """After `idle_steps` scheduling steps in the queue a request goes first for `quantum_steps`, in turn."""
 
     idle_steps: int = 200
     quantum_steps: int = 10

@@ -34,8 +34,8 @@ class OvertakingBudget:
     def __post_init__(self) -> None:
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta must be finite and >= 0, got {self.beta}")
-        if not 0 <= self.floor_tokens < math.inf:
-            raise ValueError(f"floor_tokens must be finite and >= 0, got {self.floor_tokens}")
+        if not self.floor_tokens >= 0:
+            raise ValueError(f"floor_tokens must be >= 0, got {self.floor_tokens}")
 
     def watch(self) -> "Budgets":
         return Budgets(self)
