@@ -30,10 +30,12 @@ from pars_fast.simulation.waiting_queue import (
     Queue,
     admit,
     finish,
+    hand_over,
     head,
-    next_score_s,
+    next_change_s,
     preempt,
     take_scores,
+    wants_scores,
 )
 
 _REQUEST_BITS = 32  # a finish is (decode step << 32) | request
@@ -64,6 +66,8 @@ class Requests(NamedTuple):
     made: Ints  # output tokens at the last admission
     length: Ints  # tokens in the KV cache, less `decoded` while it decodes
     work_s: Floats  # what a router expects it to take
+    kept_until: Ints  # blocks given out when the last of its blocks in the prefix cache is overwritten
+    kept_blocks: Ints  # full blocks that it left there when it was preempted
     before: Ints  # the one admitted before it at its engine, of those that run
     behind: Ints
     first_scheduled_s: Floats
@@ -81,7 +85,9 @@ class Engines(NamedTuple):
     open_plan: Ints  # 1 if an arrival ends them early
     steps: Ints
     preemptions: Ints
+    asked_steps: Ints  # of the planned steps, those after which prompts were handed over
     free_blocks: Ints
+    given_blocks: Ints  # blocks given out since the start
     running: Ints
     decoding: Ints
     decoded: Ints
@@ -105,8 +111,8 @@ def make_engines(engines: int, settings: EngineSettings) -> Engines:
     return Engines(
         now_s=np.zeros(engines), planned_steps=ints(engines), planned_s=np.zeros(engines),
         next_s=tournament(engines, np.inf), open_plan=ints(engines), steps=ints(engines),
-        preemptions=ints(engines),
-        free_blocks=np.full(engines, settings.kv_cache_tokens // settings.block_size, dtype=np.int64),
+        preemptions=ints(engines), asked_steps=ints(engines), given_blocks=ints(engines),
+        free_blocks=np.full(engines, settings.num_blocks, dtype=np.int64),
         running=ints(engines), decoding=ints(engines), decoded=ints(engines), kv_tokens=ints(engines),
         work_s=np.zeros(engines), phases=ints(engines, settings.block_size), finishes=ints(engines, seats),
         prefilled=ints(engines, seats), num_prefilled=ints(engines), partial=ints(engines) + EMPTY,
@@ -117,10 +123,10 @@ def make_engines(engines: int, settings: EngineSettings) -> Engines:
 def make_requests(prompt_tokens: Ints, output_tokens: Ints, work_s: Floats) -> Requests:
     """Requests of which nothing has been done."""
     count = len(prompt_tokens)
-    made, length, before, behind = np.zeros((4, count), dtype=np.int64)
+    made, length, kept_until, kept_blocks, before, behind = np.zeros((6, count), dtype=np.int64)
     first_scheduled_s, first_token_s, finished_s = np.full((3, count), np.nan)
-    return Requests(prompt_tokens, output_tokens, made, length, work_s, before, behind, first_scheduled_s,
-                    first_token_s, finished_s)
+    return Requests(prompt_tokens, output_tokens, made, length, work_s, kept_until, kept_blocks, before,
+                    behind, first_scheduled_s, first_token_s, finished_s)
 
 
 def step_costs(step_time: StepTime) -> Costs:
@@ -254,18 +260,35 @@ def _stop_decoding(s: Engines, limits: Limits, r: Requests, e: int, i: int) -> N
 
 
 @njit
+def _give(s: Engines, e: int, blocks: int) -> None:
+    s.free_blocks[e] -= blocks
+    s.given_blocks[e] += blocks
+
+
+@njit
 def _preempt_newest(s: Engines, q: Queue, limits: Limits, r: Requests, e: int) -> None:
+    """Its blocks join the free ones last, the first block very last, and are found until given out."""
     i = s.newest[e]
+    tokens = r.length[i] if i == s.partial[e] else r.length[i] + s.decoded[e]
+    r.kept_until[i] = s.given_blocks[e] + s.free_blocks[e] + _blocks(limits, tokens)
+    r.kept_blocks[i] = tokens // limits.block_size
     _leave(s, r, e, i)
     if i == s.partial[e]:
         s.partial[e] = EMPTY
-        s.free_blocks[e] += _blocks(limits, r.length[i])
+        s.free_blocks[e] += _blocks(limits, tokens)
     else:
         _remove(s.finishes[e], s.decoding[e], i)
-        r.made[i] += r.length[i] + s.decoded[e] - (r.prompt_tokens[i] + r.made[i]) + 1
         _stop_decoding(s, limits, r, e, i)
+        r.made[i] = tokens - r.prompt_tokens[i] + 1
     s.preemptions[e] += 1
     preempt(q, e, i)
+
+
+@njit
+def _found_blocks(s: Engines, limits: Limits, r: Requests, e: int, i: int) -> int:
+    """Blocks of a preempted request that the prefix cache still has; one token at least is computed."""
+    kept = min(r.kept_blocks[i], r.kept_until[i] - s.given_blocks[e])
+    return max(0, min(kept, (r.prompt_tokens[i] + r.made[i] - 1) // limits.block_size))
 
 
 @njit
@@ -296,60 +319,95 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
     may_admit = True
     while _needed_blocks(s, limits, r, e) > s.free_blocks[e]:
         _preempt_newest(s, q, limits, r, e)
-        may_admit = False
+        may_admit = s.running[e] == 0
     prefill_tokens = _chunk(s, limits, r, e)
-    s.free_blocks[e] -= _needed_blocks(s, limits, r, e) - _new_blocks(s, limits, e, 1)
-    reserved = _new_blocks(s, limits, e, 1)  # for the decodes of this step, taken when it ends
-    budget = limits.max_num_batched_tokens - s.decoding[e] - prefill_tokens
+    reads = s.kv_tokens[e]
+    decode_blocks = _new_blocks(s, limits, e, 1)  # given when the step is over
     i = s.partial[e]
     if i != EMPTY:
+        reads += r.length[i]
+        _give(s, e, _needed_blocks(s, limits, r, e) - decode_blocks)
         r.length[i] += prefill_tokens
         if r.length[i] == r.prompt_tokens[i] + r.made[i]:
-            s.prefilled[e, s.num_prefilled[e]] = i
-            s.num_prefilled[e] += 1
+            _note_prefilled(s, e, i)
             s.partial[e] = EMPTY
+    budget = limits.max_num_batched_tokens - s.decoding[e] - prefill_tokens
     blocked = False
     while may_admit and budget > 0 and q.waiting_of[e] > 0 and s.running[e] < limits.max_num_seqs:
-        i = head(q, order, e, now, s.steps[e])
+        i = head(q, order, e, now, s.steps[e] + 1)
         tokens = r.prompt_tokens[i] + r.made[i]
-        if _blocks(limits, tokens) > s.free_blocks[e] - reserved:
+        if _blocks(limits, tokens) > s.free_blocks[e] - decode_blocks:
             blocked = True
             break
         admit(q, order, e, i)
-        if math.isnan(r.first_scheduled_s[i]):
-            r.first_scheduled_s[i] = now
-        r.before[i], r.behind[i] = s.newest[e], EMPTY
-        if s.newest[e] != EMPTY:
-            r.behind[s.newest[e]] = i
-        s.newest[e] = i
-        s.running[e] += 1
-        chunk = min(tokens, budget)
-        s.free_blocks[e] -= _blocks(limits, chunk)
-        r.length[i] = chunk
+        _join(s, r, e, i, now)
+        found = _found_blocks(s, limits, r, e, i)
+        chunk = min(tokens - found * limits.block_size, budget)
+        r.length[i] = found * limits.block_size + chunk
+        s.given_blocks[e] -= found
+        _give(s, e, _blocks(limits, r.length[i]))
+        reads += found * limits.block_size
         budget -= chunk
         prefill_tokens += chunk
-        if chunk == tokens:
-            s.prefilled[e, s.num_prefilled[e]] = i
-            s.num_prefilled[e] += 1
+        if r.length[i] == tokens:
+            _note_prefilled(s, e, i)
         else:
             s.partial[e] = i
+    hand_over(q, order, e, now)
+    s.asked_steps[e] = 0
+    s.planned_steps[e], s.planned_s[e], s.open_plan[e] = 1, math.inf, 0
     if s.running[e] == 0:
         s.planned_steps[e] = 0
-        s.planned_s[e] = math.inf
-        s.open_plan[e] = 1
-        return
-    if prefill_tokens > 0 or not may_admit:
-        s.planned_steps[e] = 1
-        s.planned_s[e] = _decode_s(s, costs, e, 1) + costs.prefill_token_s * prefill_tokens
-        s.open_plan[e] = 0
-        return
-    most = (s.finishes[e, 0] >> _REQUEST_BITS) - s.decoded[e]
-    steps = _affordable_steps(s, limits, e, most)
-    s.open_plan[e] = 1 if s.running[e] < limits.max_num_seqs else 0
-    if blocked:  # until the order may have changed
-        steps = _steps_until(s, costs, e, next_score_s(q, order, e) - now, steps)
-    s.planned_steps[e] = steps
-    s.planned_s[e] = _decode_s(s, costs, e, steps)
+    elif prefill_tokens > 0:
+        s.planned_s[e] = (costs.base_s + costs.prefill_token_s * prefill_tokens
+                          + costs.decode_seq_s * s.decoding[e] + costs.kv_token_s * reads)
+    else:
+        steps = (s.finishes[e, 0] >> _REQUEST_BITS) - s.decoded[e]
+        if not may_admit:
+            steps = 1
+        elif blocked:
+            steps = _steps_until(s, costs, e, next_change_s(q, order, e, now) - now, steps)
+        s.planned_steps[e] = _affordable_steps(s, limits, e, steps)
+        s.planned_s[e] = _decode_s(s, costs, e, s.planned_steps[e])
+        s.open_plan[e] = s.running[e] < limits.max_num_seqs
+
+
+@njit
+def _note_prefilled(s: Engines, e: int, i: int) -> None:
+    s.prefilled[e, s.num_prefilled[e]] = i
+    s.num_prefilled[e] += 1
+
+
+@njit
+def _join(s: Engines, r: Requests, e: int, i: int, now: float) -> None:
+    """Put a request at the end of the chain of those that run."""
+    if math.isnan(r.first_scheduled_s[i]):
+        r.first_scheduled_s[i] = now
+    r.before[i], r.behind[i] = s.newest[e], EMPTY
+    if s.newest[e] != EMPTY:
+        r.behind[s.newest[e]] = i
+    s.newest[e] = i
+    s.running[e] += 1
+
+
+@njit
+def keep_scoring(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_s: float) -> None:
+    """Between the planned steps that are over by a time, the ranker gives and takes."""
+    while True:
+        step = s.asked_steps[e] + 1
+        if not wants_scores(q, order, e):
+            if q.in_flight_of[e] == 0:
+                return
+            due = q.in_flight_due_s[e, 0] - s.now_s[e]
+            step = max(step, _steps_until(s, costs, e, due, s.planned_steps[e]))
+        if step >= s.planned_steps[e]:
+            return
+        time = s.now_s[e] + _decode_s(s, costs, e, step)
+        if time >= until_s:
+            return
+        take_scores(q, order, e, time)
+        hand_over(q, order, e, time)
+        s.asked_steps[e] = step
 
 
 @njit
@@ -370,13 +428,14 @@ def cut_plan(s: Engines, costs: Costs, e: int, at_s: float) -> None:
 
 
 @njit
-def commit(s: Engines, q: Queue, order: Order, limits: Limits, r: Requests, e: int) -> None:
+def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, e: int) -> None:
     """The planned steps are over: tokens come out, requests finish."""
     steps = s.planned_steps[e]
     if steps == 0:
         return
+    keep_scoring(s, q, order, costs, e, math.inf)
     s.steps[e] += steps
-    s.free_blocks[e] -= _new_blocks(s, limits, e, steps)
+    _give(s, e, _new_blocks(s, limits, e, steps))
     s.decoded[e] += steps
     s.kv_tokens[e] += steps * s.decoding[e]
     now = s.now_s[e] + s.planned_s[e]

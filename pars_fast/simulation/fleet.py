@@ -17,7 +17,9 @@ from numba import njit
 import pars_fast.simulation.engines as engines_module
 import pars_fast.simulation.heaps as heaps_module
 import pars_fast.simulation.waiting_queue as queue_module
+from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
+from pars_fast.policies import POLICIES
 from pars_fast.simulation.arrays import Flags, Floats
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
@@ -29,6 +31,7 @@ from pars_fast.simulation.engines import (
     commit,
     cut_plan,
     engine_limits,
+    keep_scoring,
     make_engines,
     make_requests,
     plan,
@@ -43,71 +46,75 @@ from pars_fast.simulation.workload import Workload
 Router = Literal["round_robin", "least_loaded", "predicted_work"]
 ROUTERS: tuple[Router, ...] = get_args(Router)
 _ROUND_ROBIN, _LEAST_LOADED, _PREDICTED_WORK = range(3)
-POLICIES = ("fcfs", "prompt_length", "oracle", "pars", "pars_fast")
 MAX_ENGINES = 100_000
 
 
-def simulate_fleet(workload: Workload, policy: str, guard: Guard, engine: EngineSettings, step_time: StepTime, *,
-                   engines: int = 1, router: Router = "round_robin", ranker_delay_s: float = 0.0) -> Served:
-    """Serve a workload on `engines` equal engines, each with a queue and a guard of its own.
+def simulate_fleet(
+    workload: Workload,
+    policy: str,
+    guard: Guard | None,
+    engine: EngineSettings,
+    step_time: StepTime,
+    *,
+    engines: int = 1,
+    router: Router = "round_robin",
+    ranker_delay_s: float = 0.0,
+) -> Served:
+    """Serve a workload on `engines` equal engines, each with a queue, a guard and a ranker of its own.
 
     Args:
-        policy: the order of each queue; `pars` and `pars_fast` have one order, by `expected_tokens`, and
-        differ
-            in the guard they are used with.
-        router: by predicted work, a request without a score counts as one of the median score.
-        ranker_delay_s: from a request's arrival to its score; until then it is ordered by the running median.
-            The router has it at once.
-    Raises: ValueError: if a name is not known, a number is out of range, or the token budget of a step is
-    below
-        the number of seats.
+        workload: the requests; those that an empty engine could not hold are refused.
+        policy: a name of `pars_fast.policies.POLICIES`, the order of each queue.
+        guard: bounds the order; None is the policy's own guard.
+        router: who gets a request; by predicted work, one without a score counts as one of the median score,
+            and scores are there at once.
+        ranker_delay_s: from handing prompts over (at most 8 are out at once) to having their scores.
+    Raises: ParsFastError: if there is no such policy or router, or a number is out of range.
     """
-    _check(policy, router, engine, engines, ranker_delay_s)
-    kept = fits(workload, engine)
-    times = np.full((3, len(workload)), np.nan)
+    _check(policy, router, engines, ranker_delay_s)
+    held = fits(workload, engine)
+    first_scheduled_s, first_token_s, finished_s = times = np.full((3, len(workload)), np.nan)
     preemptions = steps = 0
-    if kept.any():
-        chosen = workload if kept.all() else workload.take(np.flatnonzero(kept))
-        expected = chosen.output_tokens.astype(np.float64) if policy == "oracle" else chosen.expected_tokens
-        scored = policy in ("oracle", "pars", "pars_fast")
-        order = guard_order(guard, score_delay_s=0.0 if policy == "oracle" else ranker_delay_s,
-                            key_comes_with_score=policy in ("pars", "pars_fast"))
-        queue = make_queue(chosen.arrival_s, _keys(chosen, policy),
-                           expected if scored else np.full(len(chosen), np.nan), engines)
+    if held.any():
+        chosen = workload if held.all() else workload.take(np.flatnonzero(held))
+        rules = POLICIES[policy]
+        lengths = chosen.output_tokens.astype(np.float64)
+        expected = lengths if rules.knows_lengths else chosen.expected_tokens
+        order = guard_order(guard or rules.default_guard, score_delay_s=ranker_delay_s,
+                            uses_ranker=rules.uses_ranker)
+        known = expected if rules.uses_ranker or rules.knows_lengths else np.full(len(chosen), np.nan)
+        queue = make_queue(chosen.arrival_s, _keys(chosen, policy), known, engines)
         requests = make_requests(chosen.prompt_tokens, chosen.output_tokens,
                                  _work_s(chosen, expected, engine, step_time))
         state = make_engines(engines, engine)
         _SERVE(state, queue, order, step_costs(step_time), engine_limits(engine), requests,
                ROUTERS.index(router), tournament(engines, 0.0))
-        times[:, kept] = requests.first_scheduled_s, requests.first_token_s, requests.finished_s
+        times[:, held] = requests.first_scheduled_s, requests.first_token_s, requests.finished_s
         preemptions, steps = int(state.preemptions.sum()), int(state.steps.sum())
-    first_scheduled_s, first_token_s, finished_s = times
-    return Served(first_scheduled_s, first_token_s, finished_s, preemptions, steps, int((~kept).sum()))
+    refused = int((~held).sum())
+    return Served(first_scheduled_s, first_token_s, finished_s, preemptions, steps, refused)
 
 
 def fits(workload: Workload, engine: EngineSettings) -> Flags:
-    """Which requests an empty engine can hold to their last token, (N,) bool; the others are refused."""
+    """Which requests an empty engine can hold, (N,) bool; `EngineSettings.can_hold` for all of them."""
     tokens = workload.prompt_tokens + workload.output_tokens
-    blocks = engine.kv_cache_tokens // engine.block_size
-    held: Flags = (tokens <= engine.max_model_len) & (tokens - 1 <= blocks * engine.block_size)
+    held: Flags = tokens <= min(engine.max_model_len, engine.num_blocks * engine.block_size)
     return held
 
 
-def _check(policy: str, router: str, engine: EngineSettings, engines: int, ranker_delay_s: float) -> None:
+def _check(policy: str, router: str, engines: int, ranker_delay_s: float) -> None:
     if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        raise ParsFastError(f"no policy {policy!r}; there are: {', '.join(POLICIES)}")
     if router not in ROUTERS:
-        raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {router!r}")
+        raise ParsFastError(f"no router {router!r}; there are: {', '.join(ROUTERS)}")
     if not 1 <= engines <= MAX_ENGINES:
-        raise ValueError(f"engines must be from 1 to {MAX_ENGINES:,}, got {engines}")
+        raise ParsFastError(f"engines must be from 1 to {MAX_ENGINES:,}, got {engines}")
     if not 0 <= ranker_delay_s < np.inf:
-        raise ValueError(f"ranker_delay_s must be finite and >= 0, got {ranker_delay_s}")
-    if engine.max_num_batched_tokens < engine.max_num_seqs:
-        raise ValueError(f"max_num_batched_tokens ({engine.max_num_batched_tokens}) must be at least max_num_seqs "
-                         f"({engine.max_num_seqs}), as in vLLM")
+        raise ParsFastError(f"ranker_delay_s must be finite and >= 0, got {ranker_delay_s}")
 
 
 def _keys(workload: Workload, policy: str) -> Floats:
+    """What each policy's key is of a request with vLLM's lengths and the ranker's expectation."""
     match policy:
         case "fcfs":
             return np.zeros(len(workload))
@@ -130,7 +137,7 @@ def _work_s(workload: Workload, expected: Floats, engine: EngineSettings, step_t
 @njit
 def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, e: int, router: int,
              load: Floats) -> None:
-    commit(s, q, order, limits, r, e)
+    commit(s, q, order, costs, limits, r, e)
     plan(s, q, order, costs, limits, r, e)
     set_value(s.next_s, e, s.now_s[e] + s.planned_s[e])
     _set_load(s, q, e, router, load)
@@ -157,6 +164,7 @@ def _compiled(sources: int) -> Callable[..., None]:
             while s.next_s[1] < now:
                 _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)
             e = i % len(s.now_s) if router == _ROUND_ROBIN else least(load)
+            keep_scoring(s, q, order, costs, e, now)
             arrive(q, order, e, i, s.steps[e] + steps_begun(s, costs, e, now))
             s.work_s[e] += r.work_s[i]
             if s.planned_steps[e] == 0:  # idle; it wakes when all who come at this moment are there

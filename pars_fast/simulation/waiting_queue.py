@@ -3,8 +3,8 @@
 The order is `HostIndex`'s: preempted requests first, then the lowest key, a request without a score having
 the running median; the guard may put another request ahead. Requests are numbered in order of arrival, which
 is `seq`. All arrays are by request, except those named `..._of` which are by engine. Per engine there is one
-chain of all its arrivals (`after`), on which several places move forward: the next to be scored, the oldest
-without a score.
+chain of all its arrivals (`after`), along which the oldest waiting one and the oldest without a score move.
+Prompts go to the ranker as `RankingLoop` hands them over.
 
 A guard keeps each waiting request in one of two heaps, `later` and `urgent`, which share their links:
 
@@ -40,6 +40,7 @@ from pars_fast.simulation.heaps import EMPTY, meld, pop
 NO_GUARD, FIXED_THRESHOLD, RELATIVE_AGEING, UNIBOOST, IDLE_QUANTUM, OVERTAKING_BUDGET = range(6)
 INITIAL_MEDIAN = 128.0
 MEDIAN_WINDOW = 511
+MAX_IN_FLIGHT = 8  # as in `integration/ranking_loop.py`
 _FIRST_CAPACITY = 64  # of an engine's tree
 
 
@@ -49,8 +50,8 @@ class Order(NamedTuple):
     guard: int
     a: float
     b: float
-    score_delay_s: float
-    key_comes_with_score: bool
+    score_delay_s: float  # of a ranker, from handing prompts over
+    uses_ranker: bool  # keys come with scores; else both are known at arrival, if there are any
 
 
 class Queue(NamedTuple):
@@ -65,6 +66,7 @@ class Queue(NamedTuple):
     preempted: Flags  # waits in lane 0
     charge: Floats  # tokens that its admission cost those it passed
     after: Ints  # the next arrival at the same engine
+    to_score: Ints  # the one before it of those to be handed over, newest first
     place: Ints  # number among the arrivals at its engine
     child: Ints  # heap by key
     sibling: Ints
@@ -83,7 +85,10 @@ class Queue(NamedTuple):
     last_of: Ints  # newest arrival
     oldest_of: Ints  # oldest arrival that may still wait
     unscored_of: Ints  # oldest that may still wait without a score
-    scoring_of: Ints  # next to be scored
+    to_score_of: Ints  # newest arrival that has not been handed over
+    in_flight: Ints  # (engines, 8) requests that are with the ranker
+    in_flight_due_s: Floats  # (engines, 8) when their scores come, infinity for a free place
+    in_flight_of: Ints
     arrivals_of: Ints
     waiting_of: Ints
     unscored_waiting_of: Ints
@@ -98,7 +103,7 @@ class Queue(NamedTuple):
     scores_of: Ints
 
 
-def guard_order(guard: Guard, *, score_delay_s: float, key_comes_with_score: bool) -> Order:
+def guard_order(guard: Guard, *, score_delay_s: float, uses_ranker: bool) -> Order:
     """Raises: ValueError: if the guard is none that is known here."""
     match guard:
         case NoGuard():
@@ -115,7 +120,7 @@ def guard_order(guard: Guard, *, score_delay_s: float, key_comes_with_score: boo
             kind, a, b = OVERTAKING_BUDGET, guard.beta, guard.floor_tokens
         case _:
             raise ValueError(f"the fast simulator does not know the guard {guard.name}")
-    return Order(kind, float(a), float(b), float(score_delay_s), key_comes_with_score)
+    return Order(kind, float(a), float(b), float(score_delay_s), uses_ranker)
 
 
 def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -> Queue:
@@ -135,14 +140,17 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
     return Queue(
         arrival_s=arrival_s, arrival_step=np.zeros(count, np.int64), key=key,
         expected=np.clip(expected, 1.0, MAX_EXPECTED_TOKENS), scored=flags(), waiting=flags(),
-        preempted=flags(), charge=floats(count), after=links(count), place=links(count),
+        preempted=flags(), charge=floats(count), after=links(count), to_score=links(count), place=links(count),
         child=links(count), sibling=links(count), lane_child=links(count), lane_sibling=links(count),
         guard_key=floats(count), guard_child=links(count), guard_sibling=links(count), budget=floats(count),
-        trees=floats(engines * 2 * _FIRST_CAPACITY + 16 * count),  # trees double up to 4 times a queue's length
+        # Trees double up to 4 times the length of a queue.
+        trees=floats(engines * 2 * _FIRST_CAPACITY + 16 * count),
         trees_used=np.array([engines * (_FIRST_CAPACITY + 1)]),
         keyed_of=links(engines), lane_of=links(engines), later_of=links(engines), urgent_of=links(engines),
         last_of=links(engines), oldest_of=links(engines), unscored_of=links(engines),
-        scoring_of=links(engines), arrivals_of=np.zeros(engines, np.int64),
+        to_score_of=links(engines), in_flight=np.zeros((engines, MAX_IN_FLIGHT), np.int64),
+        in_flight_due_s=np.full((engines, MAX_IN_FLIGHT), np.inf), in_flight_of=np.zeros(engines, np.int64),
+        arrivals_of=np.zeros(engines, np.int64),
         waiting_of=np.zeros(engines, np.int64), unscored_waiting_of=np.zeros(engines, np.int64),
         expected_waiting_of=floats(engines), total_charge_of=floats(engines), tree_start_of=starts,
         tree_capacity_of=np.full(engines, _FIRST_CAPACITY, np.int64),
@@ -159,11 +167,9 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
 def arrive(q: Queue, order: Order, e: int, i: int, step: int) -> None:
     """Request `i` joins the queue of engine `e`."""
     if q.last_of[e] == EMPTY:
-        q.oldest_of[e] = q.unscored_of[e] = q.scoring_of[e] = i
+        q.oldest_of[e] = q.unscored_of[e] = i
     else:
         q.after[q.last_of[e]] = i
-        if q.scoring_of[e] == EMPTY:
-            q.scoring_of[e] = i
     q.last_of[e] = i
     q.place[i] = q.arrivals_of[e]
     q.arrivals_of[e] += 1
@@ -171,30 +177,64 @@ def arrive(q: Queue, order: Order, e: int, i: int, step: int) -> None:
     q.waiting[i] = True
     q.waiting_of[e] += 1
     q.unscored_waiting_of[e] += 1
-    if order.score_delay_s == 0.0:
-        _take_scores(q, order, e, q.arrival_s[i])
+    if order.uses_ranker:
+        q.to_score[i] = q.to_score_of[e]
+        q.to_score_of[e] = i
+    else:
+        _score(q, order, e, i)
     if order.guard == OVERTAKING_BUDGET:
         tokens_ahead = q.expected_waiting_of[e] + q.unscored_waiting_of[e] * q.median_of[e] - _tokens(q, e, i)
         q.budget[i] = order.b + order.a * tokens_ahead
         if q.place[i] - q.tree_base_of[e] >= q.tree_capacity_of[e]:
             _rebuild_tree(q, e)
-    if not order.key_comes_with_score:
+    if not order.uses_ranker:
         q.keyed_of[e] = meld(q.keyed_of[e], i, q.key, q.child, q.sibling)
     _watch(q, order, e, i)
 
 
 @njit
 def take_scores(q: Queue, order: Order, e: int, now: float) -> None:
-    """Requests whose score has come by `now` get it, waiting or not."""
-    if order.score_delay_s > 0.0:
-        _take_scores(q, order, e, now)
+    """A step begins: what the ranker has finished is taken."""
+    while q.in_flight_of[e] > 0 and q.in_flight_due_s[e, 0] <= now:
+        due = q.in_flight_due_s[e, 0]
+        taken = 0
+        while taken < q.in_flight_of[e] and q.in_flight_due_s[e, taken] == due:
+            _score(q, order, e, q.in_flight[e, taken])
+            taken += 1
+        left = q.in_flight_of[e] - taken
+        q.in_flight[e, :left] = q.in_flight[e, taken : taken + left].copy()
+        q.in_flight_due_s[e, :left] = q.in_flight_due_s[e, taken : taken + left].copy()
+        q.in_flight_of[e] = left
 
 
 @njit
-def next_score_s(q: Queue, order: Order, e: int) -> float:
-    """When the next score comes; infinity if none is on its way."""
-    i = q.scoring_of[e]
-    return math.inf if i == EMPTY else q.arrival_s[i] + order.score_delay_s
+def hand_over(q: Queue, order: Order, e: int, now: float) -> None:
+    """A step is scheduled: if it left requests waiting, the newest go to the ranker, 8 at once at most."""
+    while wants_scores(q, order, e):
+        i = q.to_score_of[e]
+        q.to_score_of[e] = q.to_score[i]
+        if q.waiting[i]:
+            q.in_flight[e, q.in_flight_of[e]] = i
+            q.in_flight_due_s[e, q.in_flight_of[e]] = now + order.score_delay_s
+            q.in_flight_of[e] += 1
+
+
+@njit
+def next_change_s(q: Queue, order: Order, e: int, now: float) -> float:
+    """When the order may change though nobody comes or goes; infinity if never."""
+    change = q.in_flight_due_s[e, 0] if q.in_flight_of[e] > 0 else math.inf
+    if order.guard == FIXED_THRESHOLD or order.guard == RELATIVE_AGEING:
+        time = q.guard_key[_earliest(q, order, e)]
+        if time > now:
+            change = min(change, time)
+    return change
+
+
+@njit
+def wants_scores(q: Queue, order: Order, e: int) -> bool:
+    """Whether a prompt could be handed over now."""
+    return (order.uses_ranker and q.waiting_of[e] > 0 and q.in_flight_of[e] < MAX_IN_FLIGHT
+            and q.to_score_of[e] != EMPTY)
 
 
 @njit
@@ -264,24 +304,21 @@ def _account(q: Queue, e: int, i: int, sign: int) -> None:
 
 
 @njit
-def _take_scores(q: Queue, order: Order, e: int, now: float) -> None:
-    while q.scoring_of[e] != EMPTY and q.arrival_s[q.scoring_of[e]] + order.score_delay_s <= now:
-        i = q.scoring_of[e]
-        q.scoring_of[e] = q.after[i]
-        if math.isnan(q.expected[i]):
-            continue
-        if q.waiting[i]:
-            _account(q, e, i, -1)
-        q.scored[i] = True
-        _add_to_median(q, e, q.expected[i])
-        if not q.waiting[i]:
-            continue
-        _account(q, e, i, 1)
-        if not q.preempted[i]:
-            if order.key_comes_with_score:
-                q.keyed_of[e] = meld(q.keyed_of[e], i, q.key, q.child, q.sibling)
-            if order.score_delay_s > 0.0 and order.guard in (RELATIVE_AGEING, UNIBOOST):
-                _watch(q, order, e, i)
+def _score(q: Queue, order: Order, e: int, i: int) -> None:
+    """Request `i` gets its score, if it has one, waiting or not."""
+    if math.isnan(q.expected[i]):
+        return
+    if q.waiting[i]:
+        _account(q, e, i, -1)
+    q.scored[i] = True
+    _add_to_median(q, e, q.expected[i])
+    if not q.waiting[i]:
+        return
+    _account(q, e, i, 1)
+    if order.uses_ranker and not q.preempted[i]:
+        q.keyed_of[e] = meld(q.keyed_of[e], i, q.key, q.child, q.sibling)
+        if order.guard in (RELATIVE_AGEING, UNIBOOST):
+            _watch(q, order, e, i)
 
 
 @njit
@@ -307,7 +344,7 @@ def _shortest(q: Queue, order: Order, e: int) -> int:
     while q.keyed_of[e] != EMPTY and not q.waiting[q.keyed_of[e]]:
         q.keyed_of[e] = pop(q.keyed_of[e], q.key, q.child, q.sibling)
     keyed = q.keyed_of[e]
-    if not order.key_comes_with_score:
+    if not order.uses_ranker:
         return keyed
     unscored = _oldest_unscored(q, e)
     if unscored == EMPTY:
