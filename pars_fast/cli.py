@@ -228,24 +228,26 @@ def _whole_numbers(text: str) -> list[int]:
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, metavar="F", help="arrival_s,prompt_tokens,output_tokens[,score][,app]")
-    source.add_argument("--lengths", type=Path, metavar="F", help="length file: real prompts, which a ranker scores")
+    one_of = source.add_argument
+    one_of("--trace", type=Path, metavar="F", help="arrival_s,prompt_tokens,output_tokens[,score][,app]")
+    one_of("--lengths", type=Path, metavar="F", help="length file: real prompts, which a ranker scores")
     add("--model-column", help="--lengths: whose answers (the first column)")
     add("--ranker", default="default", help="--lengths: ranker directory, or none (%(default)s)")
     add("--arrivals", type=Path, metavar="TRACE", help="--lengths: arrive at its times; else Poisson")
     add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
     add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
-    add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, arriving at once half-way")
+    add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
     add("--policies", default="all", help="by comma, or all (%(default)s)")
-    add("--guards", default="own", help="own, all, frontier, or e.g. none,overtaking_budget:beta=1 (%(default)s)")
-    add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered / closed-loop tokens/s (0.7,1.0,1.2)")
+    guards = "own, all, frontier, or by comma, as in none,overtaking_budget:beta=1 (%(default)s)"
+    add("--guards", default="own", help=guards)
+    add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")
     add("--tau", type=_numbers, metavar="T", help="noisy scores of these Kendall taus instead of real ones")
     add("--ranker-delay", type=_numbers, default=[0.0], metavar="S", help="seconds from prompt to score (0)")
     add("--unscored", type=_numbers, default=[0.0], metavar="SHARE", help="of the requests, never scored (0)")
     add("--fleet", type=_whole_numbers, default=[1], metavar="N", help="engines, at equal load each (1)")
-    add("--router", default="round_robin", help="round_robin, least_loaded, predicted_work, by comma (%(default)s)")
+    add("--router", default="round_robin", help="or least_loaded, predicted_work; by comma (%(default)s)")
     add("--engine", default="fast", choices=["fast", "faithful"], help="which simulator (%(default)s)")
-    add("--profile", default="h100_llama_3_1_8b", metavar="NAME|F", help="how long a step takes (%(default)s)")
+    add("--profile", default="h100_llama_3_1_8b", metavar="NAME|F", help="time of a step (%(default)s)")
     for name in ("max-num-seqs", "max-num-batched-tokens", "kv-cache-tokens", "max-model-len"):
         add(f"--{name}", type=int, default=DEFAULT, metavar="N")
     add("--seed", type=_whole_numbers, default=[0], help="seeds, by comma (0)")

@@ -117,7 +117,7 @@ def find_profile(name: str) -> StepTime:
         return PROFILES[name]
     path = Path(name)
     if not path.exists():
-        raise ParsFastError(f"no profile {name!r}; there are: {', '.join(PROFILES)}, or a file of `pars-fast profile`")
+        raise ParsFastError(f"no profile or file {name!r}; profiles are: {', '.join(PROFILES)}")
     from pars_fast.simulation.profile import read_profile
 
     return read_profile(path)

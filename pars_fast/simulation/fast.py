@@ -17,8 +17,16 @@ from pars_fast.simulation.workload import Workload
 _FILLS = 40  # how many times over the mix of a closed loop fills the seats
 
 
-def simulate(workload: Workload, policy: str, guard: Guard | None, engine: EngineSettings, step_time: StepTime, *,
-             ranker_delay_s: float = 0.0, seed: int = 0) -> Served:
+def simulate(
+    workload: Workload,
+    policy: str,
+    guard: Guard | None,
+    engine: EngineSettings,
+    step_time: StepTime,
+    *,
+    ranker_delay_s: float = 0.0,
+    seed: int = 0,
+) -> Served:
     """Serve a workload on one engine; arguments and errors as `simulate_fleet`.
 
     Nothing here is random: `seed` is there because the faithful simulator has it.

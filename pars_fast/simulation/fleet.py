@@ -135,8 +135,8 @@ def _work_s(workload: Workload, expected: Floats, engine: EngineSettings, step_t
 
 
 @njit
-def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, e: int, router: int,
-             load: Floats) -> None:
+def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, e: int,
+             router: int, load: Floats) -> None:
     commit(s, q, order, costs, limits, r, e)
     plan(s, q, order, costs, limits, r, e)
     set_value(s.next_s, e, s.now_s[e] + s.planned_s[e])

@@ -1,7 +1,7 @@
 """Many simulations: a grid of cases on all cores, each row kept as soon as it is there.
 
-A row is keyed by a hash of everything that it depends on and appended to a JSON-lines file beside the result, so
-that a sweep that was interrupted, or is extended, runs only what is missing.
+A row is keyed by a hash of everything that it depends on and appended to a JSON-lines file beside the result,
+so that a sweep that was interrupted, or is extended, runs only what is missing.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from pars_fast.simulation.workload import Workload, at_load, with_noisy_scores, 
 
 Simulator = Literal["fast", "faithful"]
 
-FRONTIER: tuple[Guard, ...] = (  # each guard from tight to loose, wide enough for queues of seconds to minutes
+FRONTIER: tuple[Guard, ...] = (  # each guard from tight to loose, for queues of seconds to minutes
     NoGuard(),
     *(FixedThreshold(seconds) for seconds in (1, 4, 15, 60, 240)),
     *(IdleQuantum(steps) for steps in (50, 200, 800, 3200, 12800)),
@@ -51,12 +51,15 @@ FRONTIER: tuple[Guard, ...] = (  # each guard from tight to loose, wide enough f
 )
 
 
+_GAINS = (("gain_captured", "mean_latency_per_token_s"), ("gain_captured_e2e", "mean_e2e_s"))
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One simulation of a sweep.
 
-    `tau` is that of noisy scores, None for the workload's own; `guard` is as `guard_text` writes it. `load` is of
-    the whole fleet's capacity.
+    `tau` is that of noisy scores, None for the workload's own; `guard` is as `guard_text` writes it; `load`
+    is of the whole fleet's capacity.
     """
 
     policy: str
@@ -89,9 +92,9 @@ def make_setup(workloads: Mapping[int, Workload], engine: EngineSettings, step_t
 
 
 def grid(policies: Sequence[str], guards: Sequence[Guard] | None, loads: Sequence[float], *,
-         seeds: Sequence[int] = (0,), taus: Sequence[float | None] = (None,), delays_s: Sequence[float] = (0.0,),
-         unscored: Sequence[float] = (0.0,), engines: Sequence[int] = (1,),
-         routers: Sequence[Router] = ("round_robin",)) -> list[Case]:
+         seeds: Sequence[int] = (0,), taus: Sequence[float | None] = (None,),
+         delays_s: Sequence[float] = (0.0,), unscored: Sequence[float] = (0.0,),
+         engines: Sequence[int] = (1,), routers: Sequence[Router] = ("round_robin",)) -> list[Case]:
     """Every combination, less those that would be the same run twice.
 
     Arrival order needs no guard, a policy without a ranker has no scores that could be late or wrong, and one
@@ -116,7 +119,7 @@ def grid(policies: Sequence[str], guards: Sequence[Guard] | None, loads: Sequenc
 
 
 def parse_guards(text: str) -> list[Guard] | None:
-    """`own` (None: each policy's own), `all` (each guard as it is by default), `frontier`, or guards by comma.
+    """`own` (None: each policy's own), `all` (each guard by default), `frontier`, or guards by comma.
 
     Raises: ParsFastError: if a guard is not understood; says what would be right.
     """
@@ -249,15 +252,15 @@ def _append_row(path: Path | None, key: str, row: Mapping[str, Any]) -> None:
 def with_gains(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with `gain_captured` (latency per token) and `gain_captured_e2e`.
 
-    Both are against FCFS and the unguarded oracle of the same workload, load, seed, fleet and router; None where
-    one of them is missing or the oracle gains under 5 %.
+    Both are against FCFS and the unguarded oracle of the same workload, load, seed, fleet and router; None
+    where one of them is missing or the oracle gains under 5 %.
     """
     rows = [dict(row) for row in rows]
     ends = {(row["policy"], _group(row)): row for row in rows
             if row["policy"] == "fcfs" or (row["policy"], row["guard"]) == ("oracle", NoGuard.name)}
     for row in rows:
         fcfs, oracle = (ends.get((policy, _group(row))) for policy in ("fcfs", "oracle"))
-        for name, column in (("gain_captured", "mean_latency_per_token_s"), ("gain_captured_e2e", "mean_e2e_s")):
+        for name, column in _GAINS:
             values = [end and end[column] for end in (fcfs, row, oracle)]
             row[name] = None
             if all(value is not None for value in values):

@@ -140,7 +140,8 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
     return Queue(
         arrival_s=arrival_s, arrival_step=np.zeros(count, np.int64), key=key,
         expected=np.clip(expected, 1.0, MAX_EXPECTED_TOKENS), scored=flags(), waiting=flags(),
-        preempted=flags(), charge=floats(count), after=links(count), to_score=links(count), place=links(count),
+        preempted=flags(), charge=floats(count), after=links(count), to_score=links(count),
+        place=links(count),
         child=links(count), sibling=links(count), lane_child=links(count), lane_sibling=links(count),
         guard_key=floats(count), guard_child=links(count), guard_sibling=links(count), budget=floats(count),
         # Trees double up to 4 times the length of a queue.
