@@ -37,7 +37,7 @@ from pars_fast.policies import POLICIES
 from pars_fast.settings import Settings
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.step_time import StepTime, step_work
 from pars_fast.simulation.workload import Workload
 
 _TOKEN = 0  # what the model says
@@ -165,15 +165,8 @@ def _step(
 ) -> None:
     """What the model would do with a plan, and how long it would take."""
     requests = [scheduler.requests[request_id] for request_id in output.num_scheduled_tokens]
-    prefill_tokens = decode_seqs = kv_tokens_read = 0
-    for request, tokens in zip(requests, output.num_scheduled_tokens.values(), strict=True):
-        kv_tokens_read += request.num_computed_tokens - tokens  # the plan already counts as computed
-        if tokens == 1 and request.num_output_tokens and not request.is_prefill_chunk:
-            decode_seqs += 1
-        else:
-            prefill_tokens += tokens
     record.scheduled(requests, clock.time_s)
-    clock.time_s += step_time.seconds(prefill_tokens, decode_seqs, kv_tokens_read)
+    clock.time_s += step_time.seconds(*step_work(requests, output.num_scheduled_tokens.values()))
     ids = list(output.num_scheduled_tokens)
     answers = [[] if request.is_prefill_chunk else [_TOKEN] for request in requests]
     positions = {request_id: position for position, request_id in enumerate(ids)}
