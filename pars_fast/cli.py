@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands.add_parser("evaluate", help="measure a ranker on a length file"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
     _add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
-    _add_profile(commands.add_parser("profile", help="measure the step time of a vLLM server on this machine"))
+    _add_profile(commands.add_parser("profile", help="measure the step time of vLLM on this machine"))
     _add_live_check(
         commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")
     )

@@ -64,8 +64,8 @@ class Settings:
             `max_tokens`; for replays).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
-            `idle_quantum`, `relative_ageing`, `uniboost` or `overtaking_budget`, each with its settings, as in
-            `fixed_threshold:seconds=60` (see `pars_fast.guards`).
+            `idle_quantum`, `relative_ageing`, `uniboost` or `overtaking_budget`, each with its settings, such
+            as `fixed_threshold:seconds=60` (see `pars_fast.guards`).
         guard_beta: PARS_GUARD_BETA. Of the default guard, the overtaking budget: overtaking tolerated per
             token ahead at arrival, ratio.
         guard_floor_tokens: PARS_GUARD_FLOOR_TOKENS. Of the default guard: overtaking tolerated by every
@@ -131,4 +131,5 @@ class Settings:
 
 
 _DEFAULT_GUARD = ("PARS_GUARD_BETA", "PARS_GUARD_FLOOR_TOKENS")
-INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE", "PARS_PROFILE_FILE"})  # not for users
+# Not for users.
+INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE", "PARS_PROFILE_FILE"})

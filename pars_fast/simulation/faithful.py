@@ -3,10 +3,10 @@
 Real: vLLM's `Scheduler` with its KV block manager, chunked prefill, preemption and prefix cache, and all of
 this project's integration inside it: `RankedRequestQueue`, `RankingMixin`, `RankingLoop`, policy and guard.
 Made up: what the model says (every answer has its recorded length), how long a step takes (`StepTime`), and
-the ranker, which gives `Workload.expected_tokens` after `ranker_delay_s`. A request that arrives during a step
-is seen after it, as by EngineCore. No two prompts share a prefix, so the prefix cache serves only preempted
-requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead. Source:
-vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
+the ranker, which gives `Workload.expected_tokens` after `ranker_delay_s`. A request that arrives during a
+step is seen after it, as by EngineCore. No two prompts share a prefix, so the prefix cache serves only
+preempted requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead.
+Source: vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
 """
 
 import functools

@@ -26,6 +26,7 @@ from pars_fast.simulation.workload import Workload, make_workload
 
 COMPARED = ("mean_e2e_s", "mean_latency_per_token_s", "mean_ttft_s")
 TOLERANCE = 0.15
+_KEYS = {"runs", "capacity_tok_s", "seed", "repeats", "arrivals_sha256", "served_model"}
 BATCH_DELAY_S = 0.32  # 8 prompts of 40 ms (`docs/design.md`)
 
 
@@ -34,10 +35,10 @@ def live_check(
 ) -> dict[str, Any]:
     """Compare the rows of a demo with their simulation.
 
-    Returns: `{"rows": one for each policy and load, "worst_mean_error", "worst_ratio_error", "agrees"}`. A row
-        has, for each of `COMPARED`, the live mean over the repeats, the simulated one, the error of the latter
-        as a ratio less 1, and that of `policy / fcfs`. The worst errors are of the mean end-to-end latency and
-        of the mean latency per token, as `agrees` is.
+    Returns: `{"rows": one for each policy and load, "worst_mean_error", "worst_ratio_error", "agrees"}`. A
+        row has, for each of `COMPARED`, the live mean over the repeats, the simulated one, the error of the
+        latter as a ratio less 1, and that of `policy / fcfs`. The worst errors and `agrees` are of the mean
+        end-to-end latency and of the mean latency per token.
     Raises: DataError: if the demo's figures do not belong to the shipped sample.
     """
     sample = load_sample()
@@ -73,7 +74,7 @@ def read_demo(path: Path) -> dict[str, Any]:
     """
     try:
         demo: dict[str, Any] = json.loads(path.read_text())
-        missing = {"runs", "capacity_tok_s", "seed", "repeats", "arrivals_sha256", "served_model"} - demo.keys()
+        missing = _KEYS - demo.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a file that `pars-fast demo --json` wrote ({error})") from error
     if missing:

@@ -1,9 +1,9 @@
 """Measure how long the steps of a real vLLM server on this machine take, and fit a `StepTime` to them.
 
-The server runs stock vLLM with a scheduler that writes down every step (`step_stamps.py`), while a few to many
-clients ask for answers of very different lengths. A step's time is that of the whole engine loop, with sampling
-and the hand-over of outputs, so the fit holds what a queue waits for. Measured without async scheduling, as the
-faithful simulator runs.
+The server runs stock vLLM with a scheduler that writes down every step (`step_stamps.py`), while a few to
+many clients ask for answers of very different lengths. A step's time is that of the whole engine loop, with
+sampling and the hand-over of outputs, so the fit holds what a queue waits for. Measured without async
+scheduling, as the faithful simulator runs.
 """
 
 import json
@@ -38,7 +38,7 @@ MIN_STEPS = 200
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well the model holds the steps it was fitted to; errors over single steps, in seconds or as ratios."""
+    """How well the model holds the steps it was fitted to; errors are of single steps."""
 
     steps: int
     mean_step_s: float
@@ -50,7 +50,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A measured engine: its room, its step time, and the fit; `served_model` and `device` are for readers."""
+    """A measured engine: its room, its step time and the fit; the names are for readers."""
 
     step_time: StepTime
     engine: EngineSettings

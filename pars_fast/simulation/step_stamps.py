@@ -1,12 +1,11 @@
 """A scheduler that writes down every step: what it planned and how long it took.
 
-For `pars-fast profile`, which serves a model by vLLM with `--scheduler-cls` set to `StampedScheduler` and reads
-the file that `STAMPS_FILE_VARIABLE` names. Runs in EngineCore; overrides `schedule` and `update_from_output`, each around
-`super()`. Source: vllm/v1/core/sched/scheduler.py, 0.32.
+For `pars-fast profile`, which serves a model by vLLM with `--scheduler-cls` set to `StampedScheduler` and
+reads the file that `STAMPS_FILE_VARIABLE` names. Runs in EngineCore; overrides `schedule` and
+`update_from_output`, each around `super()`. Source: vllm/v1/core/sched/scheduler.py, 0.32.
 """
 
 import os
-import struct
 import time
 from dataclasses import asdict
 from pathlib import Path

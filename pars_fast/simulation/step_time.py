@@ -1,8 +1,9 @@
 """How long one engine step takes: a linear model, and named profiles with their sources.
 
-The step of an engine reads all weights once (`base_s`), computes prompt tokens (`prefill_token_s`), makes one
-token for each decoding request (`decode_seq_s`), and reads the KV cache of what was computed before
-(`kv_token_s`). Only published figures are named here; those of a machine at hand come from `pars-fast profile`.
+The step of an engine reads all weights once (`base_s`), computes prompt tokens (`prefill_token_s`), makes
+one token for each decoding request (`decode_seq_s`), and reads the KV cache of what was computed before
+(`kv_token_s`). Only published figures are named here; those of a machine at hand come from `pars-fast
+profile`.
 """
 
 from collections.abc import Iterable
@@ -40,7 +41,9 @@ class PlannedRequest(Protocol):
     def num_output_tokens(self) -> int: ...
 
 
-def step_work(requests: Iterable[PlannedRequest], num_scheduled_tokens: Iterable[int]) -> tuple[int, int, int]:
+def step_work(
+    requests: Iterable[PlannedRequest], num_scheduled_tokens: Iterable[int]
+) -> tuple[int, int, int]:
     """(prefill tokens, decoding requests, KV tokens read) of a planned step.
 
     A request decodes in a step that computes its one newest token; all other tokens are prefill, those that a
@@ -59,7 +62,7 @@ def step_work(requests: Iterable[PlannedRequest], num_scheduled_tokens: Iterable
 
 _BLIS = (
     "github.com/inference-sim/inference-sim (BLIS), defaults.yaml: beta coefficients fitted to vLLM 0.8.4 on "
-    "H100, {model}, tensor parallel {parallel}. They have no term for KV reads, which their decode term holds."
+    "H100, {model}, tensor parallel {parallel}. No term for KV reads: their decode term holds them."
 )
 
 PROFILES: dict[str, StepTime] = {
@@ -84,7 +87,7 @@ PROFILES: dict[str, StepTime] = {
         decode_seq_s=0.0,
         kv_token_s=131_072 / 3.35e12,
         source="Computed, not measured: Llama-3.1-8B in bf16 (its model card and config.json) at the full "
-        "3.35 TB/s and 989 dense bf16 TFLOP/s of NVIDIA's H100 SXM data sheet. A lower bound; it has the KV term "
-        "that the fitted profiles lack.",
+        "3.35 TB/s and 989 dense bf16 TFLOP/s of NVIDIA's H100 SXM data sheet. A lower bound; it has the KV "
+        "term that the fitted profiles lack.",
     ),
 }
