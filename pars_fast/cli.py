@@ -38,6 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
     _add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     _add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
+    _add_profile(commands.add_parser("profile", help="measure the step time of vLLM on this machine"))
+    _add_live_check(
+        commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")
+    )
     return parser
 
 
@@ -274,6 +278,80 @@ def _simulate(arguments: argparse.Namespace) -> None:
     if arguments.report:
         write_report(arguments.report, result)
         print(f"page written to {arguments.report}")
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, required=True, metavar="F", help="write the profile there")
+    parser.add_argument("--model", help="model to serve; by default a tiny random one is made")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from pars_fast.errors import require_extra
+
+    require_extra("vllm", "cpu")
+    make_writable(arguments.json.parent)  # a minute before it is written
+    from pars_fast.simulation.profile import measure_profile
+
+    print("serving by vLLM and measuring its steps: about a minute and a half", flush=True)
+    profile = measure_profile(arguments.model)
+    write_json(arguments.json, profile.to_json())
+    step, fit = profile.step_time, profile.fit
+    print(f"a step takes {step.base_s * 1e3:.3g} ms + {step.prefill_token_s * 1e6:.3g} us a prefill token + "
+          f"{step.decode_seq_s * 1e6:.3g} us a decoding request + {step.kv_token_s * 1e9:.3g} ns a KV token")
+    print(f"{fit.steps:,} steps of {fit.mean_step_s * 1e3:.3g} ms: r2 {fit.r2:.3f}, "
+          f"median error {fit.median_relative_error:.1%}")
+    print(f"profile written to {arguments.json}")
+
+
+def _add_live_check(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--demo", type=Path, required=True, metavar="F", help="what `pars-fast demo --json F` wrote")
+    add("--profile", required=True, metavar="F", help="what `pars-fast profile --json F` wrote, same machine")
+    add("--ranker", default="default", help="the demo's ranker (%(default)s)")
+    add("--ranker-delay", type=float, default=DEFAULT, metavar="S", help="seconds to score 8 prompts")
+    add("--json", type=Path, metavar="F", help="write the comparison there")
+    parser.set_defaults(run=_live_check)
+
+
+def _live_check(arguments: argparse.Namespace) -> None:
+    import os
+
+    from pars_fast.errors import require_extra
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    require_extra("vllm", "cpu")
+    if arguments.json:
+        make_writable(arguments.json.parent)
+    from pars_fast.simulation.live_check import BATCH_DELAY_S, TOLERANCE, live_check, read_demo
+    from pars_fast.simulation.profile import load_profile
+
+    step_time, engine = load_profile(arguments.profile)
+    delay = getattr(arguments, "ranker_delay", BATCH_DELAY_S)
+    demo = read_demo(arguments.demo)
+    result = live_check(demo, step_time, engine, ranker=arguments.ranker, ranker_delay_s=delay)
+    _print_live_check(result)
+    print(f"worst error of a mean {result['worst_mean_error']:.1%}, of a ratio to fcfs "
+          f"{result['worst_ratio_error']:.1%}: {'within' if result['agrees'] else 'beyond'} {TOLERANCE:.0%}")
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _print_live_check(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    headers = ("policy", "load", "end-to-end s, live", "simulated", "error", "s per token, live", "simulated",
+               "error", "error of the ratios to fcfs")
+    table = Table(*headers, title="Real server and faithful simulator, means")
+    for row in result["rows"]:
+        cells = [row["policy"], row["load"]]
+        for column in ("mean_e2e_s", "mean_latency_per_token_s"):
+            cells += [f"{row[f'live_{column}']:.4g}", f"{row[f'simulated_{column}']:.4g}",
+                      f"{row[f'{column}_error']:+.1%}"]
+        ratios = (row[f"{column}_ratio_error"] for column in ("mean_e2e_s", "mean_latency_per_token_s"))
+        table.add_row(*cells, ", ".join(f"{error:+.1%}" for error in ratios))
+    Console().print(table)
 
 
 def write_json(path: Path, value: Any) -> None:

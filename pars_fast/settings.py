@@ -64,10 +64,10 @@ class Settings:
             `max_tokens`; for replays).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
-            `idle_quantum`, `relative_ageing`, `uniboost` or `overtaking_budget`, each with its settings, as in
-            `fixed_threshold:seconds=60` (see `pars_fast.guards`).
-        guard_beta: PARS_GUARD_BETA. Of the default guard, the overtaking budget: overtaking tolerated per token
-            ahead at arrival, ratio.
+            `idle_quantum`, `relative_ageing`, `uniboost` or `overtaking_budget`, each with its settings, such
+            as `fixed_threshold:seconds=60` (see `pars_fast.guards`).
+        guard_beta: PARS_GUARD_BETA. Of the default guard, the overtaking budget: overtaking tolerated per
+            token ahead at arrival, ratio.
         guard_floor_tokens: PARS_GUARD_FLOOR_TOKENS. Of the default guard: overtaking tolerated by every
             request, tokens.
         trust_caller: PARS_TRUST_CALLER. 1 takes `vllm_xargs: {"pars_score": tokens}` of a request.
@@ -113,8 +113,8 @@ class Settings:
             except ValueError as error:
                 raise SettingsError(f"{variable}={text!r} is not allowed: expected {error}") from None
         if "guard" in values and (both := [name for name in _DEFAULT_GUARD if environ.get(name)]):
-            raise SettingsError(f"{both[0]} is a setting of the default guard, and PARS_GUARD asks for its own: "
-                                "give them there, as in overtaking_budget:beta=0.5,floor_tokens=2000")
+            raise SettingsError(f"{both[0]} is a setting of the default guard, and PARS_GUARD names one: "
+                                "give it there, as in overtaking_budget:beta=0.5,floor_tokens=2000")
         settings = cls(**values)
         if settings.ranker != "default" and not Path(settings.ranker).is_dir():
             raise SettingsError(f"PARS_RANKER={settings.ranker!r} is not allowed: expected `default` or an "
@@ -131,4 +131,5 @@ class Settings:
 
 
 _DEFAULT_GUARD = ("PARS_GUARD_BETA", "PARS_GUARD_FLOOR_TOKENS")
-INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE"})  # not for users
+# Not for users.
+INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE", "PARS_PROFILE_FILE"})

@@ -1,8 +1,8 @@
 """A fixed waiting time, after which a request goes first, in order of arrival: the guard of PARS.
 
 Source: PARS (arXiv 2510.03243), which boosts a request that has waited for more than a threshold. Left open
-there, and chosen here: the order of several such requests is that of arrival. Two minutes are reported second
-hand.
+there, and chosen here: the order of several such requests is that of arrival. Two minutes are reported
+second hand.
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
 Source: LTR (arXiv 2408.15792) and its scheduler: a request that did not run in `idle_steps` iterations is
 promoted, the promoted are served by score, and a promotion ends when the request has run for a quantum.
-Chosen here, since in vLLM a request that runs is not in the queue: the quantum is counted in waiting steps. A
-request promoted for `quantum_steps` steps and not admitted counts its idle steps anew; a long quantum keeps it
-promoted until it is admitted, as LTR does.
+Chosen here, since in vLLM a request that runs is not in the queue: the quantum is counted in waiting steps.
+A request promoted for `quantum_steps` steps and not admitted counts its idle steps anew; a long quantum
+keeps it promoted until it is admitted, as LTR does.
 """
 
 import heapq

@@ -1,8 +1,8 @@
 """A waiting time in proportion to the expected answer, after which a request goes first.
 
-Source: vLLM RFC #55265, where wait / expected length > 0.02 s/token worked and a threshold in seconds did not
-(read second hand). Left open there, and chosen here: of several such requests, the one whose time was up
-first goes first.
+Source: vLLM RFC #55265, where wait / expected length > 0.02 s/token worked and a threshold in seconds did
+not (read second hand). Left open there, and chosen here: of several such requests, the one whose time was
+up first goes first.
 """
 
 from dataclasses import dataclass

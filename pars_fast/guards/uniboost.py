@@ -4,11 +4,11 @@ Requests run by `arrival_s + knob * ln(expected tokens)`: at 0 in order of arriv
 first, and in between a request of a tenth of the length overtakes those that came at most 2.3 knobs before.
 
 Source: UniBoost (arXiv 2606.18431), whose knob gamma goes from shortest first (0) to order of arrival
-(infinity), after gamma-Boost (Yu and Scully, 2024), which serves by arrival less
-`(1/gamma) ln(1 / (1 - exp(-gamma s)))` for a job of s seconds. For answers short against 1/gamma that is, up to
-a constant, the order above with knob = 1/gamma, and it needs no seconds per token. UniBoost itself predicts no
-lengths and preempts running requests; left out here, since vLLM's running requests are not preempted by order.
-Only its abstract and project page were read, so its own boost function may differ.
+(infinity), after gamma-Boost (Yu and Scully, 2024), which serves by arrival less `(1/gamma) ln(1 / (1 -
+exp(-gamma s)))` for a job of s seconds. For answers short against 1/gamma that is, up to a constant, the
+order above with knob = 1/gamma, and it needs no seconds per token. UniBoost itself predicts no lengths and
+preempts running requests; left out here, since vLLM's running requests are not preempted by order. Only its
+abstract and project page were read, so its own boost function may differ.
 """
 
 import math

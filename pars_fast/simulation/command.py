@@ -3,8 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pars_fast.errors import ParsFastError
 from pars_fast.policies import POLICIES
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fleet import ROUTERS
-from pars_fast.simulation.step_time import PROFILES, StepTime
+from pars_fast.simulation.profile import load_profile
 from pars_fast.simulation.sweep import grid, make_setup, parse_guards, run_sweep
 from pars_fast.simulation.workload import (
     PromptScorer,
@@ -41,9 +40,9 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     policies = _chosen("policy", arguments.policies, list(POLICIES))
     routers = _chosen("router", arguments.router, list(ROUTERS))
     guards = parse_guards(arguments.guards)
-    engine = EngineSettings(**{field.name: getattr(arguments, field.name) for field in fields(EngineSettings)
-                               if hasattr(arguments, field.name)})
-    step_time = find_profile(arguments.profile)
+    step_time, engine = load_profile(arguments.profile)
+    engine = replace(engine, **{field.name: getattr(arguments, field.name) for field in fields(EngineSettings)
+                                if hasattr(arguments, field.name)})
     workloads = {seed: make_workload(arguments, seed) for seed in arguments.seed}
     first = workloads[arguments.seed[0]]
     ranked = [policy for policy in policies if POLICIES[policy].uses_ranker]
@@ -106,21 +105,6 @@ def _scorer(ranker: str) -> PromptScorer | None:
         raise ParsFastError(f"{ranker}: the ranker has no map from scores to tokens")
     token_map = loaded.token_map
     return lambda prompts: token_map(loaded.score(prompts).numpy())
-
-
-def find_profile(name: str) -> StepTime:
-    """A named profile, or one that `pars-fast profile` wrote.
-
-    Raises: ParsFastError: if there is no such profile or file, or the file is none.
-    """
-    if name in PROFILES:
-        return PROFILES[name]
-    path = Path(name)
-    if not path.exists():
-        raise ParsFastError(f"no profile or file {name!r}; profiles are: {', '.join(PROFILES)}")
-    from pars_fast.simulation.profile import read_profile
-
-    return read_profile(path)
 
 
 def real_tau(workload: Workload) -> float | None:

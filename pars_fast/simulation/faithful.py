@@ -3,10 +3,10 @@
 Real: vLLM's `Scheduler` with its KV block manager, chunked prefill, preemption and prefix cache, and all of
 this project's integration inside it: `RankedRequestQueue`, `RankingMixin`, `RankingLoop`, policy and guard.
 Made up: what the model says (every answer has its recorded length), how long a step takes (`StepTime`), and
-the ranker, which gives `Workload.expected_tokens` after `ranker_delay_s`. A request that arrives during a step
-is seen after it, as by EngineCore. No two prompts share a prefix, so the prefix cache serves only preempted
-requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead. Source:
-vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
+the ranker, which gives `Workload.expected_tokens` after `ranker_delay_s`. A request that arrives during a
+step is seen after it, as by EngineCore. No two prompts share a prefix, so the prefix cache serves only
+preempted requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead.
+Source: vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
 """
 
 import functools
@@ -37,7 +37,7 @@ from pars_fast.policies import POLICIES
 from pars_fast.settings import Settings
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.step_time import StepTime, step_work
 from pars_fast.simulation.workload import Workload
 
 _TOKEN = 0  # what the model says
@@ -165,15 +165,8 @@ def _step(
 ) -> None:
     """What the model would do with a plan, and how long it would take."""
     requests = [scheduler.requests[request_id] for request_id in output.num_scheduled_tokens]
-    prefill_tokens = decode_seqs = kv_tokens_read = 0
-    for request, tokens in zip(requests, output.num_scheduled_tokens.values(), strict=True):
-        kv_tokens_read += request.num_computed_tokens - tokens  # the plan already counts as computed
-        if tokens == 1 and request.num_output_tokens and not request.is_prefill_chunk:
-            decode_seqs += 1
-        else:
-            prefill_tokens += tokens
     record.scheduled(requests, clock.time_s)
-    clock.time_s += step_time.seconds(prefill_tokens, decode_seqs, kv_tokens_read)
+    clock.time_s += step_time.seconds(*step_work(requests, output.num_scheduled_tokens.values()))
     ids = list(output.num_scheduled_tokens)
     answers = [[] if request.is_prefill_chunk else [_TOKEN] for request in requests]
     positions = {request_id: position for position, request_id in enumerate(ids)}

@@ -1,22 +1,20 @@
 """How long one engine step takes: a linear model, and named profiles with their sources.
 
-The step of an engine reads all weights once (`base_s`), computes prompt tokens (`prefill_token_s`), makes one
-token for each decoding request (`decode_seq_s`), and reads the KV cache of what was computed before
-(`kv_token_s`). Only published figures are named here; those of a machine at hand come from `pars-fast profile`.
+The step of an engine reads all weights once (`base_s`), computes prompt tokens (`prefill_token_s`), makes
+one token for each decoding request (`decode_seq_s`), and reads the KV cache of what was computed before
+(`kv_token_s`). Only published figures are named here; those of a machine at hand come from `pars-fast
+profile`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Seconds of one engine step: `base_s + prefill_token_s * prefill_tokens + decode_seq_s * decode_seqs +
-    kv_token_s * kv_tokens_read`.
-
-    A request decodes in a step that computes its one newest token; all other tokens are prefill, those that a
-    preempted request computes again too. KV tokens read are those that the step's requests had computed (or
-    found in the prefix cache) before it.
-    """
+    kv_token_s * kv_tokens_read`, the work being that of `step_work`."""
 
     base_s: float
     prefill_token_s: float
@@ -33,9 +31,38 @@ class StepTime:
         )
 
 
+class PlannedRequest(Protocol):
+    """The part of vLLM's `Request` that a step's work is read from, after the step was planned."""
+
+    num_computed_tokens: int  # with those of the plan
+    is_prefill_chunk: bool
+
+    @property
+    def num_output_tokens(self) -> int: ...
+
+
+def step_work(
+    requests: Iterable[PlannedRequest], num_scheduled_tokens: Iterable[int]
+) -> tuple[int, int, int]:
+    """(prefill tokens, decoding requests, KV tokens read) of a planned step.
+
+    A request decodes in a step that computes its one newest token; all other tokens are prefill, those that a
+    preempted request computes again too. KV tokens read are those that the step's requests had computed (or
+    found in the prefix cache) before it.
+    """
+    prefill_tokens = decode_seqs = kv_tokens_read = 0
+    for request, tokens in zip(requests, num_scheduled_tokens, strict=True):
+        kv_tokens_read += request.num_computed_tokens - tokens
+        if tokens == 1 and request.num_output_tokens and not request.is_prefill_chunk:
+            decode_seqs += 1
+        else:
+            prefill_tokens += tokens
+    return prefill_tokens, decode_seqs, kv_tokens_read
+
+
 _BLIS = (
-    "github.com/inference-sim/inference-sim (BLIS), defaults.yaml, beta coefficients fitted to vLLM 0.8.4 on "
-    "H100: {model}, tensor parallel {parallel}. The fit has no term for KV reads; they are inside its decode term."
+    "github.com/inference-sim/inference-sim (BLIS), defaults.yaml: beta coefficients fitted to vLLM 0.8.4 on "
+    "H100, {model}, tensor parallel {parallel}. No term for KV reads: their decode term holds them."
 )
 
 PROFILES: dict[str, StepTime] = {
@@ -59,8 +86,8 @@ PROFILES: dict[str, StepTime] = {
         prefill_token_s=2 * 8.03e9 / 989e12,
         decode_seq_s=0.0,
         kv_token_s=131_072 / 3.35e12,
-        source="Computed, not measured: Llama-3.1-8B in bf16 (its model card and config.json) at the full 3.35 TB/s "
-        "and 989 dense bf16 TFLOP/s of NVIDIA's H100 SXM data sheet. A lower bound; it has the KV term that the "
-        "fitted profiles lack.",
+        source="Computed, not measured: Llama-3.1-8B in bf16 (its model card and config.json) at the full "
+        "3.35 TB/s and 989 dense bf16 TFLOP/s of NVIDIA's H100 SXM data sheet. A lower bound; it has the KV "
+        "term that the fitted profiles lack.",
     ),
 }
