@@ -1,4 +1,4 @@
-"""The fast simulator: what it may never do, whatever arrives, and what it must give where the answer is known."""
+"""The fast simulator: what it may never do, and what it must give where the answer is known."""
 
 import math
 from dataclasses import replace
@@ -25,8 +25,8 @@ from pars_fast.simulation.fast import capacity_tok_s, simulate
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.workload import Workload, at_load, make_workload
 
-STEP_TIME = StepTime(base_s=0.005, prefill_token_s=4e-5, decode_seq_s=2e-5, kv_token_s=1.5e-8, source="made up")
-ONE_SECOND = StepTime(base_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, kv_token_s=0.0, source="made up")
+STEP_TIME = StepTime(0.005, prefill_token_s=4e-5, decode_seq_s=2e-5, kv_token_s=1.5e-8, source="made up")
+ONE_SECOND = StepTime(1.0, prefill_token_s=0.0, decode_seq_s=0.0, kv_token_s=0.0, source="made up")
 SMALL = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, kv_cache_tokens=480)
 GUARDS: list[Guard] = [NoGuard(), FixedThreshold(0.5), IdleQuantum(20, 5), RelativeAgeing(0.02), UniBoost(0.5),
                        OvertakingBudget(0.5, 50)]

@@ -1,4 +1,4 @@
-"""Workloads: what is read is checked, what is made has the load, the burst and the tau that were asked for."""
+"""Workloads: what is read is checked, what is made has the load, burst and tau that were asked for."""
 
 import gzip
 from collections.abc import Sequence
