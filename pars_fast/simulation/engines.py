@@ -403,6 +403,8 @@ def steps_begun(s: Engines, costs: Costs, e: int, at_s: float) -> int:
 @njit
 def score_until(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_s: float) -> None:
     """Between those of the planned steps that have begun by a time, the ranker takes and gives."""
+    if not order.uses_ranker:
+        return
     begun = steps_begun(s, costs, e, until_s)
     while True:
         step = s.asked_steps[e] + 1

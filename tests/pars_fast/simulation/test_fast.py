@@ -28,8 +28,10 @@ from pars_fast.simulation.workload import Workload, at_load, make_workload
 STEP_TIME = StepTime(0.005, prefill_token_s=4e-5, decode_seq_s=2e-5, kv_token_s=1.5e-8, source="made up")
 ONE_SECOND = StepTime(1.0, prefill_token_s=0.0, decode_seq_s=0.0, kv_token_s=0.0, source="made up")
 SMALL = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, kv_cache_tokens=480)
-GUARDS: list[Guard] = [NoGuard(), FixedThreshold(0.5), IdleQuantum(20, 5), RelativeAgeing(0.02), UniBoost(0.5),
-                       OvertakingBudget(0.5, 50)]
+GUARDS: list[Guard] = [
+    NoGuard(), FixedThreshold(0.5), IdleQuantum(20, 5), RelativeAgeing(0.02), UniBoost(0.5),
+    OvertakingBudget(0.5, 50),
+]
 
 
 @st.composite
@@ -42,7 +44,8 @@ def workloads(draw: st.DrawFn) -> Workload:
                          rng.integers(1, 150, count), expected)
 
 
-engines = st.builds(EngineSettings, max_num_seqs=st.integers(1, 8), max_num_batched_tokens=st.integers(8, 200),
+engines = st.builds(EngineSettings, max_num_seqs=st.integers(1, 8),
+                    max_num_batched_tokens=st.integers(8, 200),
                     kv_cache_tokens=st.integers(20, 120).map(lambda blocks: 16 * blocks))
 
 
@@ -75,7 +78,7 @@ def running(served: Served, at: np.ndarray) -> np.ndarray:
 @settings(max_examples=40, deadline=None)
 @given(workload=workloads(), policy=st.sampled_from(list(POLICIES)), guard=st.sampled_from(GUARDS))
 def test_no_seat_is_free_while_someone_waits(workload: Workload, policy: str, guard: Guard) -> None:
-    engine = EngineSettings(max_num_seqs=3, max_num_batched_tokens=10_000)  # neither tokens nor blocks run out
+    engine = EngineSettings(max_num_seqs=3, max_num_batched_tokens=10_000)  # tokens and blocks suffice
     served = simulate(workload, policy, guard, engine, STEP_TIME)
     for i in range(len(workload)):
         starts = served.first_scheduled_s  # every step that admits someone
@@ -85,8 +88,9 @@ def test_no_seat_is_free_while_someone_waits(workload: Workload, policy: str, gu
 
 
 @settings(max_examples=40, deadline=None)
-@given(workload=workloads(), guard=st.sampled_from(GUARDS))
+@given(workload=workloads(), guard=st.sampled_from([g for g in GUARDS if not isinstance(g, IdleQuantum)]))
 def test_fcfs_admits_in_order_of_arrival_under_every_guard(workload: Workload, guard: Guard) -> None:
+    # But idle_quantum: there a promotion may end before that of a later arrival.
     served = simulate(workload, "fcfs", guard, SMALL, STEP_TIME)
     held = np.isfinite(served.finished_s)
     assert (np.diff(served.first_scheduled_s[held]) >= 0).all()
@@ -108,7 +112,7 @@ def test_nobody_is_overtaken_beyond_the_budget(workload: Workload, beta: float, 
 def test_one_request_alone_takes_what_its_steps_take() -> None:
     workload = make_workload("one", [2.0], [150], [3])
     engine = replace(SMALL, kv_cache_tokens=1600)
-    served = simulate(workload, "fcfs", NoGuard(), engine, STEP_TIME)  # prefill in chunks of 64, 64, 22 tokens
+    served = simulate(workload, "fcfs", NoGuard(), engine, STEP_TIME)  # chunks of 64, 64, 22
     prefill = sum(0.005 + 4e-5 * chunk + 1.5e-8 * read for chunk, read in ((64, 0), (64, 64), (22, 128)))
     decode = sum(0.005 + 2e-5 + 1.5e-8 * read for read in (150, 151))
     assert served.first_scheduled_s[0] == 2.0

@@ -51,7 +51,7 @@ def test_more_engines_than_requests_serve_each_at_once() -> None:
 
 def test_a_router_that_looks_at_load_serves_sooner_than_one_that_does_not() -> None:
     workload = mix(600, span_s=12.0)
-    served = {router: simulate_fleet(workload, "oracle", NoGuard(), ENGINE, STEP_TIME, engines=4, router=router)
+    served = {router: simulate_fleet(workload, "oracle", None, ENGINE, STEP_TIME, engines=4, router=router)
               for router in ROUTERS}
     mean = {router: columns(workload, run)["mean_e2e_s"] for router, run in served.items()}
     assert mean["predicted_work"] < mean["round_robin"]

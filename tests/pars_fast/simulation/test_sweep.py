@@ -122,7 +122,8 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def test_command_writes_rows_and_page(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_rows_and_page(
+        trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page = tmp_path / "new" / "out.json", tmp_path / "page.html"
     status = cli.main([
         "simulate", "--trace", str(trace), "--policies", "fcfs,oracle,pars_fast", "--guards",
