@@ -26,6 +26,7 @@ from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.heaps import EMPTY, tournament
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.waiting_queue import (
+    IDLE_QUANTUM,
     Order,
     Queue,
     admit,
@@ -365,7 +366,7 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
                           + costs.decode_seq_s * s.decoding[e] + costs.kv_token_s * reads)
     else:
         steps = (s.finishes[e, 0] >> _REQUEST_BITS) - s.decoded[e]
-        if not may_admit:
+        if not may_admit or (blocked and order.guard == IDLE_QUANTUM):  # its clock is the steps
             steps = 1
         elif blocked:
             steps = _steps_until(s, costs, e, next_change_s(q, order, e, now) - now, steps)
