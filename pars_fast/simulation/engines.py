@@ -12,7 +12,7 @@ arrives at an engine with a free seat, so that many of them are taken at once: a
 grown by the same number of tokens, `decoded`, and a request's own length is kept relative to it. KV blocks
 are needed by those whose length reaches a multiple of the block size, counted by `phases`.
 
-Arrays are by engine, or by request where said. An engine's next event is the end of the steps it has planned.
+An engine's next event is the end of the steps it has planned.
 """
 
 import math
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from pars_fast.simulation.arrays import Floats, Ints
+from pars_fast.simulation.arrays import Floats, Ints, Records
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.heaps import EMPTY, tournament
 from pars_fast.simulation.step_time import StepTime
@@ -59,75 +59,69 @@ class Limits(NamedTuple):
     block_size: int
 
 
-class Requests(NamedTuple):
-    """By request; times are NaN until they are known."""
+REQUEST = np.dtype([
+    ("prompt_tokens", "i8"),
+    ("output_tokens", "i8"),
+    ("made", "i8"),  # output tokens at the last admission
+    ("length", "i8"),  # tokens in the KV cache, less `decoded` while it decodes
+    ("work_s", "f8"),  # what a router expects it to take
+    ("kept_until", "i8"),  # blocks given out when the last of its blocks in the prefix cache is overwritten
+    ("kept_blocks", "i8"),  # full blocks that it left there when it was preempted
+    ("before", "i8"),  # the one admitted before it at its engine, of those that run
+    ("behind", "i8"),
+    ("first_scheduled_s", "f8"),  # times are NaN until they are known
+    ("first_token_s", "f8"),
+    ("finished_s", "f8"),
+], align=True)
 
-    prompt_tokens: Ints
-    output_tokens: Ints
-    made: Ints  # output tokens at the last admission
-    length: Ints  # tokens in the KV cache, less `decoded` while it decodes
-    work_s: Floats  # what a router expects it to take
-    kept_until: Ints  # blocks given out when the last of its blocks in the prefix cache is overwritten
-    kept_blocks: Ints  # full blocks that it left there when it was preempted
-    before: Ints  # the one admitted before it at its engine, of those that run
-    behind: Ints
-    first_scheduled_s: Floats
-    first_token_s: Floats
-    finished_s: Floats
+ENGINE = np.dtype([
+    ("now_s", "f8"),  # when the planned steps begin
+    ("planned_steps", "i8"),
+    ("planned_s", "f8"),  # their time
+    ("open_plan", "?"),  # whether an arrival ends them early
+    ("asked_steps", "i8"),  # of the planned steps, those after which prompts were handed over
+    ("steps", "i8"),
+    ("preemptions", "i8"),
+    ("free_blocks", "i8"),
+    ("given_blocks", "i8"),  # blocks given out since the start
+    ("running", "i8"),
+    ("decoding", "i8"),
+    ("decoded", "i8"),
+    ("kv_tokens", "i8"),  # held by decoding requests
+    ("work_s", "f8"),  # of the unfinished requests, as a router expects it
+    ("num_prefilled", "i8"),
+    ("partial", "i8"),  # the request whose prefill goes on after the planned step, or EMPTY
+    ("newest", "i8"),  # the last of those that run, in order of admission
+], align=True)
 
 
 class Engines(NamedTuple):
     """The state."""
 
-    now_s: Floats  # when the planned steps begin
-    planned_steps: Ints
-    planned_s: Floats  # their time
-    next_s: Floats  # tournament tree of when they end
-    open_plan: Ints  # 1 if an arrival ends them early
-    steps: Ints
-    preemptions: Ints
-    asked_steps: Ints  # of the planned steps, those after which prompts were handed over
-    free_blocks: Ints
-    given_blocks: Ints  # blocks given out since the start
-    running: Ints
-    decoding: Ints
-    decoded: Ints
-    kv_tokens: Ints  # held by decoding requests
-    work_s: Floats  # of the unfinished requests, as a router expects it
+    engine: Records  # of ENGINE
+    next_s: Floats  # tournament tree of when the planned steps end
     phases: Ints  # (engines, block_size) decoding requests by length modulo the block size
     finishes: Ints  # (engines, max_num_seqs) binary heap of finishes of decoding requests
     prefilled: Ints  # (engines, max_num_seqs) requests whose prefill ends in the planned step
-    num_prefilled: Ints
-    partial: Ints  # the request whose prefill goes on after it, or EMPTY
-    newest: Ints  # the last of those that run, in order of admission
 
 
 def make_engines(engines: int, settings: EngineSettings) -> Engines:
     """Idle engines."""
-
-    def ints(*shape: int) -> Ints:
-        return np.zeros(shape, dtype=np.int64)
-
-    seats = settings.max_num_seqs
-    return Engines(
-        now_s=np.zeros(engines), planned_steps=ints(engines), planned_s=np.zeros(engines),
-        next_s=tournament(engines, np.inf), open_plan=ints(engines), steps=ints(engines),
-        preemptions=ints(engines), asked_steps=ints(engines), given_blocks=ints(engines),
-        free_blocks=np.full(engines, settings.num_blocks, dtype=np.int64),
-        running=ints(engines), decoding=ints(engines), decoded=ints(engines), kv_tokens=ints(engines),
-        work_s=np.zeros(engines), phases=ints(engines, settings.block_size), finishes=ints(engines, seats),
-        prefilled=ints(engines, seats), num_prefilled=ints(engines), partial=ints(engines) + EMPTY,
-        newest=ints(engines) + EMPTY,
-    )
+    engine = np.recarray(engines, ENGINE)
+    engine[...] = np.zeros((), ENGINE)
+    engine.free_blocks, engine.partial, engine.newest = settings.num_blocks, EMPTY, EMPTY
+    seats = np.zeros((2, engines, settings.max_num_seqs), np.int64)
+    phases = np.zeros((engines, settings.block_size), np.int64)
+    return Engines(engine, tournament(engines, np.inf), phases, seats[0], seats[1])
 
 
-def make_requests(prompt_tokens: Ints, output_tokens: Ints, work_s: Floats) -> Requests:
-    """Requests of which nothing has been done."""
-    count = len(prompt_tokens)
-    made, length, kept_until, kept_blocks, before, behind = np.zeros((6, count), dtype=np.int64)
-    first_scheduled_s, first_token_s, finished_s = np.full((3, count), np.nan)
-    return Requests(prompt_tokens, output_tokens, made, length, work_s, kept_until, kept_blocks, before,
-                    behind, first_scheduled_s, first_token_s, finished_s)
+def make_requests(prompt_tokens: Ints, output_tokens: Ints, work_s: Floats) -> Records:
+    """Requests of which nothing has been done, of REQUEST."""
+    requests = np.recarray(len(prompt_tokens), REQUEST)
+    requests[...] = np.zeros((), REQUEST)
+    requests.prompt_tokens, requests.output_tokens, requests.work_s = prompt_tokens, output_tokens, work_s
+    requests.first_scheduled_s = requests.first_token_s = requests.finished_s = np.nan
+    return requests
 
 
 def step_costs(step_time: StepTime) -> Costs:
@@ -144,14 +138,15 @@ def engine_limits(settings: EngineSettings) -> Limits:
 @njit
 def _decode_s(s: Engines, costs: Costs, e: int, steps: int) -> float:
     """Seconds of so many steps that only decode."""
-    first = costs.base_s + s.decoding[e] * costs.decode_seq_s + costs.kv_token_s * s.kv_tokens[e]
-    return steps * first + costs.kv_token_s * s.decoding[e] * (steps * (steps - 1) / 2)
+    reads_s = costs.kv_token_s * s.engine[e].kv_tokens
+    first = costs.base_s + costs.decode_seq_s * s.engine[e].decoding + reads_s
+    return steps * first + costs.kv_token_s * s.engine[e].decoding * (steps * (steps - 1) / 2)
 
 
 @njit
 def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) -> int:
     """The least number of decode steps, from 1 to `most`, that takes at least `elapsed_s`."""
-    growth = costs.kv_token_s * s.decoding[e] / 2
+    growth = costs.kv_token_s * s.engine[e].decoding / 2
     linear = _decode_s(s, costs, e, 1) - growth
     if elapsed_s <= 0:
         return 1
@@ -172,23 +167,23 @@ def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) 
 def _new_blocks(s: Engines, limits: Limits, e: int, steps: int) -> int:
     """KV blocks that the decoding requests need for so many more steps."""
     size = limits.block_size
-    blocks = steps // size * s.decoding[e]
+    blocks = steps // size * s.engine[e].decoding
     for step in range(1, steps % size + 1):
-        blocks += s.phases[e, (1 - s.decoded[e] - step) % size]
+        blocks += s.phases[e, (1 - s.engine[e].decoded - step) % size]
     return blocks
 
 
 @njit
 def _affordable_steps(s: Engines, limits: Limits, e: int, most: int) -> int:
     """How many of `most` decode steps the free blocks last for."""
-    free = s.free_blocks[e]
+    free = s.engine[e].free_blocks
     if _new_blocks(s, limits, e, most) <= free:
         return most
-    cycles = free // s.decoding[e]
-    free -= cycles * s.decoding[e]
+    cycles = free // s.engine[e].decoding
+    free -= cycles * s.engine[e].decoding
     steps = cycles * limits.block_size
     while True:
-        free -= s.phases[e, (-s.decoded[e] - steps) % limits.block_size]
+        free -= s.phases[e, (-s.engine[e].decoded - steps) % limits.block_size]
         if free < 0:
             return steps
         steps += 1
@@ -241,164 +236,165 @@ def _blocks(limits: Limits, tokens: int) -> int:
 
 
 @njit
-def _leave(s: Engines, r: Requests, e: int, i: int) -> None:
+def _leave(s: Engines, r: Records, e: int, i: int) -> None:
     """Take a request out of the chain of those that run."""
-    s.running[e] -= 1
-    if r.before[i] != EMPTY:
-        r.behind[r.before[i]] = r.behind[i]
-    if r.behind[i] != EMPTY:
-        r.before[r.behind[i]] = r.before[i]
+    s.engine[e].running -= 1
+    if r[i].before != EMPTY:
+        r[r[i].before].behind = r[i].behind
+    if r[i].behind != EMPTY:
+        r[r[i].behind].before = r[i].before
     else:
-        s.newest[e] = r.before[i]
+        s.engine[e].newest = r[i].before
 
 
 @njit
-def _stop_decoding(s: Engines, limits: Limits, r: Requests, e: int, i: int) -> None:
+def _stop_decoding(s: Engines, limits: Limits, r: Records, e: int, i: int) -> None:
     """Free the KV blocks of a decoding request; its place in `finishes` is the caller's."""
-    tokens = r.length[i] + s.decoded[e]
-    s.decoding[e] -= 1
-    s.kv_tokens[e] -= tokens
-    s.phases[e, r.length[i] % limits.block_size] -= 1
-    s.free_blocks[e] += _blocks(limits, tokens)
+    tokens = r[i].length + s.engine[e].decoded
+    s.engine[e].decoding -= 1
+    s.engine[e].kv_tokens -= tokens
+    s.phases[e, r[i].length % limits.block_size] -= 1
+    s.engine[e].free_blocks += _blocks(limits, tokens)
 
 
 @njit
 def _give(s: Engines, e: int, blocks: int) -> None:
-    s.free_blocks[e] -= blocks
-    s.given_blocks[e] += blocks
+    s.engine[e].free_blocks -= blocks
+    s.engine[e].given_blocks += blocks
 
 
 @njit
-def _preempt_newest(s: Engines, q: Queue, limits: Limits, r: Requests, e: int) -> None:
+def _preempt_newest(s: Engines, q: Queue, limits: Limits, r: Records, e: int) -> None:
     """Its blocks join the free ones last, the first block very last, and are found until given out."""
-    i = s.newest[e]
-    tokens = r.length[i] if i == s.partial[e] else r.length[i] + s.decoded[e]
-    r.kept_until[i] = s.given_blocks[e] + s.free_blocks[e] + _blocks(limits, tokens)
-    r.kept_blocks[i] = tokens // limits.block_size
+    i = s.engine[e].newest
+    tokens = r[i].length if i == s.engine[e].partial else r[i].length + s.engine[e].decoded
+    r[i].kept_until = s.engine[e].given_blocks + s.engine[e].free_blocks + _blocks(limits, tokens)
+    r[i].kept_blocks = tokens // limits.block_size
     _leave(s, r, e, i)
-    if i == s.partial[e]:
-        s.partial[e] = EMPTY
-        s.free_blocks[e] += _blocks(limits, tokens)
+    if i == s.engine[e].partial:
+        s.engine[e].partial = EMPTY
+        s.engine[e].free_blocks += _blocks(limits, tokens)
     else:
-        _remove(s.finishes[e], s.decoding[e], i)
+        _remove(s.finishes[e], s.engine[e].decoding, i)
         _stop_decoding(s, limits, r, e, i)
-        r.made[i] = tokens - r.prompt_tokens[i] + 1
-    s.preemptions[e] += 1
+        r[i].made = tokens - r[i].prompt_tokens + 1
+    s.engine[e].preemptions += 1
     preempt(q, e, i)
 
 
 @njit
-def _found_blocks(s: Engines, limits: Limits, r: Requests, e: int, i: int) -> int:
+def _found_blocks(s: Engines, limits: Limits, r: Records, e: int, i: int) -> int:
     """Blocks of a preempted request that the prefix cache still has; one token at least is computed."""
-    kept = min(r.kept_blocks[i], r.kept_until[i] - s.given_blocks[e])
-    return max(0, min(kept, (r.prompt_tokens[i] + r.made[i] - 1) // limits.block_size))
+    kept = min(r[i].kept_blocks, r[i].kept_until - s.engine[e].given_blocks)
+    return max(0, min(kept, (r[i].prompt_tokens + r[i].made - 1) // limits.block_size))
 
 
 @njit
-def _chunk(s: Engines, limits: Limits, r: Requests, e: int) -> int:
+def _chunk(s: Engines, limits: Limits, r: Records, e: int) -> int:
     """Tokens that the partly prefilled request prefills in the next step."""
-    i = s.partial[e]
+    i = s.engine[e].partial
     if i == EMPTY:
         return 0
-    budget = limits.max_num_batched_tokens - s.decoding[e]
-    return min(r.prompt_tokens[i] + r.made[i] - r.length[i], budget)
+    budget = limits.max_num_batched_tokens - s.engine[e].decoding
+    return min(r[i].prompt_tokens + r[i].made - r[i].length, budget)
 
 
 @njit
-def _needed_blocks(s: Engines, limits: Limits, r: Requests, e: int) -> int:
+def _needed_blocks(s: Engines, limits: Limits, r: Records, e: int) -> int:
     """KV blocks that the running requests need for the next step."""
     blocks = _new_blocks(s, limits, e, 1)
-    if s.partial[e] != EMPTY:
-        held = r.length[s.partial[e]]
+    if s.engine[e].partial != EMPTY:
+        held = r[s.engine[e].partial].length
         blocks += _blocks(limits, held + _chunk(s, limits, r, e)) - _blocks(limits, held)
     return blocks
 
 
 @njit
-def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, e: int) -> None:
+def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int) -> None:
     """Schedule the next step of engine `e`, or as many as only decode; sets when they end."""
-    now = s.now_s[e]
+    now = s.engine[e].now_s
     take_scores(q, order, e, now)
     may_admit = True
-    while _needed_blocks(s, limits, r, e) > s.free_blocks[e]:
+    while _needed_blocks(s, limits, r, e) > s.engine[e].free_blocks:
         _preempt_newest(s, q, limits, r, e)
-        may_admit = s.running[e] == 0
+        may_admit = s.engine[e].running == 0
     prefill_tokens = _chunk(s, limits, r, e)
-    reads = s.kv_tokens[e]
+    reads = s.engine[e].kv_tokens
     decode_blocks = _new_blocks(s, limits, e, 1)  # given when the step is over
-    i = s.partial[e]
+    i = s.engine[e].partial
     if i != EMPTY:
-        reads += r.length[i]
+        reads += r[i].length
         _give(s, e, _needed_blocks(s, limits, r, e) - decode_blocks)
-        r.length[i] += prefill_tokens
-        if r.length[i] == r.prompt_tokens[i] + r.made[i]:
+        r[i].length += prefill_tokens
+        if r[i].length == r[i].prompt_tokens + r[i].made:
             _note_prefilled(s, e, i)
-            s.partial[e] = EMPTY
-    budget = limits.max_num_batched_tokens - s.decoding[e] - prefill_tokens
+            s.engine[e].partial = EMPTY
+    budget = limits.max_num_batched_tokens - s.engine[e].decoding - prefill_tokens
     blocked = False
-    while may_admit and budget > 0 and q.waiting_of[e] > 0 and s.running[e] < limits.max_num_seqs:
-        i = head(q, order, e, now, s.steps[e] + 1)
-        tokens = r.prompt_tokens[i] + r.made[i]
-        if _blocks(limits, tokens) > s.free_blocks[e] - decode_blocks:
+    while (may_admit and budget > 0 and q.engine[e].num_waiting > 0
+           and s.engine[e].running < limits.max_num_seqs):
+        i = head(q, order, e, now, s.engine[e].steps + 1)
+        tokens = r[i].prompt_tokens + r[i].made
+        if _blocks(limits, tokens) > s.engine[e].free_blocks - decode_blocks:
             blocked = True
             break
         admit(q, order, e, i)
         _join(s, r, e, i, now)
         found = _found_blocks(s, limits, r, e, i)
         chunk = min(tokens - found * limits.block_size, budget)
-        r.length[i] = found * limits.block_size + chunk
-        s.given_blocks[e] -= found
-        _give(s, e, _blocks(limits, r.length[i]))
+        r[i].length = found * limits.block_size + chunk
+        s.engine[e].given_blocks -= found
+        _give(s, e, _blocks(limits, r[i].length))
         reads += found * limits.block_size
         budget -= chunk
         prefill_tokens += chunk
-        if r.length[i] == tokens:
+        if r[i].length == tokens:
             _note_prefilled(s, e, i)
         else:
-            s.partial[e] = i
+            s.engine[e].partial = i
     hand_over(q, order, e, now)
-    s.asked_steps[e] = 0
-    s.planned_steps[e], s.planned_s[e], s.open_plan[e] = 1, math.inf, 0
-    if s.running[e] == 0:
-        s.planned_steps[e] = 0
+    s.engine[e].asked_steps = 0
+    s.engine[e].planned_steps, s.engine[e].planned_s, s.engine[e].open_plan = 1, math.inf, 0
+    if s.engine[e].running == 0:
+        s.engine[e].planned_steps = 0
     elif prefill_tokens > 0:
-        s.planned_s[e] = (costs.base_s + costs.prefill_token_s * prefill_tokens
-                          + costs.decode_seq_s * s.decoding[e] + costs.kv_token_s * reads)
+        s.engine[e].planned_s = (costs.base_s + costs.prefill_token_s * prefill_tokens
+                          + costs.decode_seq_s * s.engine[e].decoding + costs.kv_token_s * reads)
     else:
-        steps = (s.finishes[e, 0] >> _REQUEST_BITS) - s.decoded[e]
+        steps = (s.finishes[e, 0] >> _REQUEST_BITS) - s.engine[e].decoded
         if not may_admit or (blocked and order.guard == IDLE_QUANTUM):  # its clock is the steps
             steps = 1
         elif blocked:
             steps = _steps_until(s, costs, e, next_change_s(q, order, e, now) - now, steps)
-        s.planned_steps[e] = _affordable_steps(s, limits, e, steps)
-        s.planned_s[e] = _decode_s(s, costs, e, s.planned_steps[e])
-        s.open_plan[e] = s.running[e] < limits.max_num_seqs
+        s.engine[e].planned_steps = _affordable_steps(s, limits, e, steps)
+        s.engine[e].planned_s = _decode_s(s, costs, e, s.engine[e].planned_steps)
+        s.engine[e].open_plan = s.engine[e].running < limits.max_num_seqs
 
 
 @njit
 def _note_prefilled(s: Engines, e: int, i: int) -> None:
-    s.prefilled[e, s.num_prefilled[e]] = i
-    s.num_prefilled[e] += 1
+    s.prefilled[e, s.engine[e].num_prefilled] = i
+    s.engine[e].num_prefilled += 1
 
 
 @njit
-def _join(s: Engines, r: Requests, e: int, i: int, now: float) -> None:
+def _join(s: Engines, r: Records, e: int, i: int, now: float) -> None:
     """Put a request at the end of the chain of those that run."""
-    if math.isnan(r.first_scheduled_s[i]):
-        r.first_scheduled_s[i] = now
-    r.before[i], r.behind[i] = s.newest[e], EMPTY
-    if s.newest[e] != EMPTY:
-        r.behind[s.newest[e]] = i
-    s.newest[e] = i
-    s.running[e] += 1
+    if math.isnan(r[i].first_scheduled_s):
+        r[i].first_scheduled_s = now
+    r[i].before, r[i].behind = s.engine[e].newest, EMPTY
+    if s.engine[e].newest != EMPTY:
+        r[s.engine[e].newest].behind = i
+    s.engine[e].newest = i
+    s.engine[e].running += 1
 
 
 @njit
 def steps_begun(s: Engines, costs: Costs, e: int, at_s: float) -> int:
     """How many of the planned steps have begun by a time."""
-    if s.planned_steps[e] <= 1:
-        return s.planned_steps[e]
-    return _steps_until(s, costs, e, at_s - s.now_s[e], s.planned_steps[e])
+    if s.engine[e].planned_steps <= 1:
+        return s.engine[e].planned_steps
+    return _steps_until(s, costs, e, at_s - s.engine[e].now_s, s.engine[e].planned_steps)
 
 
 @njit
@@ -408,69 +404,69 @@ def score_until(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_
         return
     begun = steps_begun(s, costs, e, until_s)
     while True:
-        step = s.asked_steps[e] + 1
+        step = s.engine[e].asked_steps + 1
         if not wants_scores(q, order, e):
-            if q.in_flight_of[e] == 0:
+            if q.engine[e].num_in_flight == 0:
                 break
-            due = q.in_flight_due_s[e, 0] - s.now_s[e]
-            step = max(step, _steps_until(s, costs, e, due, s.planned_steps[e]))
+            due = q.in_flight_due_s[e, 0] - s.engine[e].now_s
+            step = max(step, _steps_until(s, costs, e, due, s.engine[e].planned_steps))
         if step >= begun:
             break
-        time = s.now_s[e] + _decode_s(s, costs, e, step)
+        time = s.engine[e].now_s + _decode_s(s, costs, e, step)
         take_scores(q, order, e, time)
         hand_over(q, order, e, time)
-        s.asked_steps[e] = step
-    s.asked_steps[e] = max(s.asked_steps[e], begun - 1)
+        s.engine[e].asked_steps = step
+    s.engine[e].asked_steps = max(s.engine[e].asked_steps, begun - 1)
 
 
 @njit
 def cut_plan(s: Engines, costs: Costs, e: int, at_s: float) -> None:
     """Someone arrived: the planned steps end with the one that is being taken."""
     steps = steps_begun(s, costs, e, at_s)
-    if steps < s.planned_steps[e]:
-        s.planned_steps[e] = steps
-        s.planned_s[e] = _decode_s(s, costs, e, steps)
+    if steps < s.engine[e].planned_steps:
+        s.engine[e].planned_steps = steps
+        s.engine[e].planned_s = _decode_s(s, costs, e, steps)
 
 
 @njit
-def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, e: int) -> None:
+def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int) -> None:
     """The planned steps are over: tokens come out, requests finish."""
-    steps = s.planned_steps[e]
+    steps = s.engine[e].planned_steps
     if steps == 0:
         return
     score_until(s, q, order, costs, e, math.inf)
-    s.steps[e] += steps
+    s.engine[e].steps += steps
     _give(s, e, _new_blocks(s, limits, e, steps))
-    s.decoded[e] += steps
-    s.kv_tokens[e] += steps * s.decoding[e]
-    now = s.now_s[e] + s.planned_s[e]
-    s.now_s[e] = now
-    while s.decoding[e] > 0 and s.finishes[e, 0] >> _REQUEST_BITS == s.decoded[e]:
+    s.engine[e].decoded += steps
+    s.engine[e].kv_tokens += steps * s.engine[e].decoding
+    now = s.engine[e].now_s + s.engine[e].planned_s
+    s.engine[e].now_s = now
+    while s.engine[e].decoding > 0 and s.finishes[e, 0] >> _REQUEST_BITS == s.engine[e].decoded:
         i = s.finishes[e, 0] & ((1 << _REQUEST_BITS) - 1)
-        size = s.decoding[e] - 1
+        size = s.engine[e].decoding - 1
         _sink(s.finishes[e], size, 0, s.finishes[e, size])
         _stop_decoding(s, limits, r, e, i)
         _end(s, q, order, r, e, i, now)
-    for k in range(s.num_prefilled[e]):
+    for k in range(s.engine[e].num_prefilled):
         i = s.prefilled[e, k]
-        if math.isnan(r.first_token_s[i]):
-            r.first_token_s[i] = now
-        left = r.output_tokens[i] - r.made[i] - 1
+        if math.isnan(r[i].first_token_s):
+            r[i].first_token_s = now
+        left = r[i].output_tokens - r[i].made - 1
         if left == 0:
-            s.free_blocks[e] += _blocks(limits, r.length[i])
+            s.engine[e].free_blocks += _blocks(limits, r[i].length)
             _end(s, q, order, r, e, i, now)
             continue
-        s.kv_tokens[e] += r.length[i]
-        r.length[i] -= s.decoded[e]
-        s.phases[e, r.length[i] % limits.block_size] += 1
-        _push(s.finishes[e], s.decoding[e], ((s.decoded[e] + left) << _REQUEST_BITS) | i)
-        s.decoding[e] += 1
-    s.num_prefilled[e] = 0
+        s.engine[e].kv_tokens += r[i].length
+        r[i].length -= s.engine[e].decoded
+        s.phases[e, r[i].length % limits.block_size] += 1
+        _push(s.finishes[e], s.engine[e].decoding, ((s.engine[e].decoded + left) << _REQUEST_BITS) | i)
+        s.engine[e].decoding += 1
+    s.engine[e].num_prefilled = 0
 
 
 @njit
-def _end(s: Engines, q: Queue, order: Order, r: Requests, e: int, i: int, now: float) -> None:
+def _end(s: Engines, q: Queue, order: Order, r: Records, e: int, i: int, now: float) -> None:
     _leave(s, r, e, i)
-    s.work_s[e] -= r.work_s[i]
-    r.finished_s[i] = now
-    finish(q, order, e, i, r.output_tokens[i])
+    s.engine[e].work_s -= r[i].work_s
+    r[i].finished_s = now
+    finish(q, order, e, i, r[i].output_tokens)

@@ -20,14 +20,13 @@ import pars_fast.simulation.waiting_queue as queue_module
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
 from pars_fast.policies import POLICIES
-from pars_fast.simulation.arrays import Flags, Floats
+from pars_fast.simulation.arrays import Flags, Floats, Records
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.engines import (
     Costs,
     Engines,
     Limits,
-    Requests,
     commit,
     cut_plan,
     engine_limits,
@@ -90,7 +89,7 @@ def simulate_fleet(
         _SERVE(state, queue, order, step_costs(step_time), engine_limits(engine), requests,
                ROUTERS.index(router), tournament(engines, 0.0))
         times[:, held] = requests.first_scheduled_s, requests.first_token_s, requests.finished_s
-        preemptions, steps = int(state.preemptions.sum()), int(state.steps.sum())
+        preemptions, steps = int(state.engine.preemptions.sum()), int(state.engine.steps.sum())
     refused = int((~held).sum())
     return Served(first_scheduled_s, first_token_s, finished_s, preemptions, steps, refused)
 
@@ -135,20 +134,20 @@ def _work_s(workload: Workload, expected: Floats, engine: EngineSettings, step_t
 
 
 @njit
-def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, e: int,
+def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int,
              router: int, load: Floats) -> None:
     commit(s, q, order, costs, limits, r, e)
     plan(s, q, order, costs, limits, r, e)
-    set_value(s.next_s, e, s.now_s[e] + s.planned_s[e])
+    set_value(s.next_s, e, s.engine[e].now_s + s.engine[e].planned_s)
     _set_load(s, q, e, router, load)
 
 
 @njit
 def _set_load(s: Engines, q: Queue, e: int, router: int, load: Floats) -> None:
     if router == _LEAST_LOADED:
-        set_value(load, e, 4.0 * q.waiting_of[e] + s.running[e])
+        set_value(load, e, 4.0 * q.engine[e].num_waiting + s.engine[e].running)
     elif router == _PREDICTED_WORK:
-        set_value(load, e, s.work_s[e])
+        set_value(load, e, s.engine[e].work_s)
 
 
 def _compiled(sources: int) -> Callable[..., None]:
@@ -156,24 +155,24 @@ def _compiled(sources: int) -> Callable[..., None]:
     so a checksum of all files that are compiled into it stands there too."""
 
     @njit(cache=True)
-    def serve(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Requests, router: int,
+    def serve(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, router: int,
               load: Floats) -> None:
         _ = sources
-        for i in range(len(q.arrival_s)):
-            now = q.arrival_s[i]
+        for i in range(len(q.request)):
+            now = q.request[i].arrival_s
             while s.next_s[1] < now:
                 _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)
-            e = i % len(s.now_s) if router == _ROUND_ROBIN else least(load)
+            e = i % len(s.engine) if router == _ROUND_ROBIN else least(load)
             score_until(s, q, order, costs, e, now)
-            arrive(q, order, e, i, s.steps[e] + steps_begun(s, costs, e, now))
-            s.work_s[e] += r.work_s[i]
-            if s.planned_steps[e] == 0:  # idle; it wakes when all who come at this moment are there
-                s.now_s[e] = now
-                s.planned_s[e] = 0.0
+            arrive(q, order, e, i, s.engine[e].steps + steps_begun(s, costs, e, now))
+            s.engine[e].work_s += r[i].work_s
+            if s.engine[e].planned_steps == 0:  # idle; it wakes when all who come at this moment are there
+                s.engine[e].now_s = now
+                s.engine[e].planned_s = 0.0
                 set_value(s.next_s, e, now)
-            elif s.open_plan[e]:
+            elif s.engine[e].open_plan:
                 cut_plan(s, costs, e, now)
-                set_value(s.next_s, e, s.now_s[e] + s.planned_s[e])
+                set_value(s.next_s, e, s.engine[e].now_s + s.engine[e].planned_s)
             _set_load(s, q, e, router, load)
         while s.next_s[1] < np.inf:
             _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)

@@ -2,8 +2,8 @@
 
 The order is `HostIndex`'s: preempted requests first, then the lowest key, a request without a score having
 the running median; the guard may put another request ahead. Requests are numbered in order of arrival, which
-is `seq`. All arrays are by request, except those named `..._of` which are by engine. Per engine there is one
-chain of all its arrivals (`after`), along which the oldest waiting one and the oldest without a score move.
+is `seq`. Per engine there is one chain of all its
+arrivals (`after`), along which the oldest waiting one and the oldest without a score move.
 Prompts go to the ranker as `RankingLoop` hands them over.
 
 A guard keeps each waiting request in one of two heaps, `later` and `urgent`, which share their links:
@@ -34,7 +34,7 @@ from pars_fast.guards import (
     UniBoost,
 )
 from pars_fast.host_index import MAX_EXPECTED_TOKENS
-from pars_fast.simulation.arrays import Flags, Floats, Ints
+from pars_fast.simulation.arrays import Floats, Ints, Records
 from pars_fast.simulation.heaps import EMPTY, meld, pop
 
 NO_GUARD, FIXED_THRESHOLD, RELATIVE_AGEING, UNIBOOST, IDLE_QUANTUM, OVERTAKING_BUDGET = range(6)
@@ -54,53 +54,58 @@ class Order(NamedTuple):
     uses_ranker: bool  # keys come with scores; else both are known at arrival, if there are any
 
 
+REQUEST = np.dtype([
+    ("arrival_s", "f8"),
+    ("arrival_step", "i8"),
+    ("key", "f8"),  # lower runs first
+    ("expected", "f8"),  # tokens, NaN if it will never be scored
+    ("scored", "?"),
+    ("waiting", "?"),
+    ("preempted", "?"),  # waits in lane 0
+    ("charge", "f8"),  # tokens that its admission cost those it passed
+    ("after", "i8"),  # the next arrival at the same engine
+    ("to_score", "i8"),  # the one before it of those to be handed over, newest first
+    ("place", "i8"),  # number among the arrivals at its engine
+    ("child", "i8"), ("sibling", "i8"),  # heap by key
+    ("lane_child", "i8"), ("lane_sibling", "i8"),  # heap of preempted requests
+    ("guard_key", "f8"), ("guard_child", "i8"), ("guard_sibling", "i8"),  # the guard's two heaps
+    ("budget", "f8"),
+], align=True)
+
+ENGINE = np.dtype([
+    ("keyed", "i8"),  # root of the heap by key
+    ("lane", "i8"),
+    ("later", "i8"),
+    ("urgent", "i8"),
+    ("last", "i8"),  # newest arrival
+    ("oldest", "i8"),  # oldest arrival that may still wait
+    ("unscored", "i8"),  # oldest that may still wait without a score
+    ("to_score", "i8"),  # newest arrival that has not been handed over
+    ("num_in_flight", "i8"),
+    ("num_arrivals", "i8"),
+    ("num_waiting", "i8"),
+    ("num_unscored", "i8"),  # of those that wait
+    ("expected_waiting", "f8"),  # tokens, over the scored
+    ("total_charge", "f8"),
+    ("tree_start", "i8"),  # in `trees`
+    ("tree_capacity", "i8"),  # a power of two
+    ("tree_base", "i8"),  # `place` of the first charge kept
+    ("median", "f8"),
+    ("num_scores", "i8"),
+], align=True)
+
+
 class Queue(NamedTuple):
     """The state; `EMPTY` ends a chain or heap."""
 
-    arrival_s: Floats
-    arrival_step: Ints
-    key: Floats  # lower runs first
-    expected: Floats  # tokens, NaN if it will never be scored
-    scored: Flags
-    waiting: Flags
-    preempted: Flags  # waits in lane 0
-    charge: Floats  # tokens that its admission cost those it passed
-    after: Ints  # the next arrival at the same engine
-    to_score: Ints  # the one before it of those to be handed over, newest first
-    place: Ints  # number among the arrivals at its engine
-    child: Ints  # heap by key
-    sibling: Ints
-    lane_child: Ints  # heap of preempted requests
-    lane_sibling: Ints
-    guard_key: Floats
-    guard_child: Ints
-    guard_sibling: Ints
-    budget: Floats
+    request: Records  # of REQUEST
+    engine: Records  # of ENGINE
     trees: Floats  # every engine's Fenwick tree of charges
     trees_used: Ints  # (1,) elements of `trees` given out
-    keyed_of: Ints  # root of the heap by key
-    lane_of: Ints
-    later_of: Ints
-    urgent_of: Ints
-    last_of: Ints  # newest arrival
-    oldest_of: Ints  # oldest arrival that may still wait
-    unscored_of: Ints  # oldest that may still wait without a score
-    to_score_of: Ints  # newest arrival that has not been handed over
     in_flight: Ints  # (engines, 8) requests that are with the ranker
-    in_flight_due_s: Floats  # (engines, 8) when their scores come, infinity for a free place
-    in_flight_of: Ints
-    arrivals_of: Ints
-    waiting_of: Ints
-    unscored_waiting_of: Ints
-    expected_waiting_of: Floats  # tokens, over the scored
-    total_charge_of: Floats
-    tree_start_of: Ints  # in `trees`
-    tree_capacity_of: Ints  # a power of two
-    tree_base_of: Ints  # `place` of the first charge kept
-    median_of: Floats
+    in_flight_due_s: Floats  # (engines, 8) when their scores come
     recent: Floats  # (engines, window) last scores in order of coming
     ranked: Floats  # the same, ascending
-    scores_of: Ints
 
 
 def guard_order(guard: Guard, *, score_delay_s: float, uses_ranker: bool) -> Order:
@@ -126,38 +131,28 @@ def guard_order(guard: Guard, *, score_delay_s: float, uses_ranker: bool) -> Ord
 def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -> Queue:
     """Empty queues for requests with known keys and scores; both are seen only once they have come."""
     count = len(arrival_s)
-
-    def floats(size: int) -> Floats:
-        return np.zeros(size)
-
-    def links(size: int) -> Ints:
-        return np.full(size, EMPTY, dtype=np.int64)
-
-    def flags() -> Flags:
-        return np.zeros(count, dtype=np.bool_)
-
-    starts = np.arange(engines, dtype=np.int64) * (_FIRST_CAPACITY + 1)
+    request, engine = np.recarray(count, REQUEST), np.recarray(engines, ENGINE)
+    for records in (request, engine):
+        records[...] = np.zeros((), records.dtype)
+    for name in ("after", "to_score", "child", "sibling", "lane_child", "lane_sibling", "guard_child",
+                 "guard_sibling"):
+        request[name] = EMPTY
+    for name in ("keyed", "lane", "later", "urgent", "last", "oldest", "unscored", "to_score"):
+        engine[name] = EMPTY
+    request.arrival_s, request.key = arrival_s, key
+    request.expected = np.clip(expected, 1.0, MAX_EXPECTED_TOKENS)
+    engine.median = INITIAL_MEDIAN
+    engine.tree_start = np.arange(engines) * (_FIRST_CAPACITY + 1)
+    engine.tree_capacity = _FIRST_CAPACITY
     return Queue(
-        arrival_s=arrival_s, arrival_step=np.zeros(count, np.int64), key=key,
-        expected=np.clip(expected, 1.0, MAX_EXPECTED_TOKENS), scored=flags(), waiting=flags(),
-        preempted=flags(), charge=floats(count), after=links(count), to_score=links(count),
-        place=links(count),
-        child=links(count), sibling=links(count), lane_child=links(count), lane_sibling=links(count),
-        guard_key=floats(count), guard_child=links(count), guard_sibling=links(count), budget=floats(count),
-        # Trees double up to 4 times the length of a queue.
-        trees=floats(engines * 2 * _FIRST_CAPACITY + 16 * count),
+        request,
+        engine,
+        trees=np.zeros(engines * 2 * _FIRST_CAPACITY + 16 * count),  # one grows to 4 times its queue
         trees_used=np.array([engines * (_FIRST_CAPACITY + 1)]),
-        keyed_of=links(engines), lane_of=links(engines), later_of=links(engines), urgent_of=links(engines),
-        last_of=links(engines), oldest_of=links(engines), unscored_of=links(engines),
-        to_score_of=links(engines), in_flight=np.zeros((engines, MAX_IN_FLIGHT), np.int64),
-        in_flight_due_s=np.full((engines, MAX_IN_FLIGHT), np.inf), in_flight_of=np.zeros(engines, np.int64),
-        arrivals_of=np.zeros(engines, np.int64),
-        waiting_of=np.zeros(engines, np.int64), unscored_waiting_of=np.zeros(engines, np.int64),
-        expected_waiting_of=floats(engines), total_charge_of=floats(engines), tree_start_of=starts,
-        tree_capacity_of=np.full(engines, _FIRST_CAPACITY, np.int64),
-        tree_base_of=np.zeros(engines, np.int64), median_of=np.full(engines, INITIAL_MEDIAN),
-        recent=np.zeros((engines, MEDIAN_WINDOW)), ranked=np.zeros((engines, MEDIAN_WINDOW)),
-        scores_of=np.zeros(engines, np.int64),
+        in_flight=np.zeros((engines, MAX_IN_FLIGHT), np.int64),
+        in_flight_due_s=np.zeros((engines, MAX_IN_FLIGHT)),
+        recent=np.zeros((engines, MEDIAN_WINDOW)),
+        ranked=np.zeros((engines, MEDIAN_WINDOW)),
     )
 
 
@@ -167,65 +162,66 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
 @njit
 def arrive(q: Queue, order: Order, e: int, i: int, step: int) -> None:
     """Request `i` joins the queue of engine `e`."""
-    if q.last_of[e] == EMPTY:
-        q.oldest_of[e] = q.unscored_of[e] = i
+    if q.engine[e].last == EMPTY:
+        q.engine[e].oldest = q.engine[e].unscored = i
     else:
-        q.after[q.last_of[e]] = i
-    q.last_of[e] = i
-    q.place[i] = q.arrivals_of[e]
-    q.arrivals_of[e] += 1
-    q.arrival_step[i] = step
-    q.waiting[i] = True
-    q.waiting_of[e] += 1
-    q.unscored_waiting_of[e] += 1
+        q.request[q.engine[e].last].after = i
+    q.engine[e].last = i
+    q.request[i].place = q.engine[e].num_arrivals
+    q.engine[e].num_arrivals += 1
+    q.request[i].arrival_step = step
+    q.request[i].waiting = True
+    q.engine[e].num_waiting += 1
+    q.engine[e].num_unscored += 1
     if order.uses_ranker:
-        q.to_score[i] = q.to_score_of[e]
-        q.to_score_of[e] = i
+        q.request[i].to_score = q.engine[e].to_score
+        q.engine[e].to_score = i
     else:
         _score(q, order, e, i)
     if order.guard == OVERTAKING_BUDGET:
-        tokens_ahead = q.expected_waiting_of[e] + q.unscored_waiting_of[e] * q.median_of[e] - _tokens(q, e, i)
-        q.budget[i] = order.b + order.a * tokens_ahead
-        if q.place[i] - q.tree_base_of[e] >= q.tree_capacity_of[e]:
+        unscored = q.engine[e].num_unscored * q.engine[e].median
+        tokens_ahead = q.engine[e].expected_waiting + unscored - _tokens(q, e, i)
+        q.request[i].budget = order.b + order.a * tokens_ahead
+        if q.request[i].place - q.engine[e].tree_base >= q.engine[e].tree_capacity:
             _rebuild_tree(q, e)
     if not order.uses_ranker:
-        q.keyed_of[e] = meld(q.keyed_of[e], i, q.key, q.child, q.sibling)
+        q.engine[e].keyed = meld(q.engine[e].keyed, i, q.request.key, q.request.child, q.request.sibling)
     _watch(q, order, e, i)
 
 
 @njit
 def take_scores(q: Queue, order: Order, e: int, now: float) -> None:
     """A step begins: what the ranker has finished is taken."""
-    while q.in_flight_of[e] > 0 and q.in_flight_due_s[e, 0] <= now:
+    while q.engine[e].num_in_flight > 0 and q.in_flight_due_s[e, 0] <= now:
         due = q.in_flight_due_s[e, 0]
         taken = 0
-        while taken < q.in_flight_of[e] and q.in_flight_due_s[e, taken] == due:
+        while taken < q.engine[e].num_in_flight and q.in_flight_due_s[e, taken] == due:
             _score(q, order, e, q.in_flight[e, taken])
             taken += 1
-        left = q.in_flight_of[e] - taken
+        left = q.engine[e].num_in_flight - taken
         q.in_flight[e, :left] = q.in_flight[e, taken : taken + left].copy()
         q.in_flight_due_s[e, :left] = q.in_flight_due_s[e, taken : taken + left].copy()
-        q.in_flight_of[e] = left
+        q.engine[e].num_in_flight = left
 
 
 @njit
 def hand_over(q: Queue, order: Order, e: int, now: float) -> None:
     """A step is scheduled: if it left requests waiting, the newest go to the ranker, 8 at once at most."""
     while wants_scores(q, order, e):
-        i = q.to_score_of[e]
-        q.to_score_of[e] = q.to_score[i]
-        if q.waiting[i]:
-            q.in_flight[e, q.in_flight_of[e]] = i
-            q.in_flight_due_s[e, q.in_flight_of[e]] = now + order.score_delay_s
-            q.in_flight_of[e] += 1
+        i = q.engine[e].to_score
+        q.engine[e].to_score = q.request[i].to_score
+        if q.request[i].waiting:
+            q.in_flight[e, q.engine[e].num_in_flight] = i
+            q.in_flight_due_s[e, q.engine[e].num_in_flight] = now + order.score_delay_s
+            q.engine[e].num_in_flight += 1
 
 
 @njit
 def next_change_s(q: Queue, order: Order, e: int, now: float) -> float:
     """When the order may change though nobody comes or goes; infinity if never."""
-    change = q.in_flight_due_s[e, 0] if q.in_flight_of[e] > 0 else math.inf
+    change = q.in_flight_due_s[e, 0] if q.engine[e].num_in_flight > 0 else math.inf
     if order.guard == FIXED_THRESHOLD or order.guard == RELATIVE_AGEING:
-        time = q.guard_key[_earliest(q, order, e)]
+        time = q.request[_earliest(q, order, e)].guard_key
         if time > now:
             change = min(change, time)
     return change
@@ -234,15 +230,15 @@ def next_change_s(q: Queue, order: Order, e: int, now: float) -> float:
 @njit
 def wants_scores(q: Queue, order: Order, e: int) -> bool:
     """Whether a prompt could be handed over now."""
-    return (order.uses_ranker and q.waiting_of[e] > 0 and q.in_flight_of[e] < MAX_IN_FLIGHT
-            and q.to_score_of[e] != EMPTY)
+    return (order.uses_ranker and q.engine[e].num_waiting > 0 and q.engine[e].num_in_flight < MAX_IN_FLIGHT
+            and q.engine[e].to_score != EMPTY)
 
 
 @njit
 def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
     """Who runs next at engine `e`, where someone waits."""
-    if q.lane_of[e] != EMPTY:
-        return q.lane_of[e]
+    if q.engine[e].lane != EMPTY:
+        return q.engine[e].lane
     chosen = _shortest(q, order, e)
     if order.guard == NO_GUARD:
         return chosen
@@ -256,35 +252,35 @@ def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
         promoted = _promoted(q, order, e, step)
         return chosen if promoted == EMPTY else promoted
     due = _earliest(q, order, e)
-    return due if order.guard == UNIBOOST or q.guard_key[due] <= now else chosen
+    return due if order.guard == UNIBOOST or q.request[due].guard_key <= now else chosen
 
 
 @njit
 def admit(q: Queue, order: Order, e: int, i: int) -> None:
     """The request `i`, just given by `head`, leaves the queue and is charged to those it passes."""
-    if q.preempted[i]:
-        q.lane_of[e] = pop(i, q.key, q.lane_child, q.lane_sibling)
-        q.preempted[i] = False
+    if q.request[i].preempted:
+        q.engine[e].lane = pop(i, q.request.key, q.request.lane_child, q.request.lane_sibling)
+        q.request[i].preempted = False
     elif order.guard == OVERTAKING_BUDGET:
         _charge(q, e, i, _tokens(q, e, i))
-    q.waiting[i] = False
+    q.request[i].waiting = False
     _account(q, e, i, -1)
 
 
 @njit
 def preempt(q: Queue, e: int, i: int) -> None:
     """A running request waits again, before all that were never admitted."""
-    q.waiting[i] = q.preempted[i] = True
+    q.request[i].waiting = q.request[i].preempted = True
     _account(q, e, i, 1)
-    q.lane_child[i] = EMPTY
-    q.lane_of[e] = meld(q.lane_of[e], i, q.key, q.lane_child, q.lane_sibling)
+    q.request[i].lane_child = EMPTY
+    q.engine[e].lane = meld(q.engine[e].lane, i, q.request.key, q.request.lane_child, q.request.lane_sibling)
 
 
 @njit
 def finish(q: Queue, order: Order, e: int, i: int, output_tokens: int) -> None:
     """Correct what the request was charged to the tokens it made."""
     if order.guard == OVERTAKING_BUDGET:
-        _charge(q, e, i, output_tokens - q.charge[i])
+        _charge(q, e, i, output_tokens - q.request[i].charge)
 
 
 # --- Order and scores ---------------------------------------------------------------------------------------
@@ -292,32 +288,32 @@ def finish(q: Queue, order: Order, e: int, i: int, output_tokens: int) -> None:
 
 @njit
 def _tokens(q: Queue, e: int, i: int) -> float:
-    return q.expected[i] if q.scored[i] else q.median_of[e]
+    return q.request[i].expected if q.request[i].scored else q.engine[e].median
 
 
 @njit
 def _account(q: Queue, e: int, i: int, sign: int) -> None:
-    q.waiting_of[e] += sign
-    if q.scored[i]:
-        q.expected_waiting_of[e] += sign * q.expected[i]
+    q.engine[e].num_waiting += sign
+    if q.request[i].scored:
+        q.engine[e].expected_waiting += sign * q.request[i].expected
     else:
-        q.unscored_waiting_of[e] += sign
+        q.engine[e].num_unscored += sign
 
 
 @njit
 def _score(q: Queue, order: Order, e: int, i: int) -> None:
     """Request `i` gets its score, if it has one, waiting or not."""
-    if math.isnan(q.expected[i]):
+    if math.isnan(q.request[i].expected):
         return
-    if q.waiting[i]:
+    if q.request[i].waiting:
         _account(q, e, i, -1)
-    q.scored[i] = True
-    _add_to_median(q, e, q.expected[i])
-    if not q.waiting[i]:
+    q.request[i].scored = True
+    _add_to_median(q, e, q.request[i].expected)
+    if not q.request[i].waiting:
         return
     _account(q, e, i, 1)
-    if order.uses_ranker and not q.preempted[i]:
-        q.keyed_of[e] = meld(q.keyed_of[e], i, q.key, q.child, q.sibling)
+    if order.uses_ranker and not q.request[i].preempted:
+        q.engine[e].keyed = meld(q.engine[e].keyed, i, q.request.key, q.request.child, q.request.sibling)
         if order.guard in (RELATIVE_AGEING, UNIBOOST):
             _watch(q, order, e, i)
 
@@ -325,8 +321,8 @@ def _score(q: Queue, order: Order, e: int, i: int) -> None:
 @njit
 def _add_to_median(q: Queue, e: int, value: float) -> None:
     ranked, recent = q.ranked[e], q.recent[e]
-    size = min(q.scores_of[e], MEDIAN_WINDOW)
-    slot = q.scores_of[e] % MEDIAN_WINDOW
+    size = min(q.engine[e].num_scores, MEDIAN_WINDOW)
+    slot = q.engine[e].num_scores % MEDIAN_WINDOW
     if size == MEDIAN_WINDOW:
         gone = np.searchsorted(ranked, recent[slot])
         ranked[gone : size - 1] = ranked[gone + 1 : size]
@@ -336,21 +332,21 @@ def _add_to_median(q: Queue, e: int, value: float) -> None:
     for k in range(size, place, -1):
         ranked[k] = ranked[k - 1]
     ranked[place] = value
-    q.scores_of[e] += 1
-    q.median_of[e] = ranked[(size + 1) // 2]
+    q.engine[e].num_scores += 1
+    q.engine[e].median = ranked[(size + 1) // 2]
 
 
 @njit
 def _shortest(q: Queue, order: Order, e: int) -> int:
-    while q.keyed_of[e] != EMPTY and not q.waiting[q.keyed_of[e]]:
-        q.keyed_of[e] = pop(q.keyed_of[e], q.key, q.child, q.sibling)
-    keyed = q.keyed_of[e]
+    while q.engine[e].keyed != EMPTY and not q.request[q.engine[e].keyed].waiting:
+        q.engine[e].keyed = pop(q.engine[e].keyed, q.request.key, q.request.child, q.request.sibling)
+    keyed = q.engine[e].keyed
     if not order.uses_ranker:
         return keyed
     unscored = _oldest_unscored(q, e)
     if unscored == EMPTY:
         return keyed
-    if keyed == EMPTY or (q.median_of[e], unscored) < (q.key[keyed], keyed):
+    if keyed == EMPTY or (q.engine[e].median, unscored) < (q.request[keyed].key, keyed):
         return unscored
     return keyed
 
@@ -358,21 +354,31 @@ def _shortest(q: Queue, order: Order, e: int) -> int:
 @njit
 def _oldest(q: Queue, e: int) -> int:
     """The oldest waiting request; the newest arrival if none waits."""
-    while not q.waiting[q.oldest_of[e]] and q.after[q.oldest_of[e]] != EMPTY:
-        q.oldest_of[e] = q.after[q.oldest_of[e]]
-    return q.oldest_of[e]
+    while not q.request[q.engine[e].oldest].waiting and q.request[q.engine[e].oldest].after != EMPTY:
+        q.engine[e].oldest = q.request[q.engine[e].oldest].after
+    return q.engine[e].oldest
 
 
 @njit
 def _oldest_unscored(q: Queue, e: int) -> int:
-    i = q.unscored_of[e]
-    while i != EMPTY and not (q.waiting[i] and not q.scored[i]) and q.after[i] != EMPTY:
-        i = q.after[i]
-    q.unscored_of[e] = i  # the newest stays, so that the chain goes on from there
-    return i if i != EMPTY and q.waiting[i] and not q.scored[i] else EMPTY
+    i = q.engine[e].unscored
+    while i != EMPTY and (q.request[i].scored or not q.request[i].waiting) and q.request[i].after != EMPTY:
+        i = q.request[i].after
+    q.engine[e].unscored = i  # the newest stays, so that the chain goes on from there
+    return i if i != EMPTY and q.request[i].waiting and not q.request[i].scored else EMPTY
 
 
 # --- Guards -------------------------------------------------------------------------------------------------
+
+
+@njit
+def _guard_push(q: Queue, heap: int, i: int) -> int:
+    return meld(heap, i, q.request.guard_key, q.request.guard_child, q.request.guard_sibling)
+
+
+@njit
+def _guard_pop(q: Queue, heap: int) -> int:
+    return pop(heap, q.request.guard_key, q.request.guard_child, q.request.guard_sibling)
 
 
 @njit
@@ -381,18 +387,19 @@ def _watch(q: Queue, order: Order, e: int, i: int) -> None:
     if order.guard == NO_GUARD:
         return
     if order.guard == OVERTAKING_BUDGET:
-        q.guard_key[i] = q.total_charge_of[e] + q.budget[i]  # nothing is charged to the newest yet
+        # Nothing is charged to the newest yet.
+        q.request[i].guard_key = q.engine[e].total_charge + q.request[i].budget
     elif order.guard == IDLE_QUANTUM:
-        q.guard_key[i] = q.arrival_step[i] + order.a
+        q.request[i].guard_key = q.request[i].arrival_step + order.a
     elif order.guard == FIXED_THRESHOLD:
-        q.guard_key[i] = q.arrival_s[i] + order.a
+        q.request[i].guard_key = q.request[i].arrival_s + order.a
         return  # the oldest is the first, and known
     elif order.guard == RELATIVE_AGEING:
-        q.guard_key[i] = q.arrival_s[i] + order.a * _tokens(q, e, i)
+        q.request[i].guard_key = q.request[i].arrival_s + order.a * _tokens(q, e, i)
     else:
-        q.guard_key[i] = q.arrival_s[i] + order.a * math.log(_tokens(q, e, i))
-    if q.scored[i] or order.guard in (OVERTAKING_BUDGET, IDLE_QUANTUM):
-        q.later_of[e] = meld(q.later_of[e], i, q.guard_key, q.guard_child, q.guard_sibling)
+        q.request[i].guard_key = q.request[i].arrival_s + order.a * math.log(_tokens(q, e, i))
+    if q.request[i].scored or order.guard in (OVERTAKING_BUDGET, IDLE_QUANTUM):
+        q.engine[e].later = _guard_push(q, q.engine[e].later, i)
 
 
 @njit
@@ -400,10 +407,10 @@ def _earliest(q: Queue, order: Order, e: int) -> int:
     """The waiting request whose time comes first."""
     if order.guard == FIXED_THRESHOLD:
         return _oldest(q, e)
-    while q.later_of[e] != EMPTY and not q.waiting[q.later_of[e]]:
-        q.later_of[e] = pop(q.later_of[e], q.guard_key, q.guard_child, q.guard_sibling)
-    scored, unscored = q.later_of[e], _oldest_unscored(q, e)
-    if scored == EMPTY or (unscored != EMPTY and q.guard_key[unscored] < q.guard_key[scored]):
+    while q.engine[e].later != EMPTY and not q.request[q.engine[e].later].waiting:
+        q.engine[e].later = _guard_pop(q, q.engine[e].later)
+    scored, unscored = q.engine[e].later, _oldest_unscored(q, e)
+    if scored == EMPTY or (unscored != EMPTY and q.request[unscored].guard_key < q.request[scored].guard_key):
         return unscored
     return scored
 
@@ -412,50 +419,51 @@ def _earliest(q: Queue, order: Order, e: int) -> int:
 def _promoted(q: Queue, order: Order, e: int, step: int) -> int:
     """The promoted request of the fewest expected tokens; EMPTY if none is."""
     period = order.a + order.b
-    while q.later_of[e] != EMPTY and q.guard_key[q.later_of[e]] <= step:
-        i = q.later_of[e]
-        q.later_of[e] = pop(i, q.guard_key, q.guard_child, q.guard_sibling)
-        if q.waiting[i]:
-            q.guard_key[i] = _tokens(q, e, i)
-            q.urgent_of[e] = meld(q.urgent_of[e], i, q.guard_key, q.guard_child, q.guard_sibling)
-    while q.urgent_of[e] != EMPTY:
-        i = q.urgent_of[e]
-        waited = step - q.arrival_step[i]
-        if q.waiting[i] and waited % period >= order.a:
+    while q.engine[e].later != EMPTY and q.request[q.engine[e].later].guard_key <= step:
+        i = q.engine[e].later
+        q.engine[e].later = _guard_pop(q, i)
+        if q.request[i].waiting:
+            q.request[i].guard_key = _tokens(q, e, i)
+            q.engine[e].urgent = _guard_push(q, q.engine[e].urgent, i)
+    while q.engine[e].urgent != EMPTY:
+        i = q.engine[e].urgent
+        waited = step - q.request[i].arrival_step
+        if q.request[i].waiting and waited % period >= order.a:
             return i
-        q.urgent_of[e] = pop(i, q.guard_key, q.guard_child, q.guard_sibling)
-        if q.waiting[i]:
-            q.guard_key[i] = q.arrival_step[i] + waited // period * period + order.a
-            q.later_of[e] = meld(q.later_of[e], i, q.guard_key, q.guard_child, q.guard_sibling)
+        q.engine[e].urgent = _guard_pop(q, i)
+        if q.request[i].waiting:
+            q.request[i].guard_key = q.request[i].arrival_step + waited // period * period + order.a
+            q.engine[e].later = _guard_push(q, q.engine[e].later, i)
     return EMPTY
 
 
 @njit
 def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
     """The oldest waiting request that `i` may not pass with `tokens` of work, or EMPTY."""
-    while q.later_of[e] != EMPTY and q.guard_key[q.later_of[e]] < q.total_charge_of[e] + tokens:
-        older = q.later_of[e]
-        q.later_of[e] = pop(older, q.guard_key, q.guard_child, q.guard_sibling)
-        if not q.waiting[older]:
+    looks = q.engine[e].total_charge + tokens
+    while q.engine[e].later != EMPTY and q.request[q.engine[e].later].guard_key < looks:
+        older = q.engine[e].later
+        q.engine[e].later = _guard_pop(q, older)
+        if not q.request[older].waiting:
             continue
-        remaining = q.budget[older] - _charged_beyond(q, e, older)
+        remaining = q.request[older].budget - _charged_beyond(q, e, older)
         if remaining < tokens:
-            q.guard_key[older] = 0.0  # equal keys: order of arrival
-            q.urgent_of[e] = meld(q.urgent_of[e], older, q.guard_key, q.guard_child, q.guard_sibling)
+            q.request[older].guard_key = 0.0  # equal keys: order of arrival
+            q.engine[e].urgent = _guard_push(q, q.engine[e].urgent, older)
         else:
-            q.guard_key[older] = q.total_charge_of[e] + remaining
-            q.later_of[e] = meld(q.later_of[e], older, q.guard_key, q.guard_child, q.guard_sibling)
-    while q.urgent_of[e] != EMPTY and q.urgent_of[e] < i:
-        oldest = q.urgent_of[e]
+            q.request[older].guard_key = q.engine[e].total_charge + remaining
+            q.engine[e].later = _guard_push(q, q.engine[e].later, older)
+    while q.engine[e].urgent != EMPTY and q.engine[e].urgent < i:
+        oldest = q.engine[e].urgent
         remaining = 0.0
-        if q.waiting[oldest]:
-            remaining = q.budget[oldest] - _charged_beyond(q, e, oldest)
+        if q.request[oldest].waiting:
+            remaining = q.request[oldest].budget - _charged_beyond(q, e, oldest)
             if remaining < tokens:
                 return oldest
-        q.urgent_of[e] = pop(oldest, q.guard_key, q.guard_child, q.guard_sibling)
-        if q.waiting[oldest]:
-            q.guard_key[oldest] = q.total_charge_of[e] + remaining
-            q.later_of[e] = meld(q.later_of[e], oldest, q.guard_key, q.guard_child, q.guard_sibling)
+        q.engine[e].urgent = _guard_pop(q, oldest)
+        if q.request[oldest].waiting:
+            q.request[oldest].guard_key = q.engine[e].total_charge + remaining
+            q.engine[e].later = _guard_push(q, q.engine[e].later, oldest)
     return EMPTY
 
 
@@ -466,20 +474,20 @@ def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
 
 @njit
 def _charge(q: Queue, e: int, i: int, tokens: float) -> None:
-    q.charge[i] += tokens
-    q.total_charge_of[e] += max(0.0, tokens)
-    p = q.place[i] - q.tree_base_of[e] + 1
+    q.request[i].charge += tokens
+    q.engine[e].total_charge += max(0.0, tokens)
+    p = q.request[i].place - q.engine[e].tree_base + 1
     while p > 0:  # else nobody waits before it
-        q.trees[q.tree_start_of[e] + p] += tokens
+        q.trees[q.engine[e].tree_start + p] += tokens
         p -= p & -p
 
 
 @njit
 def _charged_beyond(q: Queue, e: int, i: int) -> float:
-    p = q.place[i] - q.tree_base_of[e] + 2
+    p = q.request[i].place - q.engine[e].tree_base + 2
     total = 0.0
-    while p <= q.tree_capacity_of[e]:
-        total += q.trees[q.tree_start_of[e] + p]
+    while p <= q.engine[e].tree_capacity:
+        total += q.trees[q.engine[e].tree_start + p]
         p += p & -p
     return total
 
@@ -488,17 +496,17 @@ def _charged_beyond(q: Queue, e: int, i: int) -> float:
 def _rebuild_tree(q: Queue, e: int) -> None:
     """Begin at the oldest waiting request; twice the room of the queue at least."""
     i = _oldest(q, e)
-    q.tree_base_of[e] = q.place[i]
-    span = q.arrivals_of[e] - q.place[i]
-    if q.tree_capacity_of[e] < 2 * span:
-        while q.tree_capacity_of[e] < 2 * span:
-            q.tree_capacity_of[e] *= 2
-        q.tree_start_of[e] = q.trees_used[0]
-        q.trees_used[0] += q.tree_capacity_of[e] + 1
-    start, capacity = q.tree_start_of[e], q.tree_capacity_of[e]
+    q.engine[e].tree_base = q.request[i].place
+    span = q.engine[e].num_arrivals - q.request[i].place
+    if q.engine[e].tree_capacity < 2 * span:
+        while q.engine[e].tree_capacity < 2 * span:
+            q.engine[e].tree_capacity *= 2
+        q.engine[e].tree_start = q.trees_used[0]
+        q.trees_used[0] += q.engine[e].tree_capacity + 1
+    start, capacity = q.engine[e].tree_start, q.engine[e].tree_capacity
     q.trees[start : start + capacity + 1] = 0.0
     while i != EMPTY:
-        q.trees[start + 1 + q.place[i] - q.tree_base_of[e]] = q.charge[i]
-        i = q.after[i]
+        q.trees[start + 1 + q.request[i].place - q.engine[e].tree_base] = q.request[i].charge
+        i = q.request[i].after
     for p in range(capacity, 0, -1):
         q.trees[start + p - (p & -p)] += q.trees[start + p]
