@@ -147,12 +147,10 @@ def _lead(rows: Sequence[_Row]) -> str:
     row = _shown(rows)
     if row is None:
         return "Below is what was simulated."
-    said = [f"pars_fast with {row['guard']}."]
-    for column, title in (("mean_e2e_s", "Mean end-to-end latency"), ("p99_e2e_s", "its 99th percentile"),
-                          ("max_wait_s", "the longest wait")):
-        ratio = _ratio(rows, row, column)
-        if ratio is not None:
-            said.append(f"{title}: {number(ratio)} of arrival order's.")
+    ratios = [f"{title} {number(ratio, 2)}\u00d7" for column, title in (
+        ("mean_e2e_s", "mean end-to-end latency"), ("p99_e2e_s", "its 99th percentile"),
+        ("max_wait_s", "the longest wait")) if (ratio := _ratio(rows, row, column)) is not None]
+    said = [f"pars_fast with {row['guard']}, against arrival order: {', '.join(ratios) or DASH}."]
     if row["gain_captured"] is not None:
         said.append("Of what an oracle without a guard gains, it keeps "
                     f"{percent(row['gain_captured'])} per token and "
@@ -200,8 +198,8 @@ def _frontier(rows: Sequence[_Row], chosen: Sequence[_Row], load: float,
     for points in lines.values():
         points.sort()
     chart = _lines(f"{chosen[0]['policy']}-{across}-{load:g}", f"{title}, load {load:g}", lines,
-                   f"{across_name}, times arrival order's", f"{up_name}, times arrival order's", number,
-                   log=True, include=(1.0, 1.0))
+                   f"{across_name}, times arrival order's", f"{up_name}, times arrival order's",
+                   lambda tick: f"{tick:g}", log=True, include=(1.0, 1.0))
     return _figure(f"{title} · load {load:g}", chart)
 
 
@@ -211,22 +209,22 @@ def _curve_sections(rows: Sequence[_Row]) -> list[Markup]:
         neutral = {"tau": _best_tau(rows), "ranker_delay_s": 0.0, "unscored_share": 0.0}
         ours = [row for row in rows if row["policy"] == _OURS and row["engines"] == 1
                 and all(row[name] == value for name, value in neutral.items() if name != column)]
-        guards = sorted({row["guard"] for row in ours}, key=lambda guard: ("overtaking" not in guard, guard))
-        if len(_values(ours, column)) < 2:
+        by_guard = [[row for row in ours if row["guard"] == guard] for guard in _values(ours, "guard")]
+        chosen = max(by_guard, key=lambda group: len(_values(group, column)), default=[])
+        if len(_values(chosen, column)) < 2:
             continue
-        chosen = [row for row in ours if row["guard"] == guards[0]]
         figures = []
         for load in _values(chosen, "load"):
             lines = {name: sorted((float(row[column]), float(row[gain])) for row in chosen
                                   if row["load"] == load and row[gain] is not None)
                      for name, gain in (("per token", "gain_captured"), ("end to end", "gain_captured_e2e"))}
-            kept = {name: points for name, points in lines.items() if points}
+            kept = {name: points for name, points in lines.items() if len(points) > 1}
             if kept:
                 figures.append(_figure(f"Load {load:g}", _lines(
                     f"{column}-{load:g}", f"{title}, load {load:g}", kept, axis, "share of the oracle's gain",
                     percent, include=(None, 0.0))))
         if figures:
-            lead = (f"pars_fast with {guards[0]}: how much of what the oracle without a guard gains over "
+            lead = (f"pars_fast with {chosen[0]['guard']}: how much of what the oracle without a guard gains over "
                     "arrival order is kept. Below 0 ranking does harm.")
             sections.append(_section(column, title, lead, *figures))
     return sections
@@ -261,12 +259,11 @@ def _fleet_section(rows: Sequence[_Row]) -> Markup:
 def _lines(name: str, title: str, lines: Mapping[str, Sequence[_Point]], x_title: str, y_title: str,
            y_label: Callable[[float], str], *, log: bool = False,
            include: tuple[float | None, float | None] = (None, None)) -> Markup:
-    """Lines with a mark at each point, each named in its colour at the right."""
+    """Lines with a mark at each point, each named in its colour at the right; `log` where a range is wide."""
     xs, ys = ([point[k] for points in lines.values() for point in points]
               + [value for value in (include[k],) if value is not None] for k in (0, 1))
     right, bottom, top, left = _WIDTH - _NAMES, _HEIGHT - 46, 26.0, 46.0
-    x = _axis(xs, left, right, log and min(xs) > 0)
-    y = _axis(ys, bottom, top, log and min(ys) > 0)
+    x, y = _axis(xs, left, right, log), _axis(ys, bottom, top, log)
     desc = "; ".join(f"{label}: " + ", ".join(f"({number(a)}, {y_label(b)})" for a, b in points)
                      for label, points in lines.items())
     drawn = [part for label, points in lines.items() for part in _line(label, points, x, y)]
@@ -284,7 +281,7 @@ def _lines(name: str, title: str, lines: Mapping[str, Sequence[_Point]], x_title
 
 def _axis(values: Sequence[float], start: float, end: float, log: bool) -> Axis:
     low, high = min(values), max(values)
-    if log:
+    if log and high > 4 * low > 0:
         return Axis(low / 1.06, high * 1.06, start, end, log=True)
     margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
     return Axis(low if low == 0 else low - margin, high + margin, start, end)

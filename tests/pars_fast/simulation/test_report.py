@@ -21,7 +21,8 @@ def row(policy: str, guard: str = "none", load: float = 1.2, **changes: Any) -> 
         "unscored_share": 0.0, "engines": 1, "router": "round_robin", "simulator": "fast",
         "workload": "w", "arrivals_sha256": "ab" * 32, "capacity_tok_s": 900.0, "requests": 100,
         "completed": 100, "refused": 0,
-        "mean_latency_per_token_s": 0.1 * (1 - loose), "mean_ttft_s": 4.0, "mean_e2e_s": 9 * (1 - 0.5 * loose),
+        "mean_latency_per_token_s": 0.1 * (1 - loose), "mean_ttft_s": 4.0,
+        "mean_e2e_s": 9 * (1 - 0.5 * loose),
         "p99_e2e_s": 20 * (1 + loose), "max_wait_s": 15 * (1 + 2 * loose), "throughput_tok_s": 880.0,
         "preemptions": 0, "gain_captured": loose / 0.8, "gain_captured_e2e": loose,
     }
@@ -45,7 +46,8 @@ def rows() -> list[dict[str, Any]]:
 def result(runs: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
     made: dict[str, Any] = {
         "runs": rows() if runs is None else runs, "workload": "azure", "requests": 100,
-        "simulator": "fast", "engine": {"max_num_seqs": 8}, "step_time": {"base_s": 0.01, "source": "made up"}, "date": "2026-01-15",
+        "simulator": "fast", "engine": {"max_num_seqs": 8}, "date": "2026-01-15",
+        "step_time": {"base_s": 0.01, "source": "made up"},
         "capacity_tok_s": 900.0, "scores": "noisy", "real_tau": None, "version": "0.1.0",
     }
     return {**made, **changes}
