@@ -224,8 +224,8 @@ def _curve_sections(rows: Sequence[_Row]) -> list[Markup]:
                     f"{column}-{load:g}", f"{title}, load {load:g}", kept, axis, "share of the oracle's gain",
                     percent, include=(None, 0.0))))
         if figures:
-            lead = (f"pars_fast with {chosen[0]['guard']}: how much of what the oracle without a guard gains over "
-                    "arrival order is kept. Below 0 ranking does harm.")
+            lead = (f"pars_fast with {chosen[0]['guard']}: how much of what the oracle without a guard gains "
+                    "over arrival order is kept. Below 0 ranking does harm.")
             sections.append(_section(column, title, lead, *figures))
     return sections
 

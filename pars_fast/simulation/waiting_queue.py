@@ -14,8 +14,9 @@ A guard keeps each waiting request in one of two heaps, `later` and `urgent`, wh
 | idle_quantum | step of its next promotion | promoted, by expected tokens |
 | overtaking_budget | total charge at which it must be looked at | short of budget, by arrival |
 
-Where this differs from the live guards: a score that comes late moves a request at its next promotion only
-(idle_quantum), and requests without a score go by arrival among themselves (the three by time).
+The guards by time keep requests without a score in a heap of their own, `unscored_later`, since a score moves
+them. Where this differs from the live guards: under idle_quantum a score that comes during a promotion counts
+from the next one.
 """
 
 import math
@@ -69,6 +70,7 @@ REQUEST = np.dtype([
     ("child", "i8"), ("sibling", "i8"),  # heap by key
     ("lane_child", "i8"), ("lane_sibling", "i8"),  # heap of preempted requests
     ("guard_key", "f8"), ("guard_child", "i8"), ("guard_sibling", "i8"),  # the guard's two heaps
+    ("unscored_key", "f8"), ("unscored_child", "i8"), ("unscored_sibling", "i8"),  # those without a score
     ("budget", "f8"),
 ], align=True)
 
@@ -77,6 +79,7 @@ ENGINE = np.dtype([
     ("lane", "i8"),
     ("later", "i8"),
     ("urgent", "i8"),
+    ("unscored_later", "i8"),
     ("last", "i8"),  # newest arrival
     ("oldest", "i8"),  # oldest arrival that may still wait
     ("unscored", "i8"),  # oldest that may still wait without a score
@@ -135,9 +138,10 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
     for records in (request, engine):
         records[...] = np.zeros((), records.dtype)
     for name in ("after", "to_score", "child", "sibling", "lane_child", "lane_sibling", "guard_child",
-                 "guard_sibling"):
+                 "guard_sibling", "unscored_child", "unscored_sibling"):
         request[name] = EMPTY
-    for name in ("keyed", "lane", "later", "urgent", "last", "oldest", "unscored", "to_score"):
+    for name in ("keyed", "lane", "later", "urgent", "unscored_later", "last", "oldest", "unscored",
+                 "to_score"):
         engine[name] = EMPTY
     request.arrival_s, request.key = arrival_s, key
     request.expected = np.clip(expected, 1.0, MAX_EXPECTED_TOKENS)
@@ -400,6 +404,10 @@ def _watch(q: Queue, order: Order, e: int, i: int) -> None:
         q.request[i].guard_key = q.request[i].arrival_s + order.a * math.log(_tokens(q, e, i))
     if q.request[i].scored or order.guard in (OVERTAKING_BUDGET, IDLE_QUANTUM):
         q.engine[e].later = _guard_push(q, q.engine[e].later, i)
+    else:
+        q.request[i].unscored_key = q.request[i].guard_key
+        q.engine[e].unscored_later = meld(q.engine[e].unscored_later, i, q.request.unscored_key,
+                                          q.request.unscored_child, q.request.unscored_sibling)
 
 
 @njit
@@ -409,10 +417,14 @@ def _earliest(q: Queue, order: Order, e: int) -> int:
         return _oldest(q, e)
     while q.engine[e].later != EMPTY and not q.request[q.engine[e].later].waiting:
         q.engine[e].later = _guard_pop(q, q.engine[e].later)
-    scored, unscored = q.engine[e].later, _oldest_unscored(q, e)
-    if scored == EMPTY or (unscored != EMPTY and q.request[unscored].guard_key < q.request[scored].guard_key):
-        return unscored
-    return scored
+    scored, unscored = q.engine[e].later, q.engine[e].unscored_later
+    while unscored != EMPTY and (q.request[unscored].scored or not q.request[unscored].waiting):
+        unscored = pop(unscored, q.request.unscored_key, q.request.unscored_child, q.request.unscored_sibling)
+    q.engine[e].unscored_later = unscored
+    if scored == EMPTY or unscored == EMPTY:
+        return max(scored, unscored)
+    first = (q.request[unscored].guard_key, unscored) < (q.request[scored].guard_key, scored)
+    return unscored if first else scored
 
 
 @njit
