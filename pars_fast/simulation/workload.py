@@ -16,11 +16,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 
 from pars_fast.data import LengthFile
 from pars_fast.errors import DataError
-from pars_fast.metrics import kendall_tau
 
 MAX_TOKENS = 10_000_000  # a longer prompt or answer is a damaged file
 CHARS_PER_TOKEN = 4  # for the prompts of a length file, which have no token count there
@@ -275,6 +273,10 @@ def with_noisy_scores(workload: Workload, tau: float, *, seed: int) -> Workload:
     lengths = workload.output_tokens.astype(np.float64)
     if tau == 1 or len(workload) < 2 or lengths.min() == lengths.max():
         return replace(workload, expected_tokens=lengths)
+    from scipy.optimize import brentq  # slow to import, like what follows
+
+    from pars_fast.metrics import kendall_tau
+
     log_lengths = np.log(lengths)
     signal = (log_lengths - log_lengths.mean()) / log_lengths.std()
     rng = np.random.default_rng((seed, 1))
