@@ -4,7 +4,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
