@@ -37,11 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands.add_parser("evaluate", help="measure a ranker on a length file"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
     _add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
+    _add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     _add_profile(commands.add_parser("profile", help="measure the step time of vLLM on this machine"))
     _add_live_check(
         commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")
     )
-    _add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     return parser
 
 
@@ -221,6 +221,65 @@ def _bench_step(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, times)
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(item) for item in text.split(",")]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(item) for item in text.split(",")]
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    one_of = source.add_argument
+    one_of("--trace", type=Path, metavar="F", help="arrival_s,prompt_tokens,output_tokens[,score][,app]")
+    one_of("--lengths", type=Path, metavar="F", help="length file: real prompts, which a ranker scores")
+    add("--model-column", help="--lengths: whose answers (the first column)")
+    add("--ranker", default="default", help="--lengths: ranker directory, or none (%(default)s)")
+    add("--arrivals", type=Path, metavar="TRACE", help="--lengths: arrive at its times; else Poisson")
+    add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
+    add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
+    add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
+    add("--policies", default="all", help="by comma, or all (%(default)s)")
+    guards = "own, all, frontier, or by comma, as in none,overtaking_budget:beta=1 (%(default)s)"
+    add("--guards", default="own", help=guards)
+    add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")
+    add("--tau", type=_numbers, metavar="T", help="noisy scores of these Kendall taus instead of real ones")
+    add("--ranker-delay", type=_numbers, default=[0.0], metavar="S", help="seconds from prompt to score (0)")
+    add("--unscored", type=_numbers, default=[0.0], metavar="SHARE", help="of the requests, never scored (0)")
+    add("--fleet", type=_whole_numbers, default=[1], metavar="N", help="engines, at equal load each (1)")
+    add("--router", default="round_robin", help="or least_loaded, predicted_work; by comma (%(default)s)")
+    add("--engine", default="fast", choices=["fast", "faithful"], help="which simulator (%(default)s)")
+    add("--profile", default="h100_llama_3_1_8b", metavar="NAME|F", help="time of a step (%(default)s)")
+    for name in ("max-num-seqs", "max-num-batched-tokens", "kv-cache-tokens", "max-model-len"):
+        add(f"--{name}", type=int, default=DEFAULT, metavar="N")
+    add("--seed", type=_whole_numbers, default=[0], help="seeds, by comma (0)")
+    add("--workers", type=int, metavar="N", help="processes (all cores)")
+    add("--json", type=Path, metavar="F", help="write all rows there; F.rows.jsonl keeps them as they come")
+    add("--report", type=Path, metavar="F.html", help="write a self-contained page there")
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from pars_fast.errors import require_extra
+
+    require_extra("numba", "simulate")
+    if arguments.engine == "faithful":
+        require_extra("vllm", "vllm")
+    for path in filter(None, (arguments.json, arguments.report)):
+        make_writable(path.parent)  # minutes before it is written
+    from pars_fast.simulation.command import simulate
+    from pars_fast.simulation.report import write_report
+
+    result = simulate(arguments)
+    if arguments.json:
+        write_json(arguments.json, result)
+    if arguments.report:
+        write_report(arguments.report, result)
+        print(f"page written to {arguments.report}")
+
+
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="F", help="write the profile there")
     parser.add_argument("--model", help="model to serve; by default a tiny random one is made")
@@ -293,65 +352,6 @@ def _print_live_check(result: dict[str, Any]) -> None:
         ratios = (row[f"{column}_ratio_error"] for column in ("mean_e2e_s", "mean_latency_per_token_s"))
         table.add_row(*cells, ", ".join(f"{error:+.1%}" for error in ratios))
     Console().print(table)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(item) for item in text.split(",")]
-
-
-def _whole_numbers(text: str) -> list[int]:
-    return [int(item) for item in text.split(",")]
-
-
-def _add_simulate(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    one_of = source.add_argument
-    one_of("--trace", type=Path, metavar="F", help="arrival_s,prompt_tokens,output_tokens[,score][,app]")
-    one_of("--lengths", type=Path, metavar="F", help="length file: real prompts, which a ranker scores")
-    add("--model-column", help="--lengths: whose answers (the first column)")
-    add("--ranker", default="default", help="--lengths: ranker directory, or none (%(default)s)")
-    add("--arrivals", type=Path, metavar="TRACE", help="--lengths: arrive at its times; else Poisson")
-    add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
-    add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
-    add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
-    add("--policies", default="all", help="by comma, or all (%(default)s)")
-    guards = "own, all, frontier, or by comma, as in none,overtaking_budget:beta=1 (%(default)s)"
-    add("--guards", default="own", help=guards)
-    add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")
-    add("--tau", type=_numbers, metavar="T", help="noisy scores of these Kendall taus instead of real ones")
-    add("--ranker-delay", type=_numbers, default=[0.0], metavar="S", help="seconds from prompt to score (0)")
-    add("--unscored", type=_numbers, default=[0.0], metavar="SHARE", help="of the requests, never scored (0)")
-    add("--fleet", type=_whole_numbers, default=[1], metavar="N", help="engines, at equal load each (1)")
-    add("--router", default="round_robin", help="or least_loaded, predicted_work; by comma (%(default)s)")
-    add("--engine", default="fast", choices=["fast", "faithful"], help="which simulator (%(default)s)")
-    add("--profile", default="h100_llama_3_1_8b", metavar="NAME|F", help="time of a step (%(default)s)")
-    for name in ("max-num-seqs", "max-num-batched-tokens", "kv-cache-tokens", "max-model-len"):
-        add(f"--{name}", type=int, default=DEFAULT, metavar="N")
-    add("--seed", type=_whole_numbers, default=[0], help="seeds, by comma (0)")
-    add("--workers", type=int, metavar="N", help="processes (all cores)")
-    add("--json", type=Path, metavar="F", help="write all rows there; F.rows.jsonl keeps them as they come")
-    add("--report", type=Path, metavar="F.html", help="write a self-contained page there")
-    parser.set_defaults(run=_simulate)
-
-
-def _simulate(arguments: argparse.Namespace) -> None:
-    from pars_fast.errors import require_extra
-
-    require_extra("numba", "simulate")
-    if arguments.engine == "faithful":
-        require_extra("vllm", "vllm")
-    for path in filter(None, (arguments.json, arguments.report)):
-        make_writable(path.parent)  # minutes before it is written
-    from pars_fast.simulation.command import simulate
-    from pars_fast.simulation.report import write_report
-
-    result = simulate(arguments)
-    if arguments.json:
-        write_json(arguments.json, result)
-    if arguments.report:
-        write_report(arguments.report, result)
-        print(f"page written to {arguments.report}")
 
 
 def write_json(path: Path, value: Any) -> None:

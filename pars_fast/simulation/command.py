@@ -40,9 +40,9 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     policies = _chosen("policy", arguments.policies, list(POLICIES))
     routers = _chosen("router", arguments.router, list(ROUTERS))
     guards = parse_guards(arguments.guards)
-    step_time, measured = load_profile(arguments.profile)
-    engine = replace(measured, **{field.name: getattr(arguments, field.name)
-                                  for field in fields(EngineSettings) if hasattr(arguments, field.name)})
+    step_time, engine = load_profile(arguments.profile)
+    engine = replace(engine, **{field.name: getattr(arguments, field.name) for field in fields(EngineSettings)
+                                if hasattr(arguments, field.name)})
     workloads = {seed: make_workload(arguments, seed) for seed in arguments.seed}
     first = workloads[arguments.seed[0]]
     ranked = [policy for policy in policies if POLICIES[policy].uses_ranker]

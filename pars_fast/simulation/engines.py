@@ -26,6 +26,7 @@ from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.heaps import EMPTY, tournament
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.waiting_queue import (
+    IDLE_QUANTUM,
     Order,
     Queue,
     admit,
@@ -154,6 +155,8 @@ def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) 
     linear = _decode_s(s, costs, e, 1) - growth
     if elapsed_s <= 0:
         return 1
+    if elapsed_s == math.inf:
+        return most
     root = 2 * elapsed_s / (linear + math.sqrt(linear * linear + 4 * growth * elapsed_s))
     if root >= most:
         return most
@@ -363,7 +366,7 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
                           + costs.decode_seq_s * s.decoding[e] + costs.kv_token_s * reads)
     else:
         steps = (s.finishes[e, 0] >> _REQUEST_BITS) - s.decoded[e]
-        if not may_admit:
+        if not may_admit or (blocked and order.guard == IDLE_QUANTUM):  # its clock is the steps
             steps = 1
         elif blocked:
             steps = _steps_until(s, costs, e, next_change_s(q, order, e, now) - now, steps)
@@ -391,31 +394,33 @@ def _join(s: Engines, r: Requests, e: int, i: int, now: float) -> None:
 
 
 @njit
-def keep_scoring(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_s: float) -> None:
-    """Between the planned steps that are over by a time, the ranker gives and takes."""
-    while True:
-        step = s.asked_steps[e] + 1
-        if not wants_scores(q, order, e):
-            if q.in_flight_of[e] == 0:
-                return
-            due = q.in_flight_due_s[e, 0] - s.now_s[e]
-            step = max(step, _steps_until(s, costs, e, due, s.planned_steps[e]))
-        if step >= s.planned_steps[e]:
-            return
-        time = s.now_s[e] + _decode_s(s, costs, e, step)
-        if time >= until_s:
-            return
-        take_scores(q, order, e, time)
-        hand_over(q, order, e, time)
-        s.asked_steps[e] = step
-
-
-@njit
 def steps_begun(s: Engines, costs: Costs, e: int, at_s: float) -> int:
     """How many of the planned steps have begun by a time."""
     if s.planned_steps[e] <= 1:
         return s.planned_steps[e]
     return _steps_until(s, costs, e, at_s - s.now_s[e], s.planned_steps[e])
+
+
+@njit
+def score_until(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_s: float) -> None:
+    """Between those of the planned steps that have begun by a time, the ranker takes and gives."""
+    if not order.uses_ranker:
+        return
+    begun = steps_begun(s, costs, e, until_s)
+    while True:
+        step = s.asked_steps[e] + 1
+        if not wants_scores(q, order, e):
+            if q.in_flight_of[e] == 0:
+                break
+            due = q.in_flight_due_s[e, 0] - s.now_s[e]
+            step = max(step, _steps_until(s, costs, e, due, s.planned_steps[e]))
+        if step >= begun:
+            break
+        time = s.now_s[e] + _decode_s(s, costs, e, step)
+        take_scores(q, order, e, time)
+        hand_over(q, order, e, time)
+        s.asked_steps[e] = step
+    s.asked_steps[e] = max(s.asked_steps[e], begun - 1)
 
 
 @njit
@@ -433,7 +438,7 @@ def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: 
     steps = s.planned_steps[e]
     if steps == 0:
         return
-    keep_scoring(s, q, order, costs, e, math.inf)
+    score_until(s, q, order, costs, e, math.inf)
     s.steps[e] += steps
     _give(s, e, _new_blocks(s, limits, e, steps))
     s.decoded[e] += steps

@@ -31,10 +31,10 @@ from pars_fast.simulation.engines import (
     commit,
     cut_plan,
     engine_limits,
-    keep_scoring,
     make_engines,
     make_requests,
     plan,
+    score_until,
     step_costs,
     steps_begun,
 )
@@ -164,7 +164,7 @@ def _compiled(sources: int) -> Callable[..., None]:
             while s.next_s[1] < now:
                 _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)
             e = i % len(s.now_s) if router == _ROUND_ROBIN else least(load)
-            keep_scoring(s, q, order, costs, e, now)
+            score_until(s, q, order, costs, e, now)
             arrive(q, order, e, i, s.steps[e] + steps_begun(s, costs, e, now))
             s.work_s[e] += r.work_s[i]
             if s.planned_steps[e] == 0:  # idle; it wakes when all who come at this moment are there

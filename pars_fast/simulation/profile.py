@@ -105,13 +105,14 @@ def fit_step_time(steps: NDArray[np.float64], *, source: str) -> tuple[StepTime,
     scale = np.maximum(work.max(axis=0), 1.0)  # else tokens by the thousand make it ill-conditioned
     cost, _ = nnls(work / scale, seconds)
     error = work @ (cost / scale) - seconds
+    spread = max(float(seconds.var()), 1e-24)  # not 0 when all steps are alike
     fit = Fit(
         steps=len(steps),
         mean_step_s=float(seconds.mean()),
         rms_error_s=float(np.sqrt((error**2).mean())),
         mean_abs_error_s=float(np.abs(error).mean()),
         median_relative_error=float(np.median(np.abs(error) / seconds)),
-        r2=float(1 - error.var() / seconds.var()),
+        r2=float(1 - error.var() / spread),
     )
     base_s, prefill_token_s, decode_seq_s, kv_token_s = (float(value) for value in cost / scale)
     return StepTime(base_s, prefill_token_s, decode_seq_s, kv_token_s, source), fit

@@ -155,7 +155,8 @@ def _lead(rows: Sequence[_Row]) -> str:
             said.append(f"{title}: {number(ratio)} of arrival order's.")
     if row["gain_captured"] is not None:
         said.append("Of what an oracle without a guard gains, it keeps "
-                    f"{percent(row['gain_captured'])} per token and {percent(row['gain_captured_e2e'])} end to end.")
+                    f"{percent(row['gain_captured'])} per token and "
+                    f"{percent(row['gain_captured_e2e'])} end to end.")
     return " ".join(said)
 
 
@@ -249,7 +250,8 @@ def _fleet_section(rows: Sequence[_Row]) -> Markup:
                 figures.append(_figure(f"{policy} · load {load:g}", _lines(
                     f"fleet-{policy}-{load:g}", f"Mean end-to-end latency of {policy}, load {load:g}", kept,
                     "engines", "mean end-to-end latency, s", number, log=True)))
-    lead = ("The same load per engine. A router sends each request to one engine and is done; the engine's queue orders what it got.")
+    lead = ("The same load per engine. A router sends each request to one engine and is done; the "
+            "engine's queue orders what it got.")
     return _section("fleet", "Many engines behind one router", lead, *figures) if figures else Markup("")
 
 
