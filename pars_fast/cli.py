@@ -324,7 +324,7 @@ def _live_check(arguments: argparse.Namespace) -> None:
     if arguments.json:
         make_writable(arguments.json.parent)
     from pars_fast.simulation.live_check import BATCH_DELAY_S, TOLERANCE, live_check, read_demo
-    from pars_fast.simulation.profile import load_profile
+    from pars_fast.simulation.step_time import load_profile
 
     step_time, engine = load_profile(arguments.profile)
     delay = getattr(arguments, "ranker_delay", BATCH_DELAY_S)

@@ -17,7 +17,7 @@ from pars_fast.errors import ParsFastError
 from pars_fast.policies import POLICIES
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fleet import ROUTERS
-from pars_fast.simulation.profile import load_profile
+from pars_fast.simulation.step_time import load_profile
 from pars_fast.simulation.sweep import grid, make_setup, parse_guards, run_sweep
 from pars_fast.simulation.workload import (
     PromptScorer,

@@ -11,7 +11,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from pars_fast.demo.client import closed_loop_capacity
 from pars_fast.demo.run import device_name, served_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.server import vllm_server
-from pars_fast.errors import DataError, ParsFastError
+from pars_fast.errors import ParsFastError
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.step_time import PROFILES, StepTime
+from pars_fast.simulation.step_time import StepTime
 
 STAMP = struct.Struct("4d")  # prefill tokens, decoding requests, KV tokens read, seconds
 STAMPS_FILE_VARIABLE = "PARS_PROFILE_FILE"
@@ -105,36 +105,17 @@ def fit_step_time(steps: NDArray[np.float64], *, source: str) -> tuple[StepTime,
     scale = np.maximum(work.max(axis=0), 1.0)  # else tokens by the thousand make it ill-conditioned
     cost, _ = nnls(work / scale, seconds)
     error = work @ (cost / scale) - seconds
+    spread = max(float(seconds.var()), 1e-24)  # not 0 when all steps are alike
     fit = Fit(
         steps=len(steps),
         mean_step_s=float(seconds.mean()),
         rms_error_s=float(np.sqrt((error**2).mean())),
         mean_abs_error_s=float(np.abs(error).mean()),
         median_relative_error=float(np.median(np.abs(error) / seconds)),
-        r2=float(1 - error.var() / seconds.var()),
+        r2=float(1 - error.var() / spread),
     )
     base_s, prefill_token_s, decode_seq_s, kv_token_s = (float(value) for value in cost / scale)
     return StepTime(base_s, prefill_token_s, decode_seq_s, kv_token_s, source), fit
-
-
-def load_profile(name_or_path: str) -> tuple[StepTime, EngineSettings]:
-    """A named profile with vLLM's usual room, or a file that `pars-fast profile` wrote, with its engine's.
-
-    Raises: DataError: if it is neither.
-    """
-    if name_or_path in PROFILES:
-        return PROFILES[name_or_path], EngineSettings()
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such profile; give a file that `pars-fast profile` wrote, or one of "
-                        f"{', '.join(PROFILES)}")
-    try:
-        content = json.loads(path.read_text())
-        step_time = {field.name: content["step_time"][field.name] for field in fields(StepTime)}
-        engine = {field.name: content["engine"][field.name] for field in fields(EngineSettings)}
-        return StepTime(**step_time), EngineSettings(**engine)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a file that `pars-fast profile` wrote ({error!r})") from error
 
 
 def _prompts(sample: list[SamplePrompt], rng: np.random.Generator) -> Iterator[SamplePrompt]:

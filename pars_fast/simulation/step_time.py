@@ -6,9 +6,14 @@ one token for each decoding request (`decode_seq_s`), and reads the KV cache of 
 profile`.
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Protocol
+
+from pars_fast.errors import DataError
+from pars_fast.simulation.engine import EngineSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +96,22 @@ PROFILES: dict[str, StepTime] = {
         "term that the fitted profiles lack.",
     ),
 }
+
+
+def load_profile(name_or_path: str) -> tuple[StepTime, EngineSettings]:
+    """A named profile with vLLM's usual room, or a file that `pars-fast profile` wrote, with its engine's.
+
+    Raises: DataError: if it is neither.
+    """
+    if name_or_path in PROFILES:
+        return PROFILES[name_or_path], EngineSettings()
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise DataError(f"no profile or file {name_or_path!r}; profiles are: {', '.join(PROFILES)}")
+    try:
+        content = json.loads(path.read_text())
+        step_time = {field.name: content["step_time"][field.name] for field in fields(StepTime)}
+        engine = {field.name: content["engine"][field.name] for field in fields(EngineSettings)}
+        return StepTime(**step_time), EngineSettings(**engine)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a file that `pars-fast profile` wrote ({error!r})") from error

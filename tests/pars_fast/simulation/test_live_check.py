@@ -28,7 +28,7 @@ SEED = 7
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a demo's server would have shown, had it been the simulator; prompts a token to four characters."""
+    """What a demo's server would have shown, had it been the simulator; a token for four characters."""
     sample = load_sample()
     lengths = [max(1, len(prompt.prompt) // 4) for prompt in sample]
     monkeypatch.setattr(module, "_prompt_tokens", lambda served, sample: lengths)
@@ -95,5 +95,5 @@ def test_a_file_that_is_no_demo(damage: Callable[[str], str], tmp_path: Path) ->
     path = tmp_path / "demo.json"
     if damage is not str:
         path.write_text(damage('{"runs": [], "capacity_tok_s": 1}'))
-    with pytest.raises(DataError, match=re.escape(f"{path}: not a file that `pars-fast demo --json` wrote (")):
+    with pytest.raises(DataError, match=re.escape(f"{path}: not a file that `pars-fast demo --json` wrote")):
         read_demo(path)
