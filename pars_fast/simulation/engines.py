@@ -57,6 +57,7 @@ class Limits(NamedTuple):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    num_blocks: int
 
 
 REQUEST = np.dtype([
@@ -129,7 +130,8 @@ def step_costs(step_time: StepTime) -> Costs:
 
 
 def engine_limits(settings: EngineSettings) -> Limits:
-    return Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.block_size)
+    return Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.block_size,
+                  settings.num_blocks)
 
 
 # --- Time and blocks of steps that only decode --------------------------------------------------------------

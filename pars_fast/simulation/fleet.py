@@ -1,9 +1,10 @@
-"""Up to a thousand data-parallel engines behind one router; a single engine is a fleet of one.
+"""Up to a hundred thousand data-parallel engines behind one router; a single engine is a fleet of one.
 
-Routers: `round_robin`; `least_loaded`, by vLLM's own measure for data-parallel engines, 4 * waiting + running
-(vllm/v1/engine/core_client.py); `predicted_work`, by the seconds that the unfinished requests of an engine
-are expected to take of a full batch. Ties go to the first engine. A router sees an engine as it is at the end
-of the last step that was over when the request arrived; a request stays where it was sent.
+Routers: `round_robin`; `least_loaded`, by vLLM's own measure for data-parallel engines, waiting + running
+and a penalty on waiting where the KV cache is more than half full (0.32, vllm/v1/engine/core_client.py);
+`predicted_work`, by the seconds that the unfinished requests of an engine are expected to take of a full
+batch. Ties go to the first engine. A router sees an engine as it is at the end of the last step that was
+over when the request arrived; a request stays where it was sent.
 """
 
 import zlib
@@ -139,13 +140,14 @@ def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r
     commit(s, q, order, costs, limits, r, e)
     plan(s, q, order, costs, limits, r, e)
     set_value(s.next_s, e, s.engine[e].now_s + s.engine[e].planned_s)
-    _set_load(s, q, e, router, load)
+    _set_load(s, q, limits, e, router, load)
 
 
 @njit
-def _set_load(s: Engines, q: Queue, e: int, router: int, load: Floats) -> None:
+def _set_load(s: Engines, q: Queue, limits: Limits, e: int, router: int, load: Floats) -> None:
     if router == _LEAST_LOADED:
-        set_value(load, e, 4.0 * q.engine[e].num_waiting + s.engine[e].running)
+        waiting, used = q.engine[e].num_waiting, 1.0 - s.engine[e].free_blocks / limits.num_blocks
+        set_value(load, e, waiting + s.engine[e].running + 6.0 * waiting * max(0.0, used - 0.5))
     elif router == _PREDICTED_WORK:
         set_value(load, e, s.engine[e].work_s)
 
@@ -173,7 +175,7 @@ def _compiled(sources: int) -> Callable[..., None]:
             elif s.engine[e].open_plan:
                 cut_plan(s, costs, e, now)
                 set_value(s.next_s, e, s.engine[e].now_s + s.engine[e].planned_s)
-            _set_load(s, q, e, router, load)
+            _set_load(s, q, limits, e, router, load)
         while s.next_s[1] < np.inf:
             _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)
 
