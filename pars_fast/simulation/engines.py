@@ -19,9 +19,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from pars_fast.simulation.arrays import Floats, Ints, Records
+from pars_fast.simulation.arrays import Floats, Ints, Records, compiled
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.heaps import EMPTY, tournament
 from pars_fast.simulation.step_time import StepTime
@@ -137,7 +136,7 @@ def engine_limits(settings: EngineSettings) -> Limits:
 # --- Time and blocks of steps that only decode --------------------------------------------------------------
 
 
-@njit
+@compiled
 def _decode_s(s: Engines, costs: Costs, e: int, steps: int) -> float:
     """Seconds of so many steps that only decode."""
     reads_s = costs.kv_token_s * s.engine[e].kv_tokens
@@ -145,7 +144,7 @@ def _decode_s(s: Engines, costs: Costs, e: int, steps: int) -> float:
     return steps * first + costs.kv_token_s * s.engine[e].decoding * (steps * (steps - 1) / 2)
 
 
-@njit
+@compiled
 def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) -> int:
     """The least number of decode steps, from 1 to `most`, that takes at least `elapsed_s`."""
     growth = costs.kv_token_s * s.engine[e].decoding / 2
@@ -165,7 +164,7 @@ def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) 
     return steps
 
 
-@njit
+@compiled
 def _new_blocks(s: Engines, limits: Limits, e: int, steps: int) -> int:
     """KV blocks that the decoding requests need for so many more steps."""
     size = limits.block_size
@@ -175,12 +174,18 @@ def _new_blocks(s: Engines, limits: Limits, e: int, steps: int) -> int:
     return blocks
 
 
-@njit
+@compiled
+def _next_blocks(s: Engines, limits: Limits, e: int) -> int:
+    """`_new_blocks` for one step."""
+    return s.phases[e, -s.engine[e].decoded % limits.block_size]
+
+
+@compiled
 def _affordable_steps(s: Engines, limits: Limits, e: int, most: int) -> int:
     """How many of `most` decode steps the free blocks last for."""
     free = s.engine[e].free_blocks
-    if _new_blocks(s, limits, e, most) <= free:
-        return most
+    if s.engine[e].decoding * _blocks(limits, most) <= free or _new_blocks(s, limits, e, most) <= free:
+        return most  # seldom closer than the first and coarser sum
     cycles = free // s.engine[e].decoding
     free -= cycles * s.engine[e].decoding
     steps = cycles * limits.block_size
@@ -194,7 +199,7 @@ def _affordable_steps(s: Engines, limits: Limits, e: int, most: int) -> int:
 # --- Finishes: a binary heap of packed integers -------------------------------------------------------------
 
 
-@njit
+@compiled
 def _push(heap: Ints, size: int, item: int) -> None:
     while size > 0 and heap[(size - 1) // 2] > item:
         heap[size] = heap[(size - 1) // 2]
@@ -202,7 +207,7 @@ def _push(heap: Ints, size: int, item: int) -> None:
     heap[size] = item
 
 
-@njit
+@compiled
 def _sink(heap: Ints, size: int, place: int, item: int) -> None:
     while 2 * place + 1 < size:
         child = 2 * place + 1
@@ -215,7 +220,7 @@ def _sink(heap: Ints, size: int, place: int, item: int) -> None:
     heap[place] = item
 
 
-@njit
+@compiled
 def _remove(heap: Ints, size: int, request: int) -> None:
     """Take out the finish of a request, wherever it is."""
     place = 0
@@ -232,12 +237,12 @@ def _remove(heap: Ints, size: int, request: int) -> None:
 # --- One plan -----------------------------------------------------------------------------------------------
 
 
-@njit
+@compiled
 def _blocks(limits: Limits, tokens: int) -> int:
     return (tokens + limits.block_size - 1) // limits.block_size
 
 
-@njit
+@compiled
 def _leave(s: Engines, r: Records, e: int, i: int) -> None:
     """Take a request out of the chain of those that run."""
     s.engine[e].running -= 1
@@ -249,7 +254,7 @@ def _leave(s: Engines, r: Records, e: int, i: int) -> None:
         s.engine[e].newest = r[i].before
 
 
-@njit
+@compiled
 def _stop_decoding(s: Engines, limits: Limits, r: Records, e: int, i: int) -> None:
     """Free the KV blocks of a decoding request; its place in `finishes` is the caller's."""
     tokens = r[i].length + s.engine[e].decoded
@@ -259,13 +264,13 @@ def _stop_decoding(s: Engines, limits: Limits, r: Records, e: int, i: int) -> No
     s.engine[e].free_blocks += _blocks(limits, tokens)
 
 
-@njit
+@compiled
 def _give(s: Engines, e: int, blocks: int) -> None:
     s.engine[e].free_blocks -= blocks
     s.engine[e].given_blocks += blocks
 
 
-@njit
+@compiled
 def _preempt_newest(s: Engines, q: Queue, limits: Limits, r: Records, e: int) -> None:
     """Its blocks join the free ones last, the first block very last, and are found until given out."""
     i = s.engine[e].newest
@@ -284,14 +289,14 @@ def _preempt_newest(s: Engines, q: Queue, limits: Limits, r: Records, e: int) ->
     preempt(q, e, i)
 
 
-@njit
+@compiled
 def _found_blocks(s: Engines, limits: Limits, r: Records, e: int, i: int) -> int:
     """Blocks of a preempted request that the prefix cache still has; one token at least is computed."""
     kept = min(r[i].kept_blocks, r[i].kept_until - s.engine[e].given_blocks)
     return max(0, min(kept, (r[i].prompt_tokens + r[i].made - 1) // limits.block_size))
 
 
-@njit
+@compiled
 def _chunk(s: Engines, limits: Limits, r: Records, e: int) -> int:
     """Tokens that the partly prefilled request prefills in the next step."""
     i = s.engine[e].partial
@@ -301,17 +306,17 @@ def _chunk(s: Engines, limits: Limits, r: Records, e: int) -> int:
     return min(r[i].prompt_tokens + r[i].made - r[i].length, budget)
 
 
-@njit
+@compiled
 def _needed_blocks(s: Engines, limits: Limits, r: Records, e: int) -> int:
     """KV blocks that the running requests need for the next step."""
-    blocks = _new_blocks(s, limits, e, 1)
+    blocks = _next_blocks(s, limits, e)
     if s.engine[e].partial != EMPTY:
         held = r[s.engine[e].partial].length
         blocks += _blocks(limits, held + _chunk(s, limits, r, e)) - _blocks(limits, held)
     return blocks
 
 
-@njit
+@compiled
 def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int) -> None:
     """Schedule the next step of engine `e`, or as many as only decode; sets when they end."""
     now = s.engine[e].now_s
@@ -322,7 +327,7 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
         may_admit = s.engine[e].running == 0
     prefill_tokens = _chunk(s, limits, r, e)
     reads = s.engine[e].kv_tokens
-    decode_blocks = _new_blocks(s, limits, e, 1)  # given when the step is over
+    decode_blocks = _next_blocks(s, limits, e)  # given when the step is over
     i = s.engine[e].partial
     if i != EMPTY:
         reads += r[i].length
@@ -373,13 +378,13 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
         s.engine[e].open_plan = s.engine[e].running < limits.max_num_seqs
 
 
-@njit
+@compiled
 def _note_prefilled(s: Engines, e: int, i: int) -> None:
     s.prefilled[e, s.engine[e].num_prefilled] = i
     s.engine[e].num_prefilled += 1
 
 
-@njit
+@compiled
 def _join(s: Engines, r: Records, e: int, i: int, now: float) -> None:
     """Put a request at the end of the chain of those that run."""
     if math.isnan(r[i].first_scheduled_s):
@@ -391,7 +396,7 @@ def _join(s: Engines, r: Records, e: int, i: int, now: float) -> None:
     s.engine[e].running += 1
 
 
-@njit
+@compiled
 def steps_begun(s: Engines, costs: Costs, e: int, at_s: float) -> int:
     """How many of the planned steps have begun by a time."""
     if s.engine[e].planned_steps <= 1:
@@ -399,7 +404,7 @@ def steps_begun(s: Engines, costs: Costs, e: int, at_s: float) -> int:
     return _steps_until(s, costs, e, at_s - s.engine[e].now_s, s.engine[e].planned_steps)
 
 
-@njit
+@compiled
 def score_until(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_s: float) -> None:
     """Between those of the planned steps that have begun by a time, the ranker takes and gives."""
     if not order.uses_ranker:
@@ -421,7 +426,7 @@ def score_until(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_
     s.engine[e].asked_steps = max(s.engine[e].asked_steps, begun - 1)
 
 
-@njit
+@compiled
 def cut_plan(s: Engines, costs: Costs, e: int, at_s: float) -> None:
     """Someone arrived: the planned steps end with the one that is being taken."""
     steps = steps_begun(s, costs, e, at_s)
@@ -430,7 +435,7 @@ def cut_plan(s: Engines, costs: Costs, e: int, at_s: float) -> None:
         s.engine[e].planned_s = _decode_s(s, costs, e, steps)
 
 
-@njit
+@compiled
 def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int) -> None:
     """The planned steps are over: tokens come out, requests finish."""
     steps = s.engine[e].planned_steps
@@ -438,7 +443,7 @@ def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: 
         return
     score_until(s, q, order, costs, e, math.inf)
     s.engine[e].steps += steps
-    _give(s, e, _new_blocks(s, limits, e, steps))
+    _give(s, e, _next_blocks(s, limits, e) if steps == 1 else _new_blocks(s, limits, e, steps))
     s.engine[e].decoded += steps
     s.engine[e].kv_tokens += steps * s.engine[e].decoding
     now = s.engine[e].now_s + s.engine[e].planned_s
@@ -466,7 +471,7 @@ def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: 
     s.engine[e].num_prefilled = 0
 
 
-@njit
+@compiled
 def _end(s: Engines, q: Queue, order: Order, r: Records, e: int, i: int, now: float) -> None:
     _leave(s, r, e, i)
     s.engine[e].work_s -= r[i].work_s

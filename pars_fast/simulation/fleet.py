@@ -21,7 +21,7 @@ import pars_fast.simulation.waiting_queue as queue_module
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
 from pars_fast.policies import POLICIES
-from pars_fast.simulation.arrays import Flags, Floats, Records
+from pars_fast.simulation.arrays import Flags, Floats, Records, compiled
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.engines import (
@@ -134,7 +134,7 @@ def _work_s(workload: Workload, expected: Floats, engine: EngineSettings, step_t
     return workload.prompt_tokens * step_time.prefill_token_s + tokens * (token_s + kv_s)
 
 
-@njit
+@compiled
 def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int,
              router: int, load: Floats) -> None:
     commit(s, q, order, costs, limits, r, e)
@@ -143,7 +143,7 @@ def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r
     _set_load(s, q, limits, e, router, load)
 
 
-@njit
+@compiled
 def _set_load(s: Engines, q: Queue, limits: Limits, e: int, router: int, load: Floats) -> None:
     if router == _LEAST_LOADED:
         waiting, used = q.engine[e].num_waiting, 1.0 - s.engine[e].free_blocks / limits.num_blocks
@@ -156,7 +156,7 @@ def _compiled(sources: int) -> Callable[..., None]:
     """The loop over events. Numba keeps compiled code by this file alone and by what a function closes over,
     so a checksum of all files that are compiled into it stands there too."""
 
-    @njit(cache=True)
+    @njit(cache=True, error_model="numpy")
     def serve(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, router: int,
               load: Floats) -> None:
         _ = sources

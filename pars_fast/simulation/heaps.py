@@ -7,15 +7,14 @@ at a time.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from pars_fast.simulation.arrays import Floats, Ints
+from pars_fast.simulation.arrays import Floats, Ints, compiled
 
 EMPTY = -1
 
 
-@njit
+@compiled
 def meld(a: int, b: int, key: Floats, child: Ints, sibling: Ints) -> int:
     """Join two heaps; a single node without children is one."""
     if a < 0:
@@ -29,7 +28,7 @@ def meld(a: int, b: int, key: Floats, child: Ints, sibling: Ints) -> int:
     return a
 
 
-@njit
+@compiled
 def pop(root: int, key: Floats, child: Ints, sibling: Ints) -> int:
     """Take the root off and return the heap that is left."""
     node = child[root]
@@ -60,7 +59,7 @@ def tournament(size: int, value: float) -> NDArray[np.float64]:
     return tree
 
 
-@njit
+@compiled
 def set_value(tree: Floats, place: int, value: float) -> None:
     node = len(tree) // 2 + place
     tree[node] = value
@@ -69,7 +68,7 @@ def set_value(tree: Floats, place: int, value: float) -> None:
         tree[node] = min(tree[2 * node], tree[2 * node + 1])
 
 
-@njit
+@compiled
 def least(tree: Floats) -> int:
     """The lowest place that holds the least value."""
     leaves = len(tree) // 2

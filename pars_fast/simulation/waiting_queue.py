@@ -22,7 +22,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pars_fast.guards import (
     FixedThreshold,
@@ -34,7 +33,7 @@ from pars_fast.guards import (
     UniBoost,
 )
 from pars_fast.host_index import MAX_EXPECTED_TOKENS
-from pars_fast.simulation.arrays import Floats, Ints, Records
+from pars_fast.simulation.arrays import Floats, Ints, Records, compiled
 from pars_fast.simulation.heaps import EMPTY, meld, pop
 
 NO_GUARD, FIXED_THRESHOLD, RELATIVE_AGEING, UNIBOOST, IDLE_QUANTUM, OVERTAKING_BUDGET = range(6)
@@ -162,7 +161,7 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
 # --- What the engine calls ----------------------------------------------------------------------------------
 
 
-@njit
+@compiled
 def arrive(q: Queue, order: Order, e: int, i: int, step: int) -> None:
     """Request `i` joins the queue of engine `e`."""
     if q.engine[e].last == EMPTY:
@@ -192,7 +191,7 @@ def arrive(q: Queue, order: Order, e: int, i: int, step: int) -> None:
     _watch(q, order, e, i)
 
 
-@njit
+@compiled
 def take_scores(q: Queue, order: Order, e: int, now: float) -> None:
     """A step begins: what the ranker has finished is taken."""
     while q.engine[e].num_in_flight > 0 and q.in_flight_due_s[e, 0] <= now:
@@ -207,7 +206,7 @@ def take_scores(q: Queue, order: Order, e: int, now: float) -> None:
         q.engine[e].num_in_flight = left
 
 
-@njit
+@compiled
 def hand_over(q: Queue, order: Order, e: int, now: float) -> None:
     """A step is scheduled: if it left requests waiting, the newest go to the ranker, 8 at once at most."""
     while wants_scores(q, order, e):
@@ -219,7 +218,7 @@ def hand_over(q: Queue, order: Order, e: int, now: float) -> None:
             q.engine[e].num_in_flight += 1
 
 
-@njit
+@compiled
 def next_change_s(q: Queue, order: Order, e: int, now: float) -> float:
     """When the order may change though nobody comes or goes; infinity if never."""
     change = q.in_flight_due_s[e, 0] if q.engine[e].num_in_flight > 0 else math.inf
@@ -230,14 +229,14 @@ def next_change_s(q: Queue, order: Order, e: int, now: float) -> float:
     return change
 
 
-@njit
+@compiled
 def wants_scores(q: Queue, order: Order, e: int) -> bool:
     """Whether a prompt could be handed over now."""
     return (order.uses_ranker and q.engine[e].num_waiting > 0 and q.engine[e].num_in_flight < MAX_IN_FLIGHT
             and q.engine[e].to_score != EMPTY)
 
 
-@njit
+@compiled
 def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
     """Who runs next at engine `e`, where someone waits."""
     if q.engine[e].lane != EMPTY:
@@ -258,7 +257,7 @@ def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
     return due if order.guard == UNIBOOST or q.request[due].guard_key <= now else chosen
 
 
-@njit
+@compiled
 def admit(q: Queue, order: Order, e: int, i: int) -> None:
     """The request `i`, just given by `head`, leaves the queue and is charged to those it passes."""
     if q.request[i].preempted:
@@ -270,7 +269,7 @@ def admit(q: Queue, order: Order, e: int, i: int) -> None:
     _account(q, e, i, -1)
 
 
-@njit
+@compiled
 def preempt(q: Queue, e: int, i: int) -> None:
     """A running request waits again, before all that were never admitted."""
     q.request[i].waiting = q.request[i].preempted = True
@@ -279,7 +278,7 @@ def preempt(q: Queue, e: int, i: int) -> None:
     q.engine[e].lane = meld(q.engine[e].lane, i, q.request.key, q.request.lane_child, q.request.lane_sibling)
 
 
-@njit
+@compiled
 def finish(q: Queue, order: Order, e: int, i: int, output_tokens: int) -> None:
     """Correct what the request was charged to the tokens it made."""
     if order.guard == OVERTAKING_BUDGET:
@@ -289,12 +288,12 @@ def finish(q: Queue, order: Order, e: int, i: int, output_tokens: int) -> None:
 # --- Order and scores ---------------------------------------------------------------------------------------
 
 
-@njit
+@compiled
 def _tokens(q: Queue, e: int, i: int) -> float:
     return q.request[i].expected if q.request[i].scored else q.engine[e].median
 
 
-@njit
+@compiled
 def _account(q: Queue, e: int, i: int, sign: int) -> None:
     q.engine[e].num_waiting += sign
     if q.request[i].scored:
@@ -303,7 +302,7 @@ def _account(q: Queue, e: int, i: int, sign: int) -> None:
         q.engine[e].num_unscored += sign
 
 
-@njit
+@compiled
 def _score(q: Queue, order: Order, e: int, i: int) -> None:
     """Request `i` gets its score, if it has one, waiting or not."""
     if math.isnan(q.request[i].expected):
@@ -321,7 +320,7 @@ def _score(q: Queue, order: Order, e: int, i: int) -> None:
             _watch(q, order, e, i)
 
 
-@njit
+@compiled
 def _add_to_median(q: Queue, e: int, value: float) -> None:
     ranked, recent = q.ranked[e], q.recent[e]
     size = min(q.engine[e].num_scores, MEDIAN_WINDOW)
@@ -339,7 +338,7 @@ def _add_to_median(q: Queue, e: int, value: float) -> None:
     q.engine[e].median = ranked[(size + 1) // 2]
 
 
-@njit
+@compiled
 def _shortest(q: Queue, order: Order, e: int) -> int:
     while q.engine[e].keyed != EMPTY and not q.request[q.engine[e].keyed].waiting:
         q.engine[e].keyed = pop(q.engine[e].keyed, q.request.key, q.request.child, q.request.sibling)
@@ -354,7 +353,7 @@ def _shortest(q: Queue, order: Order, e: int) -> int:
     return keyed
 
 
-@njit
+@compiled
 def _oldest(q: Queue, e: int) -> int:
     """The oldest waiting request; the newest arrival if none waits."""
     while not q.request[q.engine[e].oldest].waiting and q.request[q.engine[e].oldest].after != EMPTY:
@@ -362,7 +361,7 @@ def _oldest(q: Queue, e: int) -> int:
     return q.engine[e].oldest
 
 
-@njit
+@compiled
 def _oldest_unscored(q: Queue, e: int) -> int:
     i = q.engine[e].unscored
     while i != EMPTY and (q.request[i].scored or not q.request[i].waiting) and q.request[i].after != EMPTY:
@@ -374,17 +373,17 @@ def _oldest_unscored(q: Queue, e: int) -> int:
 # --- Guards -------------------------------------------------------------------------------------------------
 
 
-@njit
+@compiled
 def _guard_push(q: Queue, heap: int, i: int) -> int:
     return meld(heap, i, q.request.guard_key, q.request.guard_child, q.request.guard_sibling)
 
 
-@njit
+@compiled
 def _guard_pop(q: Queue, heap: int) -> int:
     return pop(heap, q.request.guard_key, q.request.guard_child, q.request.guard_sibling)
 
 
-@njit
+@compiled
 def _watch(q: Queue, order: Order, e: int, i: int) -> None:
     """Put a waiting request where the guard will look for it."""
     if order.guard == NO_GUARD:
@@ -409,7 +408,7 @@ def _watch(q: Queue, order: Order, e: int, i: int) -> None:
                                           q.request.unscored_child, q.request.unscored_sibling)
 
 
-@njit
+@compiled
 def _earliest(q: Queue, order: Order, e: int) -> int:
     """The waiting request whose time comes first."""
     if order.guard == FIXED_THRESHOLD:
@@ -426,7 +425,7 @@ def _earliest(q: Queue, order: Order, e: int) -> int:
     return unscored if first else scored
 
 
-@njit
+@compiled
 def _promoted(q: Queue, order: Order, e: int, step: int) -> int:
     """The promoted request of the fewest expected tokens; EMPTY if none is."""
     period = order.a + order.b
@@ -448,7 +447,7 @@ def _promoted(q: Queue, order: Order, e: int, step: int) -> int:
     return EMPTY
 
 
-@njit
+@compiled
 def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
     """The oldest waiting request that `i` may not pass with `tokens` of work, or EMPTY."""
     looks = q.engine[e].total_charge + tokens
@@ -483,7 +482,7 @@ def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
 # queue.
 
 
-@njit
+@compiled
 def _charge(q: Queue, e: int, i: int, tokens: float) -> None:
     q.request[i].charge += tokens
     q.engine[e].total_charge += max(0.0, tokens)
@@ -493,7 +492,7 @@ def _charge(q: Queue, e: int, i: int, tokens: float) -> None:
         p -= p & -p
 
 
-@njit
+@compiled
 def _charged_beyond(q: Queue, e: int, i: int) -> float:
     p = q.request[i].place - q.engine[e].tree_base + 2
     total = 0.0
@@ -503,7 +502,7 @@ def _charged_beyond(q: Queue, e: int, i: int) -> float:
     return total
 
 
-@njit
+@compiled
 def _rebuild_tree(q: Queue, e: int) -> None:
     """Begin at the oldest waiting request; twice the room of the queue at least."""
     i = _oldest(q, e)
