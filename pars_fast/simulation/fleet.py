@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from numba import njit
 
+import pars_fast.simulation.arrays as arrays_module
 import pars_fast.simulation.engines as engines_module
 import pars_fast.simulation.heaps as heaps_module
 import pars_fast.simulation.waiting_queue as queue_module
@@ -182,5 +183,5 @@ def _compiled(sources: int) -> Callable[..., None]:
     return serve
 
 
-_SERVE = _compiled(zlib.crc32(b"".join(Path(module.__file__ or "").read_bytes()
-                                       for module in (engines_module, heaps_module, queue_module))))
+_SOURCES = (arrays_module, engines_module, heaps_module, queue_module)
+_SERVE = _compiled(zlib.crc32(b"".join(Path(source.__file__ or "").read_bytes() for source in _SOURCES)))
