@@ -5,7 +5,6 @@ import pytest
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import NoGuard, OvertakingBudget
-from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fast import simulate
 from pars_fast.simulation.fleet import ROUTERS, Router, simulate_fleet
@@ -49,13 +48,23 @@ def test_more_engines_than_requests_serve_each_at_once() -> None:
     np.testing.assert_array_equal(served.first_scheduled_s, workload.arrival_s)
 
 
-def test_a_router_that_looks_at_load_serves_sooner_than_one_that_does_not() -> None:
-    workload = mix(600, span_s=12.0)
-    served = {router: simulate_fleet(workload, "oracle", None, ENGINE, STEP_TIME, engines=4, router=router)
-              for router in ROUTERS}
-    mean = {router: columns(workload, run)["mean_e2e_s"] for router, run in served.items()}
-    assert mean["predicted_work"] < mean["round_robin"]
-    assert mean["least_loaded"] < mean["round_robin"]
+def test_routers_that_look_avoid_the_busy_engine() -> None:
+    workload = make_workload("three", [0.0, 0.1, 0.5], [1, 1, 1], [100, 1, 1], [100, 1, 1])
+    engine = EngineSettings(max_num_seqs=1, max_num_batched_tokens=64)
+    waited = {}
+    for router in ROUTERS:
+        served = simulate_fleet(workload, "fcfs", NoGuard(), engine, STEP_TIME, engines=2, router=router)
+        waited[router] = served.first_scheduled_s[2] - workload.arrival_s[2]
+    assert waited["least_loaded"] == waited["predicted_work"] == 0
+    assert waited["round_robin"] > 0  # it is sent where the long one runs
+
+
+def test_predicted_work_sees_what_a_count_does_not() -> None:
+    workload = make_workload("four", [0.0, 0.1, 0.2, 0.3], [1] * 4, [100, 20, 20, 1], [100, 20, 20, 1])
+    engine = EngineSettings(max_num_seqs=1, max_num_batched_tokens=64)
+    start = {router: simulate_fleet(workload, "fcfs", NoGuard(), engine, STEP_TIME, engines=2,
+                                    router=router).first_scheduled_s[2] for router in ROUTERS}
+    assert start["predicted_work"] < start["least_loaded"]  # behind 20 tokens, not behind 100
 
 
 def test_what_cannot_be_is_refused() -> None:
