@@ -138,18 +138,18 @@ def engine_limits(settings: EngineSettings) -> Limits:
 
 
 @compiled
-def _decode_s(s: Engines, costs: Costs, e: int, steps: int) -> float:
+def _decode_s(me: Records, costs: Costs, steps: int) -> float:
     """Seconds of so many steps that only decode."""
-    reads_s = costs.kv_token_s * s.engine[e].kv_tokens
-    first = costs.base_s + costs.decode_seq_s * s.engine[e].decoding + reads_s
-    return steps * first + costs.kv_token_s * s.engine[e].decoding * (steps * (steps - 1) / 2)
+    reads_s = costs.kv_token_s * me.kv_tokens
+    first = costs.base_s + costs.decode_seq_s * me.decoding + reads_s
+    return steps * first + costs.kv_token_s * me.decoding * (steps * (steps - 1) / 2)
 
 
 @compiled
-def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) -> int:
+def _steps_until(me: Records, costs: Costs, elapsed_s: float, most: int) -> int:
     """The least number of decode steps, from 1 to `most`, that takes at least `elapsed_s`."""
-    growth = costs.kv_token_s * s.engine[e].decoding / 2
-    linear = _decode_s(s, costs, e, 1) - growth
+    growth = costs.kv_token_s * me.decoding / 2
+    linear = _decode_s(me, costs, 1) - growth
     if elapsed_s <= 0:
         return 1
     if elapsed_s == math.inf:
@@ -158,9 +158,9 @@ def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) 
     if root >= most:
         return most
     steps = max(1, math.ceil(root))
-    while steps > 1 and _decode_s(s, costs, e, steps - 1) >= elapsed_s:
+    while steps > 1 and _decode_s(me, costs, steps - 1) >= elapsed_s:
         steps -= 1
-    while steps < most and _decode_s(s, costs, e, steps) < elapsed_s:
+    while steps < most and _decode_s(me, costs, steps) < elapsed_s:
         steps += 1
     return steps
 
@@ -168,30 +168,33 @@ def _steps_until(s: Engines, costs: Costs, e: int, elapsed_s: float, most: int) 
 @compiled
 def _new_blocks(s: Engines, limits: Limits, e: int, steps: int) -> int:
     """KV blocks that the decoding requests need for so many more steps."""
+    me = s.engine[e]
     size = limits.block_size
-    blocks = steps // size * s.engine[e].decoding
+    blocks = steps // size * me.decoding
     for step in range(1, steps % size + 1):
-        blocks += s.phases[e, (1 - s.engine[e].decoded - step) % size]
+        blocks += s.phases[e, (1 - me.decoded - step) % size]
     return blocks
 
 
 @compiled
 def _next_blocks(s: Engines, limits: Limits, e: int) -> int:
     """`_new_blocks` for one step."""
-    return s.phases[e, -s.engine[e].decoded % limits.block_size]
+    me = s.engine[e]
+    return s.phases[e, -me.decoded % limits.block_size]
 
 
 @compiled
 def _affordable_steps(s: Engines, limits: Limits, e: int, most: int) -> int:
     """How many of `most` decode steps the free blocks last for."""
-    free = s.engine[e].free_blocks
-    if s.engine[e].decoding * _blocks(limits, most) <= free or _new_blocks(s, limits, e, most) <= free:
+    me = s.engine[e]
+    free = me.free_blocks
+    if me.decoding * _blocks(limits, most) <= free or _new_blocks(s, limits, e, most) <= free:
         return most  # seldom closer than the first and coarser sum
-    cycles = free // s.engine[e].decoding
-    free -= cycles * s.engine[e].decoding
+    cycles = free // me.decoding
+    free -= cycles * me.decoding
     steps = cycles * limits.block_size
     while True:
-        free -= s.phases[e, (-s.engine[e].decoded - steps) % limits.block_size]
+        free -= s.phases[e, (-me.decoded - steps) % limits.block_size]
         if free < 0:
             return steps
         steps += 1
@@ -244,57 +247,59 @@ def _blocks(limits: Limits, tokens: int) -> int:
 
 
 @compiled
-def _leave(s: Engines, r: Records, e: int, i: int) -> None:
+def _leave(me: Records, r: Records, i: int) -> None:
     """Take a request out of the chain of those that run."""
-    s.engine[e].running -= 1
+    me.running -= 1
     if r[i].before != EMPTY:
         r[r[i].before].behind = r[i].behind
     if r[i].behind != EMPTY:
         r[r[i].behind].before = r[i].before
     else:
-        s.engine[e].newest = r[i].before
+        me.newest = r[i].before
 
 
 @compiled
-def _take_back(s: Engines, limits: Limits, e: int, tokens: int) -> None:
+def _take_back(me: Records, limits: Limits, tokens: int) -> None:
     """Free a request's blocks: full ones to the end of vLLM's free queue, a part-filled one to its front."""
-    s.engine[e].free_blocks += _blocks(limits, tokens)
-    s.engine[e].given_blocks -= _blocks(limits, tokens) - tokens // limits.block_size
+    me.free_blocks += _blocks(limits, tokens)
+    me.given_blocks -= _blocks(limits, tokens) - tokens // limits.block_size
 
 
 @compiled
 def _stop_decoding(s: Engines, limits: Limits, r: Records, e: int, i: int) -> None:
     """Free the KV blocks of a decoding request; its place in `finishes` is the caller's."""
-    tokens = r[i].length + s.engine[e].decoded
-    s.engine[e].decoding -= 1
-    s.engine[e].kv_tokens -= tokens
+    me = s.engine[e]
+    tokens = r[i].length + me.decoded
+    me.decoding -= 1
+    me.kv_tokens -= tokens
     s.phases[e, r[i].length % limits.block_size] -= 1
-    _take_back(s, limits, e, tokens)
+    _take_back(me, limits, tokens)
 
 
 @compiled
-def _give(s: Engines, e: int, blocks: int) -> None:
-    s.engine[e].free_blocks -= blocks
-    s.engine[e].given_blocks += blocks
-    s.engine[e].most_given_blocks = max(s.engine[e].most_given_blocks, s.engine[e].given_blocks)
+def _give(me: Records, blocks: int) -> None:
+    me.free_blocks -= blocks
+    me.given_blocks += blocks
+    me.most_given_blocks = max(me.most_given_blocks, me.given_blocks)
 
 
 @compiled
 def _preempt_newest(s: Engines, q: Queue, order: Order, limits: Limits, r: Records, e: int) -> None:
     """Its full blocks are the last in the free queue, the first of them very last; found until given out."""
-    i = s.engine[e].newest
-    tokens = r[i].length if i == s.engine[e].partial else r[i].length + s.engine[e].decoded
-    _leave(s, r, e, i)
-    if i == s.engine[e].partial:
-        s.engine[e].partial = EMPTY
-        _take_back(s, limits, e, tokens)
+    me = s.engine[e]
+    i = me.newest
+    tokens = r[i].length if i == me.partial else r[i].length + me.decoded
+    _leave(me, r, i)
+    if i == me.partial:
+        me.partial = EMPTY
+        _take_back(me, limits, tokens)
     else:
-        _remove(s.finishes[e], s.engine[e].decoding, i)
+        _remove(s.finishes[e], me.decoding, i)
         _stop_decoding(s, limits, r, e, i)
         r[i].made = tokens - r[i].prompt_tokens + 1
-    r[i].kept_until = s.engine[e].given_blocks + s.engine[e].free_blocks
+    r[i].kept_until = me.given_blocks + me.free_blocks
     r[i].kept_blocks = tokens // limits.block_size
-    s.engine[e].preemptions += 1
+    me.preemptions += 1
     preempt(q, order, e, i)
 
 
@@ -304,69 +309,71 @@ def _found_blocks(s: Engines, limits: Limits, r: Records, e: int, i: int, given:
 
     `given` are blocks of this step that `given_blocks` does not count yet.
     """
-    overwritten = max(s.engine[e].most_given_blocks, s.engine[e].given_blocks + given)
+    me = s.engine[e]
+    overwritten = max(me.most_given_blocks, me.given_blocks + given)
     kept = min(r[i].kept_blocks, r[i].kept_until - overwritten)
     return max(0, min(kept, (r[i].prompt_tokens + r[i].made - 1) // limits.block_size))
 
 
 @compiled
-def _chunk(s: Engines, limits: Limits, r: Records, e: int) -> int:
+def _chunk(me: Records, limits: Limits, r: Records) -> int:
     """Tokens that the partly prefilled request prefills in the next step."""
-    i = s.engine[e].partial
+    i = me.partial
     if i == EMPTY:
         return 0
-    budget = limits.max_num_batched_tokens - s.engine[e].decoding
+    budget = limits.max_num_batched_tokens - me.decoding
     return min(r[i].prompt_tokens + r[i].made - r[i].length, budget)
 
 
 @compiled
 def _needed_blocks(s: Engines, limits: Limits, r: Records, e: int) -> int:
     """KV blocks that the running requests need for the next step."""
+    me = s.engine[e]
     blocks = _next_blocks(s, limits, e)
-    if s.engine[e].partial != EMPTY:
-        held = r[s.engine[e].partial].length
-        blocks += _blocks(limits, held + _chunk(s, limits, r, e)) - _blocks(limits, held)
+    if me.partial != EMPTY:
+        held = r[me.partial].length
+        blocks += _blocks(limits, held + _chunk(me, limits, r)) - _blocks(limits, held)
     return blocks
 
 
 @compiled
 def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int) -> None:
     """Schedule the next step of engine `e`, or as many as only decode; sets when they end."""
-    now = s.engine[e].now_s
+    me = s.engine[e]
+    now = me.now_s
     take_scores(q, order, e, now)
     may_admit = True
-    while _needed_blocks(s, limits, r, e) > s.engine[e].free_blocks:
+    while _needed_blocks(s, limits, r, e) > me.free_blocks:
         _preempt_newest(s, q, order, limits, r, e)
-        may_admit = s.engine[e].running == 0
-    prefill_tokens = _chunk(s, limits, r, e)
-    reads = s.engine[e].kv_tokens
-    decoding = s.engine[e].decoding
+        may_admit = me.running == 0
+    prefill_tokens = _chunk(me, limits, r)
+    reads = me.kv_tokens
+    decoding = me.decoding
     decode_blocks = _next_blocks(s, limits, e)  # given when the step is over
-    i = s.engine[e].partial
+    i = me.partial
     if i != EMPTY:
         reads += r[i].length
-        _give(s, e, _needed_blocks(s, limits, r, e) - decode_blocks)
+        _give(me, _needed_blocks(s, limits, r, e) - decode_blocks)
         r[i].length += prefill_tokens
         decoding += _one_newest_token(r, i, prefill_tokens)
         if r[i].length == r[i].prompt_tokens + r[i].made:
             _note_prefilled(s, e, i)
-            s.engine[e].partial = EMPTY
-    budget = limits.max_num_batched_tokens - s.engine[e].decoding - prefill_tokens
+            me.partial = EMPTY
+    budget = limits.max_num_batched_tokens - me.decoding - prefill_tokens
     blocked = False
-    while (may_admit and budget > 0 and q.engine[e].num_waiting > 0
-           and s.engine[e].running < limits.max_num_seqs):
-        i = head(q, order, e, now, s.engine[e].steps + 1)
+    while may_admit and budget > 0 and q.engine[e].num_waiting > 0 and me.running < limits.max_num_seqs:
+        i = head(q, order, e, now, me.steps + 1)
         tokens = r[i].prompt_tokens + r[i].made
-        if _blocks(limits, tokens) > s.engine[e].free_blocks - decode_blocks:
+        if _blocks(limits, tokens) > me.free_blocks - decode_blocks:
             blocked = True
             break
         admit(q, order, e, i)
-        _join(s, r, e, i, now)
+        _join(me, r, i, now)
         found = _found_blocks(s, limits, r, e, i, decode_blocks)
         chunk = min(tokens - found * limits.block_size, budget)
         r[i].length = found * limits.block_size + chunk
-        s.engine[e].given_blocks -= found
-        _give(s, e, _blocks(limits, r[i].length))
+        me.given_blocks -= found
+        _give(me, _blocks(limits, r[i].length))
         reads += found * limits.block_size
         budget -= chunk
         prefill_tokens += chunk
@@ -374,25 +381,25 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
         if r[i].length == tokens:
             _note_prefilled(s, e, i)
         else:
-            s.engine[e].partial = i
+            me.partial = i
     hand_over(q, order, e, now)
-    s.engine[e].asked_steps = 0
-    s.engine[e].planned_steps, s.engine[e].planned_s, s.engine[e].open_plan = 1, math.inf, 0
-    if s.engine[e].running == 0:
-        s.engine[e].planned_steps = 0
+    me.asked_steps = 0
+    me.planned_steps, me.planned_s, me.open_plan = 1, math.inf, 0
+    if me.running == 0:
+        me.planned_steps = 0
     elif prefill_tokens > 0:
-        prefill_tokens -= decoding - s.engine[e].decoding
-        s.engine[e].planned_s = (costs.base_s + costs.prefill_token_s * prefill_tokens
-                                 + costs.decode_seq_s * decoding + costs.kv_token_s * reads)
+        prefill_tokens -= decoding - me.decoding
+        me.planned_s = (costs.base_s + costs.prefill_token_s * prefill_tokens
+                        + costs.decode_seq_s * decoding + costs.kv_token_s * reads)
     else:
-        steps = (s.finishes[e, 0] >> _REQUEST_BITS) - s.engine[e].decoded
+        steps = (s.finishes[e, 0] >> _REQUEST_BITS) - me.decoded
         if not may_admit or (blocked and order.guard == IDLE_QUANTUM):  # its clock is the steps
             steps = 1
         elif blocked:
-            steps = _steps_until(s, costs, e, next_change_s(q, order, e, now) - now, steps)
-        s.engine[e].planned_steps = _affordable_steps(s, limits, e, steps)
-        s.engine[e].planned_s = _decode_s(s, costs, e, s.engine[e].planned_steps)
-        s.engine[e].open_plan = s.engine[e].running < limits.max_num_seqs
+            steps = _steps_until(me, costs, next_change_s(q, order, e, now) - now, steps)
+        me.planned_steps = _affordable_steps(s, limits, e, steps)
+        me.planned_s = _decode_s(me, costs, me.planned_steps)
+        me.open_plan = me.running < limits.max_num_seqs
 
 
 @compiled
@@ -403,28 +410,29 @@ def _one_newest_token(r: Records, i: int, chunk: int) -> int:
 
 @compiled
 def _note_prefilled(s: Engines, e: int, i: int) -> None:
-    s.prefilled[e, s.engine[e].num_prefilled] = i
-    s.engine[e].num_prefilled += 1
+    me = s.engine[e]
+    s.prefilled[e, me.num_prefilled] = i
+    me.num_prefilled += 1
 
 
 @compiled
-def _join(s: Engines, r: Records, e: int, i: int, now: float) -> None:
+def _join(me: Records, r: Records, i: int, now: float) -> None:
     """Put a request at the end of the chain of those that run."""
     if math.isnan(r[i].first_scheduled_s):
         r[i].first_scheduled_s = now
-    r[i].before, r[i].behind = s.engine[e].newest, EMPTY
-    if s.engine[e].newest != EMPTY:
-        r[s.engine[e].newest].behind = i
-    s.engine[e].newest = i
-    s.engine[e].running += 1
+    r[i].before, r[i].behind = me.newest, EMPTY
+    if me.newest != EMPTY:
+        r[me.newest].behind = i
+    me.newest = i
+    me.running += 1
 
 
 @compiled
-def steps_begun(s: Engines, costs: Costs, e: int, at_s: float) -> int:
+def steps_begun(me: Records, costs: Costs, at_s: float) -> int:
     """How many of the planned steps have begun by a time."""
-    if s.engine[e].planned_steps <= 1:
-        return s.engine[e].planned_steps
-    return _steps_until(s, costs, e, at_s - s.engine[e].now_s, s.engine[e].planned_steps)
+    if me.planned_steps <= 1:
+        return me.planned_steps
+    return _steps_until(me, costs, at_s - me.now_s, me.planned_steps)
 
 
 @compiled
@@ -432,81 +440,84 @@ def score_until(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_
     """Between those of the planned steps that have begun by a time, the ranker takes and gives."""
     if not order.uses_ranker:
         return
-    begun = steps_begun(s, costs, e, until_s)
+    me = s.engine[e]
+    begun = steps_begun(me, costs, until_s)
     while True:
-        step = s.engine[e].asked_steps + 1
+        step = me.asked_steps + 1
         if not wants_scores(q, order, e):
             if q.engine[e].num_in_flight == 0:
                 break
-            due = q.in_flight_due_s[e, 0] - s.engine[e].now_s
-            step = max(step, _steps_until(s, costs, e, due, s.engine[e].planned_steps))
+            due = q.in_flight_due_s[e, 0] - me.now_s
+            step = max(step, _steps_until(me, costs, due, me.planned_steps))
         if step >= begun:
             break
-        time = s.engine[e].now_s + _decode_s(s, costs, e, step)
+        time = me.now_s + _decode_s(me, costs, step)
         take_scores(q, order, e, time)
         hand_over(q, order, e, time)
-        s.engine[e].asked_steps = step
-    s.engine[e].asked_steps = max(s.engine[e].asked_steps, begun - 1)
+        me.asked_steps = step
+    me.asked_steps = max(me.asked_steps, begun - 1)
 
 
 @compiled
-def seen_s(s: Engines, costs: Costs, e: int, at_s: float) -> float:
+def seen_s(me: Records, costs: Costs, at_s: float) -> float:
     """When the step ends that is being taken at a time; that time itself at an idle engine."""
-    if s.engine[e].planned_steps == 0:
+    if me.planned_steps == 0:
         return at_s
-    if s.engine[e].planned_steps == 1:
-        return s.engine[e].now_s + s.engine[e].planned_s
-    return s.engine[e].now_s + _decode_s(s, costs, e, steps_begun(s, costs, e, at_s))
+    if me.planned_steps == 1:
+        return me.now_s + me.planned_s
+    return me.now_s + _decode_s(me, costs, steps_begun(me, costs, at_s))
 
 
 @compiled
-def cut_plan(s: Engines, costs: Costs, e: int, at_s: float) -> None:
+def cut_plan(me: Records, costs: Costs, at_s: float) -> None:
     """Someone arrived: the planned steps end with the one that is being taken."""
-    steps = steps_begun(s, costs, e, at_s)
-    if steps < s.engine[e].planned_steps:
-        s.engine[e].planned_steps = steps
-        s.engine[e].planned_s = _decode_s(s, costs, e, steps)
+    steps = steps_begun(me, costs, at_s)
+    if steps < me.planned_steps:
+        me.planned_steps = steps
+        me.planned_s = _decode_s(me, costs, steps)
 
 
 @compiled
 def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int) -> None:
     """The planned steps are over: tokens come out, requests finish."""
-    steps = s.engine[e].planned_steps
+    me = s.engine[e]
+    steps = me.planned_steps
     if steps == 0:
         return
     score_until(s, q, order, costs, e, math.inf)
-    s.engine[e].steps += steps
-    _give(s, e, _next_blocks(s, limits, e) if steps == 1 else _new_blocks(s, limits, e, steps))
-    s.engine[e].decoded += steps
-    s.engine[e].kv_tokens += steps * s.engine[e].decoding
-    now = s.engine[e].now_s + s.engine[e].planned_s
-    s.engine[e].now_s = now
-    while s.engine[e].decoding > 0 and s.finishes[e, 0] >> _REQUEST_BITS == s.engine[e].decoded:
+    me.steps += steps
+    _give(me, _next_blocks(s, limits, e) if steps == 1 else _new_blocks(s, limits, e, steps))
+    me.decoded += steps
+    me.kv_tokens += steps * me.decoding
+    now = me.now_s + me.planned_s
+    me.now_s = now
+    while me.decoding > 0 and s.finishes[e, 0] >> _REQUEST_BITS == me.decoded:
         i = s.finishes[e, 0] & ((1 << _REQUEST_BITS) - 1)
-        size = s.engine[e].decoding - 1
+        size = me.decoding - 1
         _sink(s.finishes[e], size, 0, s.finishes[e, size])
         _stop_decoding(s, limits, r, e, i)
         _end(s, q, order, r, e, i, now)
-    for k in range(s.engine[e].num_prefilled):
+    for k in range(me.num_prefilled):
         i = s.prefilled[e, k]
         if math.isnan(r[i].first_token_s):
             r[i].first_token_s = now
         left = r[i].output_tokens - r[i].made - 1
         if left == 0:
-            _take_back(s, limits, e, r[i].length)
+            _take_back(me, limits, r[i].length)
             _end(s, q, order, r, e, i, now)
             continue
-        s.engine[e].kv_tokens += r[i].length
-        r[i].length -= s.engine[e].decoded
+        me.kv_tokens += r[i].length
+        r[i].length -= me.decoded
         s.phases[e, r[i].length % limits.block_size] += 1
-        _push(s.finishes[e], s.engine[e].decoding, ((s.engine[e].decoded + left) << _REQUEST_BITS) | i)
-        s.engine[e].decoding += 1
-    s.engine[e].num_prefilled = 0
+        _push(s.finishes[e], me.decoding, ((me.decoded + left) << _REQUEST_BITS) | i)
+        me.decoding += 1
+    me.num_prefilled = 0
 
 
 @compiled
 def _end(s: Engines, q: Queue, order: Order, r: Records, e: int, i: int, now: float) -> None:
-    _leave(s, r, e, i)
-    s.engine[e].work_s -= r[i].work_s
+    me = s.engine[e]
+    _leave(me, r, i)
+    me.work_s -= r[i].work_s
     r[i].finished_s = now
     finish(q, order, e, i, r[i].output_tokens)

@@ -139,19 +139,21 @@ def _work_s(workload: Workload, expected: Floats, engine: EngineSettings, step_t
 @compiled
 def _advance(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, e: int,
              router: int, load: Floats) -> None:
+    me = s.engine[e]
     commit(s, q, order, costs, limits, r, e)
     plan(s, q, order, costs, limits, r, e)
-    set_value(s.next_s, e, s.engine[e].now_s + s.engine[e].planned_s)
+    set_value(s.next_s, e, me.now_s + me.planned_s)
     _set_load(s, q, limits, e, router, load)
 
 
 @compiled
 def _set_load(s: Engines, q: Queue, limits: Limits, e: int, router: int, load: Floats) -> None:
+    me, here = s.engine[e], q.engine[e]
     if router == _LEAST_LOADED:
-        waiting, used = q.engine[e].num_waiting, 1.0 - s.engine[e].free_blocks / limits.num_blocks
-        set_value(load, e, waiting + s.engine[e].running + 6.0 * waiting * max(0.0, used - 0.5))
+        waiting, used = here.num_waiting, 1.0 - me.free_blocks / limits.num_blocks
+        set_value(load, e, waiting + me.running + 6.0 * waiting * max(0.0, used - 0.5))
     elif router == _PREDICTED_WORK:
-        set_value(load, e, s.engine[e].work_s)
+        set_value(load, e, me.work_s)
 
 
 def _compiled(sources: int) -> Callable[..., None]:
@@ -167,17 +169,18 @@ def _compiled(sources: int) -> Callable[..., None]:
             while s.next_s[1] < now:
                 _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)
             e = i % len(s.engine) if router == _ROUND_ROBIN else least(load)
+            me = s.engine[e]
             score_until(s, q, order, costs, e, now)
-            step = s.engine[e].steps + steps_begun(s, costs, e, now)
-            arrive(q, order, e, i, seen_s(s, costs, e, now), step)
-            s.engine[e].work_s += r[i].work_s
-            if s.engine[e].planned_steps == 0:  # idle; it wakes when all who come at this moment are there
-                s.engine[e].now_s = now
-                s.engine[e].planned_s = 0.0
+            step = me.steps + steps_begun(me, costs, now)
+            arrive(q, order, e, i, seen_s(me, costs, now), step)
+            me.work_s += r[i].work_s
+            if me.planned_steps == 0:  # idle; it wakes when all who come at this moment are there
+                me.now_s = now
+                me.planned_s = 0.0
                 set_value(s.next_s, e, now)
-            elif s.engine[e].open_plan:
-                cut_plan(s, costs, e, now)
-                set_value(s.next_s, e, s.engine[e].now_s + s.engine[e].planned_s)
+            elif me.open_plan:
+                cut_plan(me, costs, now)
+                set_value(s.next_s, e, me.now_s + me.planned_s)
             _set_load(s, q, limits, e, router, load)
         while s.next_s[1] < np.inf:
             _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)

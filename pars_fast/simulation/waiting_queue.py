@@ -165,66 +165,73 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
 @compiled
 def arrive(q: Queue, order: Order, e: int, i: int, seen_s: float, step: int) -> None:
     """Request `i` joins the queue of engine `e`, which sees it at the end of a step."""
-    if q.engine[e].last == EMPTY:
-        q.engine[e].oldest = q.engine[e].unscored = i
+    requests = q.request
+    here = q.engine[e]
+    if here.last == EMPTY:
+        here.oldest = here.unscored = i
     else:
-        q.request[q.engine[e].last].after = i
-    q.engine[e].last = i
-    q.request[i].place = q.engine[e].num_arrivals
-    q.engine[e].num_arrivals += 1
-    q.request[i].seen_s, q.request[i].arrival_step = seen_s, step
-    q.request[i].waiting = True
-    q.engine[e].num_waiting += 1
-    q.engine[e].num_unscored += 1
+        requests[here.last].after = i
+    here.last = i
+    requests[i].place = here.num_arrivals
+    here.num_arrivals += 1
+    requests[i].seen_s, requests[i].arrival_step = seen_s, step
+    requests[i].waiting = True
+    here.num_waiting += 1
+    here.num_unscored += 1
     if order.uses_ranker:
-        q.request[i].to_score = q.engine[e].to_score
-        q.engine[e].to_score = i
+        requests[i].to_score = here.to_score
+        here.to_score = i
     else:
         _score(q, order, e, i)
     if order.guard == OVERTAKING_BUDGET:
-        unscored = q.engine[e].num_unscored * q.engine[e].median
-        tokens_ahead = q.engine[e].expected_waiting + unscored - _tokens(q, e, i)
-        q.request[i].budget = order.b + order.a * tokens_ahead
-        if q.request[i].place - q.engine[e].tree_base >= q.engine[e].tree_capacity:
+        unscored = here.num_unscored * here.median
+        tokens_ahead = here.expected_waiting + unscored - _tokens(q, e, i)
+        requests[i].budget = order.b + order.a * tokens_ahead
+        if requests[i].place - here.tree_base >= here.tree_capacity:
             _rebuild_tree(q, e)
     if not order.uses_ranker:
-        q.engine[e].keyed = meld(q.engine[e].keyed, i, q.request.key, q.request.child, q.request.sibling)
+        here.keyed = meld(here.keyed, i, requests.key, requests.child, requests.sibling)
     _watch(q, order, e, i)
 
 
 @compiled
 def take_scores(q: Queue, order: Order, e: int, now: float) -> None:
     """A step begins: what the ranker has finished is taken."""
-    while q.engine[e].num_in_flight > 0 and q.in_flight_due_s[e, 0] <= now:
+    here = q.engine[e]
+    while here.num_in_flight > 0 and q.in_flight_due_s[e, 0] <= now:
         due = q.in_flight_due_s[e, 0]
         taken = 0
-        while taken < q.engine[e].num_in_flight and q.in_flight_due_s[e, taken] == due:
+        while taken < here.num_in_flight and q.in_flight_due_s[e, taken] == due:
             _score(q, order, e, q.in_flight[e, taken])
             taken += 1
-        left = q.engine[e].num_in_flight - taken
+        left = here.num_in_flight - taken
         q.in_flight[e, :left] = q.in_flight[e, taken : taken + left].copy()
         q.in_flight_due_s[e, :left] = q.in_flight_due_s[e, taken : taken + left].copy()
-        q.engine[e].num_in_flight = left
+        here.num_in_flight = left
 
 
 @compiled
 def hand_over(q: Queue, order: Order, e: int, now: float) -> None:
     """A step is scheduled: if it left requests waiting, the newest go to the ranker, 8 at once at most."""
+    requests = q.request
+    here = q.engine[e]
     while wants_scores(q, order, e):
-        i = q.engine[e].to_score
-        q.engine[e].to_score = q.request[i].to_score
-        if q.request[i].waiting:
-            q.in_flight[e, q.engine[e].num_in_flight] = i
-            q.in_flight_due_s[e, q.engine[e].num_in_flight] = now + order.score_delay_s
-            q.engine[e].num_in_flight += 1
+        i = here.to_score
+        here.to_score = requests[i].to_score
+        if requests[i].waiting:
+            q.in_flight[e, here.num_in_flight] = i
+            q.in_flight_due_s[e, here.num_in_flight] = now + order.score_delay_s
+            here.num_in_flight += 1
 
 
 @compiled
 def next_change_s(q: Queue, order: Order, e: int, now: float) -> float:
     """When the order may change though nobody comes or goes; infinity if never."""
-    change = q.in_flight_due_s[e, 0] if q.engine[e].num_in_flight > 0 else math.inf
+    requests = q.request
+    here = q.engine[e]
+    change = q.in_flight_due_s[e, 0] if here.num_in_flight > 0 else math.inf
     if order.guard == FIXED_THRESHOLD or order.guard == RELATIVE_AGEING:
-        time = q.request[_earliest(q, order, e)].guard_key
+        time = requests[_earliest(q, order, e)].guard_key
         if time > now:
             change = min(change, time)
     return change
@@ -233,15 +240,18 @@ def next_change_s(q: Queue, order: Order, e: int, now: float) -> float:
 @compiled
 def wants_scores(q: Queue, order: Order, e: int) -> bool:
     """Whether a prompt could be handed over now."""
-    return (order.uses_ranker and q.engine[e].num_waiting > 0 and q.engine[e].num_in_flight < MAX_IN_FLIGHT
-            and q.engine[e].to_score != EMPTY)
+    here = q.engine[e]
+    return (order.uses_ranker and here.num_waiting > 0 and here.num_in_flight < MAX_IN_FLIGHT
+            and here.to_score != EMPTY)
 
 
 @compiled
 def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
     """Who runs next at engine `e`, where someone waits."""
-    if q.engine[e].lane != EMPTY:
-        return q.engine[e].lane
+    requests = q.request
+    here = q.engine[e]
+    if here.lane != EMPTY:
+        return here.lane
     chosen = _shortest(q, order, e)
     if order.guard == NO_GUARD:
         return chosen
@@ -255,38 +265,42 @@ def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
         promoted = _promoted(q, order, e, step)
         return chosen if promoted == EMPTY else promoted
     due = _earliest(q, order, e)
-    return due if order.guard == UNIBOOST or q.request[due].guard_key <= now else chosen
+    return due if order.guard == UNIBOOST or requests[due].guard_key <= now else chosen
 
 
 @compiled
 def admit(q: Queue, order: Order, e: int, i: int) -> None:
     """The request `i`, just given by `head`, leaves the queue and is charged to those it passes."""
-    if q.request[i].preempted:
-        q.engine[e].lane = pop(i, q.request.lane_key, q.request.lane_child, q.request.lane_sibling)
-        q.request[i].preempted = False
+    requests = q.request
+    here = q.engine[e]
+    if requests[i].preempted:
+        here.lane = pop(i, requests.lane_key, requests.lane_child, requests.lane_sibling)
+        requests[i].preempted = False
     elif order.guard == OVERTAKING_BUDGET:
         _charge(q, e, i, _tokens(q, e, i))
-    q.request[i].waiting = False
+    requests[i].waiting = False
     _account(q, e, i, -1)
 
 
 @compiled
 def preempt(q: Queue, order: Order, e: int, i: int) -> None:
     """A running request waits again, before all that were never admitted."""
-    unknown = order.uses_ranker and not q.request[i].scored
-    q.request[i].lane_key = q.engine[e].median if unknown else q.request[i].key
-    q.request[i].waiting = q.request[i].preempted = True
+    requests = q.request
+    here = q.engine[e]
+    unknown = order.uses_ranker and not requests[i].scored
+    requests[i].lane_key = here.median if unknown else requests[i].key
+    requests[i].waiting = requests[i].preempted = True
     _account(q, e, i, 1)
-    q.request[i].lane_child = EMPTY
-    q.engine[e].lane = meld(q.engine[e].lane, i, q.request.lane_key, q.request.lane_child,
-                            q.request.lane_sibling)
+    requests[i].lane_child = EMPTY
+    here.lane = meld(here.lane, i, requests.lane_key, requests.lane_child, requests.lane_sibling)
 
 
 @compiled
 def finish(q: Queue, order: Order, e: int, i: int, output_tokens: int) -> None:
     """Correct what the request was charged to the tokens it made."""
+    requests = q.request
     if order.guard == OVERTAKING_BUDGET:
-        _charge(q, e, i, output_tokens - q.request[i].charge)
+        _charge(q, e, i, output_tokens - requests[i].charge)
 
 
 # --- Order and scores ---------------------------------------------------------------------------------------
@@ -294,41 +308,48 @@ def finish(q: Queue, order: Order, e: int, i: int, output_tokens: int) -> None:
 
 @compiled
 def _tokens(q: Queue, e: int, i: int) -> float:
-    return q.request[i].expected if q.request[i].scored else q.engine[e].median
+    requests = q.request
+    here = q.engine[e]
+    return requests[i].expected if requests[i].scored else here.median
 
 
 @compiled
 def _account(q: Queue, e: int, i: int, sign: int) -> None:
-    q.engine[e].num_waiting += sign
-    if q.request[i].scored:
-        q.engine[e].expected_waiting += sign * q.request[i].expected
+    requests = q.request
+    here = q.engine[e]
+    here.num_waiting += sign
+    if requests[i].scored:
+        here.expected_waiting += sign * requests[i].expected
     else:
-        q.engine[e].num_unscored += sign
+        here.num_unscored += sign
 
 
 @compiled
 def _score(q: Queue, order: Order, e: int, i: int) -> None:
     """Request `i` gets its score, if it has one, waiting or not."""
-    if math.isnan(q.request[i].expected):
+    requests = q.request
+    here = q.engine[e]
+    if math.isnan(requests[i].expected):
         return
-    if q.request[i].waiting:
+    if requests[i].waiting:
         _account(q, e, i, -1)
-    q.request[i].scored = True
-    _add_to_median(q, e, q.request[i].expected)
-    if not q.request[i].waiting:
+    requests[i].scored = True
+    _add_to_median(q, e, requests[i].expected)
+    if not requests[i].waiting:
         return
     _account(q, e, i, 1)
-    if order.uses_ranker and not q.request[i].preempted:
-        q.engine[e].keyed = meld(q.engine[e].keyed, i, q.request.key, q.request.child, q.request.sibling)
+    if order.uses_ranker and not requests[i].preempted:
+        here.keyed = meld(here.keyed, i, requests.key, requests.child, requests.sibling)
         if order.guard in (RELATIVE_AGEING, UNIBOOST):
             _watch(q, order, e, i)
 
 
 @compiled
 def _add_to_median(q: Queue, e: int, value: float) -> None:
+    here = q.engine[e]
     ranked, recent = q.ranked[e], q.recent[e]
-    size = min(q.engine[e].num_scores, MEDIAN_WINDOW)
-    slot = q.engine[e].num_scores % MEDIAN_WINDOW
+    size = min(here.num_scores, MEDIAN_WINDOW)
+    slot = here.num_scores % MEDIAN_WINDOW
     if size == MEDIAN_WINDOW:
         gone = np.searchsorted(ranked, recent[slot])
         ranked[gone : size - 1] = ranked[gone + 1 : size]
@@ -338,21 +359,23 @@ def _add_to_median(q: Queue, e: int, value: float) -> None:
     for k in range(size, place, -1):
         ranked[k] = ranked[k - 1]
     ranked[place] = value
-    q.engine[e].num_scores += 1
-    q.engine[e].median = ranked[(size + 1) // 2]
+    here.num_scores += 1
+    here.median = ranked[(size + 1) // 2]
 
 
 @compiled
 def _shortest(q: Queue, order: Order, e: int) -> int:
-    while q.engine[e].keyed != EMPTY and not q.request[q.engine[e].keyed].waiting:
-        q.engine[e].keyed = pop(q.engine[e].keyed, q.request.key, q.request.child, q.request.sibling)
-    keyed = q.engine[e].keyed
+    requests = q.request
+    here = q.engine[e]
+    while here.keyed != EMPTY and not requests[here.keyed].waiting:
+        here.keyed = pop(here.keyed, requests.key, requests.child, requests.sibling)
+    keyed = here.keyed
     if not order.uses_ranker:
         return keyed
     unscored = _oldest_unscored(q, e)
     if unscored == EMPTY:
         return keyed
-    if keyed == EMPTY or (q.engine[e].median, unscored) < (q.request[keyed].key, keyed):
+    if keyed == EMPTY or (here.median, unscored) < (requests[keyed].key, keyed):
         return unscored
     return keyed
 
@@ -360,18 +383,22 @@ def _shortest(q: Queue, order: Order, e: int) -> int:
 @compiled
 def _oldest(q: Queue, e: int) -> int:
     """The oldest waiting request; the newest arrival if none waits."""
-    while not q.request[q.engine[e].oldest].waiting and q.request[q.engine[e].oldest].after != EMPTY:
-        q.engine[e].oldest = q.request[q.engine[e].oldest].after
-    return q.engine[e].oldest
+    requests = q.request
+    here = q.engine[e]
+    while not requests[here.oldest].waiting and requests[here.oldest].after != EMPTY:
+        here.oldest = requests[here.oldest].after
+    return here.oldest
 
 
 @compiled
 def _oldest_unscored(q: Queue, e: int) -> int:
-    i = q.engine[e].unscored
-    while i != EMPTY and (q.request[i].scored or not q.request[i].waiting) and q.request[i].after != EMPTY:
-        i = q.request[i].after
-    q.engine[e].unscored = i  # the newest stays, so that the chain goes on from there
-    return i if i != EMPTY and q.request[i].waiting and not q.request[i].scored else EMPTY
+    requests = q.request
+    here = q.engine[e]
+    i = here.unscored
+    while i != EMPTY and (requests[i].scored or not requests[i].waiting) and requests[i].after != EMPTY:
+        i = requests[i].after
+    here.unscored = i  # the newest stays, so that the chain goes on from there
+    return i if i != EMPTY and requests[i].waiting and not requests[i].scored else EMPTY
 
 
 # --- Guards -------------------------------------------------------------------------------------------------
@@ -379,12 +406,14 @@ def _oldest_unscored(q: Queue, e: int) -> int:
 
 @compiled
 def _guard_push(q: Queue, heap: int, i: int) -> int:
-    return meld(heap, i, q.request.guard_key, q.request.guard_child, q.request.guard_sibling)
+    requests = q.request
+    return meld(heap, i, requests.guard_key, requests.guard_child, requests.guard_sibling)
 
 
 @compiled
 def _guard_pop(q: Queue, heap: int) -> int:
-    return pop(heap, q.request.guard_key, q.request.guard_child, q.request.guard_sibling)
+    requests = q.request
+    return pop(heap, requests.guard_key, requests.guard_child, requests.guard_sibling)
 
 
 @compiled
@@ -392,92 +421,100 @@ def _watch(q: Queue, order: Order, e: int, i: int) -> None:
     """Put a waiting request where the guard will look for it."""
     if order.guard == NO_GUARD:
         return
+    requests = q.request
+    here = q.engine[e]
     if order.guard == OVERTAKING_BUDGET:
         # Nothing is charged to the newest yet.
-        q.request[i].guard_key = q.engine[e].total_charge + q.request[i].budget
+        requests[i].guard_key = here.total_charge + requests[i].budget
     elif order.guard == IDLE_QUANTUM:
-        q.request[i].guard_key = q.request[i].arrival_step + order.a
+        requests[i].guard_key = requests[i].arrival_step + order.a
     elif order.guard == FIXED_THRESHOLD:
-        q.request[i].guard_key = q.request[i].seen_s + order.a
+        requests[i].guard_key = requests[i].seen_s + order.a
         return  # the oldest is the first, and known
     elif order.guard == RELATIVE_AGEING:
-        q.request[i].guard_key = q.request[i].seen_s + order.a * _tokens(q, e, i)
+        requests[i].guard_key = requests[i].seen_s + order.a * _tokens(q, e, i)
     else:
-        q.request[i].guard_key = q.request[i].seen_s + order.a * math.log(_tokens(q, e, i))
-    if q.request[i].scored or order.guard in (OVERTAKING_BUDGET, IDLE_QUANTUM):
-        q.engine[e].later = _guard_push(q, q.engine[e].later, i)
+        requests[i].guard_key = requests[i].seen_s + order.a * math.log(_tokens(q, e, i))
+    if requests[i].scored or order.guard in (OVERTAKING_BUDGET, IDLE_QUANTUM):
+        here.later = _guard_push(q, here.later, i)
     else:
-        q.request[i].unscored_key = q.request[i].guard_key
-        q.engine[e].unscored_later = meld(q.engine[e].unscored_later, i, q.request.unscored_key,
-                                          q.request.unscored_child, q.request.unscored_sibling)
+        requests[i].unscored_key = requests[i].guard_key
+        here.unscored_later = meld(here.unscored_later, i, requests.unscored_key, requests.unscored_child,
+                                   requests.unscored_sibling)
 
 
 @compiled
 def _earliest(q: Queue, order: Order, e: int) -> int:
     """The waiting request whose time comes first."""
+    requests = q.request
+    here = q.engine[e]
     if order.guard == FIXED_THRESHOLD:
         return _oldest(q, e)
-    while q.engine[e].later != EMPTY and not q.request[q.engine[e].later].waiting:
-        q.engine[e].later = _guard_pop(q, q.engine[e].later)
-    scored, unscored = q.engine[e].later, q.engine[e].unscored_later
-    while unscored != EMPTY and (q.request[unscored].scored or not q.request[unscored].waiting):
-        unscored = pop(unscored, q.request.unscored_key, q.request.unscored_child, q.request.unscored_sibling)
-    q.engine[e].unscored_later = unscored
+    while here.later != EMPTY and not requests[here.later].waiting:
+        here.later = _guard_pop(q, here.later)
+    scored, unscored = here.later, here.unscored_later
+    while unscored != EMPTY and (requests[unscored].scored or not requests[unscored].waiting):
+        unscored = pop(unscored, requests.unscored_key, requests.unscored_child, requests.unscored_sibling)
+    here.unscored_later = unscored
     if scored == EMPTY or unscored == EMPTY:
         return max(scored, unscored)
-    first = (q.request[unscored].guard_key, unscored) < (q.request[scored].guard_key, scored)
+    first = (requests[unscored].guard_key, unscored) < (requests[scored].guard_key, scored)
     return unscored if first else scored
 
 
 @compiled
 def _promoted(q: Queue, order: Order, e: int, step: int) -> int:
     """The promoted request of the fewest expected tokens; EMPTY if none is."""
+    requests = q.request
+    here = q.engine[e]
     period = order.a + order.b
-    while q.engine[e].later != EMPTY and q.request[q.engine[e].later].guard_key <= step:
-        i = q.engine[e].later
-        q.engine[e].later = _guard_pop(q, i)
-        if q.request[i].waiting:
-            q.request[i].guard_key = _tokens(q, e, i)
-            q.engine[e].urgent = _guard_push(q, q.engine[e].urgent, i)
-    while q.engine[e].urgent != EMPTY:
-        i = q.engine[e].urgent
-        waited = step - q.request[i].arrival_step
-        if q.request[i].waiting and waited % period >= order.a:
+    while here.later != EMPTY and requests[here.later].guard_key <= step:
+        i = here.later
+        here.later = _guard_pop(q, i)
+        if requests[i].waiting:
+            requests[i].guard_key = _tokens(q, e, i)
+            here.urgent = _guard_push(q, here.urgent, i)
+    while here.urgent != EMPTY:
+        i = here.urgent
+        waited = step - requests[i].arrival_step
+        if requests[i].waiting and waited % period >= order.a:
             return i
-        q.engine[e].urgent = _guard_pop(q, i)
-        if q.request[i].waiting:
-            q.request[i].guard_key = q.request[i].arrival_step + waited // period * period + order.a
-            q.engine[e].later = _guard_push(q, q.engine[e].later, i)
+        here.urgent = _guard_pop(q, i)
+        if requests[i].waiting:
+            requests[i].guard_key = requests[i].arrival_step + waited // period * period + order.a
+            here.later = _guard_push(q, here.later, i)
     return EMPTY
 
 
 @compiled
 def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
     """The oldest waiting request that `i` may not pass with `tokens` of work, or EMPTY."""
-    looks = q.engine[e].total_charge + tokens
-    while q.engine[e].later != EMPTY and q.request[q.engine[e].later].guard_key < looks:
-        older = q.engine[e].later
-        q.engine[e].later = _guard_pop(q, older)
-        if not q.request[older].waiting:
+    requests = q.request
+    here = q.engine[e]
+    looks = here.total_charge + tokens
+    while here.later != EMPTY and requests[here.later].guard_key < looks:
+        older = here.later
+        here.later = _guard_pop(q, older)
+        if not requests[older].waiting:
             continue
-        remaining = q.request[older].budget - _charged_beyond(q, e, older)
+        remaining = requests[older].budget - _charged_beyond(q, e, older)
         if remaining < tokens:
-            q.request[older].guard_key = 0.0  # equal keys: order of arrival
-            q.engine[e].urgent = _guard_push(q, q.engine[e].urgent, older)
+            requests[older].guard_key = 0.0  # equal keys: order of arrival
+            here.urgent = _guard_push(q, here.urgent, older)
         else:
-            q.request[older].guard_key = q.engine[e].total_charge + remaining
-            q.engine[e].later = _guard_push(q, q.engine[e].later, older)
-    while q.engine[e].urgent != EMPTY and q.engine[e].urgent < i:
-        oldest = q.engine[e].urgent
+            requests[older].guard_key = here.total_charge + remaining
+            here.later = _guard_push(q, here.later, older)
+    while here.urgent != EMPTY and here.urgent < i:
+        oldest = here.urgent
         remaining = 0.0
-        if q.request[oldest].waiting:
-            remaining = q.request[oldest].budget - _charged_beyond(q, e, oldest)
+        if requests[oldest].waiting:
+            remaining = requests[oldest].budget - _charged_beyond(q, e, oldest)
             if remaining < tokens:
                 return oldest
-        q.engine[e].urgent = _guard_pop(q, oldest)
-        if q.request[oldest].waiting:
-            q.request[oldest].guard_key = q.engine[e].total_charge + remaining
-            q.engine[e].later = _guard_push(q, q.engine[e].later, oldest)
+        here.urgent = _guard_pop(q, oldest)
+        if requests[oldest].waiting:
+            requests[oldest].guard_key = here.total_charge + remaining
+            here.later = _guard_push(q, here.later, oldest)
     return EMPTY
 
 
@@ -488,20 +525,24 @@ def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
 
 @compiled
 def _charge(q: Queue, e: int, i: int, tokens: float) -> None:
-    q.request[i].charge += tokens
-    q.engine[e].total_charge += max(0.0, tokens)
-    p = q.request[i].place - q.engine[e].tree_base + 1
+    requests = q.request
+    here = q.engine[e]
+    requests[i].charge += tokens
+    here.total_charge += max(0.0, tokens)
+    p = requests[i].place - here.tree_base + 1
     while p > 0:  # else nobody waits before it
-        q.trees[q.engine[e].tree_start + p] += tokens
+        q.trees[here.tree_start + p] += tokens
         p -= p & -p
 
 
 @compiled
 def _charged_beyond(q: Queue, e: int, i: int) -> float:
-    p = q.request[i].place - q.engine[e].tree_base + 2
+    requests = q.request
+    here = q.engine[e]
+    p = requests[i].place - here.tree_base + 2
     total = 0.0
-    while p <= q.engine[e].tree_capacity:
-        total += q.trees[q.engine[e].tree_start + p]
+    while p <= here.tree_capacity:
+        total += q.trees[here.tree_start + p]
         p += p & -p
     return total
 
@@ -509,18 +550,20 @@ def _charged_beyond(q: Queue, e: int, i: int) -> float:
 @compiled
 def _rebuild_tree(q: Queue, e: int) -> None:
     """Begin at the oldest waiting request; twice the room of the queue at least."""
+    requests = q.request
+    here = q.engine[e]
     i = _oldest(q, e)
-    q.engine[e].tree_base = q.request[i].place
-    span = q.engine[e].num_arrivals - q.request[i].place
-    if q.engine[e].tree_capacity < 2 * span:
-        while q.engine[e].tree_capacity < 2 * span:
-            q.engine[e].tree_capacity *= 2
-        q.engine[e].tree_start = q.trees_used[0]
-        q.trees_used[0] += q.engine[e].tree_capacity + 1
-    start, capacity = q.engine[e].tree_start, q.engine[e].tree_capacity
+    here.tree_base = requests[i].place
+    span = here.num_arrivals - requests[i].place
+    if here.tree_capacity < 2 * span:
+        while here.tree_capacity < 2 * span:
+            here.tree_capacity *= 2
+        here.tree_start = q.trees_used[0]
+        q.trees_used[0] += here.tree_capacity + 1
+    start, capacity = here.tree_start, here.tree_capacity
     q.trees[start : start + capacity + 1] = 0.0
     while i != EMPTY:
-        q.trees[start + 1 + q.request[i].place - q.engine[e].tree_base] = q.request[i].charge
-        i = q.request[i].after
+        q.trees[start + 1 + requests[i].place - here.tree_base] = requests[i].charge
+        i = requests[i].after
     for p in range(capacity, 0, -1):
         q.trees[start + p - (p & -p)] += q.trees[start + p]
