@@ -54,7 +54,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add(
         "--init",
         default="minilm",
-        help="starting weights: minilm, default, a local directory or a hub name (%(default)s)",
+        help="starting weights: minilm, default, small, a local directory or a hub name (%(default)s)",
     )
     add("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
     add("--loss", default=DEFAULT, help="margin (PARS) or huber")
@@ -82,7 +82,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranker", default="default", help="ranker directory (%(default)s)")
+    parser.add_argument("--ranker", default="default", help="directory, default or small (%(default)s)")
     parser.add_argument("--data", required=True, metavar="FILE", help="length file")
     parser.add_argument("--split", default="test", choices=["train", "val", "test", "all"])
     parser.add_argument("--json", type=Path, metavar="F", help="write the measures there")
@@ -130,7 +130,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="F", help="write all figures there")
     parser.add_argument("--report", type=Path, metavar="F.html", help="write a self-contained page there")
     parser.add_argument("--model", help="model to serve; by default a tiny random one is made")
-    parser.add_argument("--ranker", default="default", help="ranker directory (%(default)s)")
+    parser.add_argument("--ranker", default="auto", help="as the setting PARS_RANKER (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each policy and load (%(default)s)")
     parser.set_defaults(run=_demo)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast.errors import SettingsError
+from pars_fast.packaged import AUTO, PACKAGED
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -57,7 +58,8 @@ class Settings:
 
     Attributes:
         enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
-        ranker: PARS_RANKER. Ranker directory, or `default` for the one in the package.
+        ranker: PARS_RANKER. Ranker directory, or `default` or `small`, which are in the package; `auto`
+            (default) is `default` on a GPU and `small` on a CPU.
         policy: PARS_POLICY. `pars_fast` (default), `fcfs`, or `oracle` (reads `max_tokens`; for replays).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard_beta: PARS_GUARD_BETA. Overtaking tolerated per token ahead at arrival, ratio.
@@ -71,7 +73,7 @@ class Settings:
     """
 
     enable: bool = _setting("PARS_ENABLE", False, _flag)
-    ranker: str = _setting("PARS_RANKER", "default", str)
+    ranker: str = _setting("PARS_RANKER", AUTO, str)
     policy: str = _setting("PARS_POLICY", "pars_fast", _choice("fcfs", "pars_fast", "oracle"))
     mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
     guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
@@ -104,9 +106,11 @@ class Settings:
             except ValueError as error:
                 raise SettingsError(f"{variable}={text!r} is not allowed: expected {error}") from None
         settings = cls(**values)
-        if settings.ranker != "default" and not Path(settings.ranker).is_dir():
-            raise SettingsError(f"PARS_RANKER={settings.ranker!r} is not allowed: expected `default` or an "
-                                "existing ranker directory")
+        if settings.ranker not in (AUTO, *PACKAGED) and not Path(settings.ranker).is_dir():
+            names = ", ".join((AUTO, *PACKAGED))
+            raise SettingsError(
+                f"PARS_RANKER={settings.ranker!r} is not allowed: expected {names} or an existing directory"
+            )
         return settings
 
 

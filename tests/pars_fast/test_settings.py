@@ -12,7 +12,7 @@ from pars_fast.settings import INTERNAL_VARIABLES, Settings
 def test_defaults() -> None:
     assert Settings.from_environ({}) == Settings(
         enable=False,
-        ranker="default",
+        ranker="auto",
         policy="pars_fast",
         mode="on",
         guard_beta=0.5,
@@ -49,7 +49,7 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
     ("variable", "value", "allowed"),
     [
         ("PARS_ENABLE", "yes", "0 or 1"),
-        ("PARS_RANKER", "/no/such/folder", "`default` or an existing ranker directory"),
+        ("PARS_RANKER", "/no/such/folder", "auto, default, small or an existing directory"),
         ("PARS_POLICY", "sjf", "one of fcfs, pars_fast, oracle"),
         ("PARS_MODE", "off", "one of on, shadow"),
         ("PARS_GUARD_BETA", "-0.1", "a number >= 0"),
