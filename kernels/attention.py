@@ -7,13 +7,13 @@ program keeps the running maximum m and sum l of its BLOCK_M queries while it wa
 
 with s = log2(e) / sqrt(D) q k^T, so no score leaves the chip and nothing is padded.
 
-4 S H FLOPs for a token of a prompt of S tokens, H = heads * D. Bytes: 4 H * itemsize a token if keys and values
-that several programs of a prompt and head read come from L2: 3 KB a token at H = 384 in 16 bits, 0.2 MFLOP at
-S = 128: 64 FLOP a byte, bound by HBM up to S = 400 (H200); in truth by latency, since a prompt of 128 tokens is
-two steps of a loop.
+4 S H FLOPs for a token of a prompt of S tokens, H = heads * D. Bytes: 4 H * itemsize a token, if the keys and
+values that several programs of a prompt and head read come from L2. In 16 bits that is S / 2 FLOPs a byte, so
+prompts up to about 360 tokens are bound by HBM (H200: 780 TFLOP/s bf16 beside 4.3 TB/s); at H = 384 and S = 128,
+0.20 MFLOP and 3.1 KB a token. Such a prompt is two steps of the loop: latency may count for more (not measured).
 
-Source: Milakov & Gimelshein 2018 (arXiv 1805.02867) for the online softmax; Dao et al. 2022, FlashAttention (arXiv
-2205.14135), and Triton's tutorial 06 for the tiling.
+Source: Milakov & Gimelshein 2018 (arXiv 1805.02867) for the online softmax; Dao et al. 2022, FlashAttention
+(arXiv 2205.14135), and Triton's tutorial 06 for the tiling.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # A kernel's arguments have Triton's types, not Python's; the comments beside them say which.
@@ -105,10 +105,10 @@ def attention(
     Args:
         qkv: (T, 3 * H) fp16, bf16 or fp32, contiguous: query, key, value, each num_heads * head size wide.
             Rows past cu_seqlens[-1] may follow: their output is not written.
-        cu_seqlens: (B + 1,) int32, contiguous; prompt i owns rows cu_seqlens[i]:cu_seqlens[i + 1]; may be empty.
+        cu_seqlens: (B + 1,) int32, contiguous; prompt i owns rows cu_seqlens[i]:cu_seqlens[i + 1], maybe none.
         num_heads: divides H, head size at most 128 (32 and 64 are what it is made for).
-        max_seqlen: no prompt has more tokens; on the host's word, since looking would wait for the GPU. A longer
-            prompt's tokens past the last whole tile are not written.
+        max_seqlen: no prompt has more tokens; on the host's word, since looking would wait for the GPU. Of a
+            longer prompt, tokens past the last whole tile are not written.
         max_programs: at most so many programs, and so SMs; None: one a prompt, head and tile of queries.
     Returns: (T, H) in the dtype of `qkv`; scores and sums in fp32, fp32 inputs without TF32.
     Raises: ValueError: if a shape, dtype, layout, device or number is not as above, or the batch is empty.
@@ -133,11 +133,16 @@ def attention(
     return out
 
 
-def attention_reference(qkv: Tensor, cu_seqlens: Tensor, *, num_heads: int) -> Tensor:
-    """The same in float64, one prompt at a time, for rows that belong to one; reads `cu_seqlens` on the host."""
+def attention_reference(
+    qkv: Tensor, cu_seqlens: Tensor, *, num_heads: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The same in PyTorch, one prompt at a time, in float64 or another dtype; rows of prompts alone.
+
+    Reads `cu_seqlens` on the host.
+    """
     lengths = cu_seqlens.diff().tolist()
     context = []
-    for prompt in qkv.double()[: sum(lengths)].split(lengths):
+    for prompt in qkv.to(dtype)[: sum(lengths)].split(lengths):
         q, k, v = prompt.view(len(prompt), 3, num_heads, -1).permute(1, 2, 0, 3)
         context.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
     return torch.cat(context)

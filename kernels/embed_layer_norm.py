@@ -1,10 +1,10 @@
 """Embedding: y[t] = LayerNorm(word[input_ids[t]] + position[t - start of its prompt] + token_type)
 
 LayerNorm(z) = (z - mean(z)) / sqrt(var(z) + eps) * norm_weight + norm_bias, biased variance, over a row of H.
-No position ids exist: a token finds its prompt by binary search in cu_seqlens, ceil(log2(B + 1)) loads that hit
-the cache, since all tokens walk the same few entries.
+No position ids exist: a token finds its prompt by binary search in cu_seqlens, about log2(B) loads that hit the
+cache, since all tokens walk the same few entries.
 
-Per token: 2 H * itemsize of HBM (word row in, y row out) and 4 bytes of id; position rows (at most 512 of them)
+Per token: 2 H * itemsize of HBM (word row in, y row out) and 4 bytes of id; position rows, at most 512 of them,
 come from L2. About 10 H FLOPs, so bound by HBM: 1.5 KB and 3.8 kFLOP a token at H = 384 in 16 bits.
 One program takes whole rows, so both sums of LayerNorm stay in registers.
 
@@ -60,7 +60,7 @@ def _embed_layer_norm_kernel(
             high = tl.where((low < high) & after, middle, high)
             low = tl.where((low < high) & (after == 0), middle + 1, low)
         position = offs_t - tl.load(cu_seqlens_ptr + low - 1)
-        # Clamped, as ids are: rows past the last prompt have no position, and nothing may read out of bounds.
+        # Clamped, as ids are: rows past the last prompt have no position, and none may read out of bounds.
         position = tl.minimum(tl.maximum(position, 0), P - 1)
         token = tl.load(input_ids_ptr + offs_t, mask=mask_t, other=0)
         token = tl.minimum(tl.maximum(token, 0), V - 1)
@@ -80,7 +80,7 @@ def _embed_layer_norm_kernel(
 
 
 def launch_config(hidden_size: int) -> dict[str, int]:
-    """2048 elements a program in 4 warps: 16 fp32 a thread, and even one prompt of 128 tokens fills 32 SMs."""
+    """2048 elements a program in 4 warps: 16 fp32 a thread, and one prompt of 128 tokens fills 32 SMs."""
     BLOCK_H = triton.next_power_of_2(hidden_size)
     return {"BLOCK_T": max(1, 2048 // BLOCK_H), "BLOCK_H": BLOCK_H, "num_warps": 4}
 
@@ -103,9 +103,9 @@ def embed_layer_norm(
     a check would wait for the GPU. `Ranker` refuses both while the batch is in host memory.
 
     Args:
-        input_ids: (T,) int32, contiguous; prompts lie end to end. Rows past cu_seqlens[-1] may follow: they get
-            finite values without a meaning.
-        cu_seqlens: (B + 1,) int32, contiguous; prompt i owns ids cu_seqlens[i]:cu_seqlens[i + 1]; may be empty.
+        input_ids: (T,) int32, contiguous; prompts lie end to end. Rows past cu_seqlens[-1] may follow: they
+            get finite values without a meaning.
+        cu_seqlens: (B + 1,) int32, contiguous; prompt i owns ids cu_seqlens[i]:cu_seqlens[i + 1], maybe none.
         word: (V, H) fp16, bf16 or fp32, contiguous.
         position: (P, H), token_type, norm_weight, norm_bias: (H,), as `word`.
         eps: added to the variance.
@@ -145,9 +145,13 @@ def embed_layer_norm_reference(
     norm_bias: Tensor,
     *,
     eps: float,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The same in float64, for rows that belong to a prompt; reads `cu_seqlens` on the host."""
+    """The same in PyTorch, in float64 or another dtype; rows of prompts alone.
+
+    Reads `cu_seqlens` on the host.
+    """
     lengths = cu_seqlens.diff().tolist()
     positions = torch.cat([torch.arange(length, device=word.device) for length in lengths])
-    z = word.double()[input_ids[: len(positions)]] + position.double()[positions] + token_type.double()
-    return F.layer_norm(z, z.shape[1:], norm_weight.double(), norm_bias.double(), eps)
+    z = word.to(dtype)[input_ids[: len(positions)]] + position.to(dtype)[positions] + token_type.to(dtype)
+    return F.layer_norm(z, z.shape[1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)

@@ -1,4 +1,4 @@
-"""What the encoder's launchers share. Nothing here looks at a tensor's contents: that would wait for the GPU."""
+"""What the encoder's launchers share; nothing here looks at a tensor's contents, since that would wait for it."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,10 @@ def check_tensor(
 
 
 def check_matrix(name: str, tensor: Tensor) -> tuple[int, int]:
-    """The shape of an op's first operand. Raises: ValueError: unless it is a contiguous float matrix with rows."""
+    """The shape of an op's first operand.
+
+    Raises: ValueError: unless it is a contiguous matrix of floats that is not empty.
+    """
     if tensor.dim() != 2 or not tensor.is_contiguous() or tensor.dtype not in FLOATS:
         raise ValueError(
             f"{name} must be a contiguous matrix of float16, bfloat16 or float32, got shape "

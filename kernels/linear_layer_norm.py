@@ -4,14 +4,15 @@ LayerNorm(z) = (z - mean(z)) / sqrt(var(z) + eps) * norm_weight + norm_bias, bia
 
 H <= 512: one launch. A program owns BLOCK_M whole rows, so z stays in fp32 accumulators and both sums of
 LayerNorm need no second program. A tile's side is a power of two and 384 is not, so a row is two tiles,
-LEFT = 256 and RIGHT = 128 wide: no lane is wasted, where one tile of 512 would waste a quarter of the tensor
-cores' work.
-Above (768, 1024): two launches, a linear layer and then residual and LayerNorm. A program that owned rows of 768
-would hold 16 of them at most without spilling, and would read all of the weight for so few.
+LEFT = 256 and RIGHT = 128 wide: no lane is wasted, where one tile of 512 would waste a quarter of the work.
+Above (768, 1024): two launches, a linear layer and then residual and LayerNorm. 64 rows of 768 would be 192
+accumulators a thread in 8 warps, too many; 32 rows do 31 FLOPs for a byte they read from L2 (BLOCK_M * H /
+(BLOCK_M + H) in 16 bits), where 64 rows of 384 do 55 and the 128 x 128 tiles of the linear layer 64.
 
 2 H K FLOPs a token, and about 10 H for the rest. Bytes: T (K + 2 H) + H K elements if each crosses HBM once; two
 launches add 2 T H. At H = 384 in 16 bits the projection after attention is 0.29 MFLOP and 2.3 KB a token, the
-layer's narrowing (K = 1536) 1.18 MFLOP and 4.6 KB: 128 and 256 FLOP a byte for a large T.
+narrowing of the inner layer (K = 1536) 1.18 MFLOP and 4.6 KB: 128 and 256 FLOPs a byte for a large T, on either
+side of the ridge of 180 (H200, bf16).
 
 Source: Devlin et al. 2019 (arXiv 1810.04805); Ba, Kiros, Hinton 2016 (arXiv 1607.06450); a row a program, as in
 flash-attention's ops/triton/layer_norm.py.
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pars_fast.kernels.launch import check_matrix, check_tensor, num_programs
-from pars_fast.kernels.linear import linear, linear_reference
+from pars_fast.kernels.linear import FILLS_GPU, linear, linear_reference
 
 MIN_FUSED, MAX_FUSED = 32, 512  # a tile of tl.dot is at least 16 wide, and a row is two of them
 
@@ -140,7 +141,7 @@ def launch_config(num_rows: int, hidden_size: int, dtype: torch.dtype) -> dict[s
     RIGHT = max(16, triton.next_power_of_2(hidden_size - LEFT))
     if dtype == torch.float32:  # on the CUDA cores operands live in registers
         return {"BLOCK_M": 16, "LEFT": LEFT, "RIGHT": RIGHT, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
-    BLOCK_M = 64 if num_rows >= 64 * 64 else 16
+    BLOCK_M = next((rows for rows in (64, 32) if triton.cdiv(num_rows, rows) >= FILLS_GPU), 16)
     return {
         "BLOCK_M": BLOCK_M, "LEFT": LEFT, "RIGHT": RIGHT, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3
     }  # fmt: skip
@@ -170,8 +171,8 @@ def linear_layer_norm(
         weight: (H, K), residual: (T, H), bias, norm_weight, norm_bias: (H,), contiguous, in the dtype of `x`.
         eps: added to the variance.
         max_programs: at most so many programs, and so SMs; None: one a tile.
-    Returns: (T, H) in the dtype of `x`; accumulated in fp32, fp32 inputs without TF32. Above H = 512 the sum is
-        rounded to the dtype of `x` once before the residual is added.
+    Returns: (T, H) in the dtype of `x`; accumulated in fp32, fp32 inputs without TF32. Above H = 512 the
+        product with bias is rounded to the dtype of `x` before the residual is added.
     Raises: ValueError: if a shape, dtype, layout or device is not as above, or the batch is empty.
     """
     num_rows, K = check_matrix("x", x)
@@ -180,7 +181,7 @@ def linear_layer_norm(
     check_tensor("residual", residual, (num_rows, hidden_size), x.dtype, x.device)
     for name, tensor in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_tensor(name, tensor, (hidden_size,), x.dtype, x.device)
-    y = torch.empty_like(residual)
+    y = torch.empty((num_rows, hidden_size), dtype=x.dtype, device=x.device)
     if MIN_FUSED <= hidden_size <= MAX_FUSED:
         config = launch_config(num_rows, hidden_size, x.dtype)
         tiles = triton.cdiv(num_rows, config["BLOCK_M"])
@@ -206,7 +207,8 @@ def linear_layer_norm_reference(
     norm_bias: Tensor,
     *,
     eps: float,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The same in float64."""
-    z = linear_reference(x, weight, bias, activation="none") + residual.double()
-    return F.layer_norm(z, z.shape[1:], norm_weight.double(), norm_bias.double(), eps)
+    """The same in PyTorch, in float64 or another dtype."""
+    z = linear_reference(x, weight, bias, activation="none", dtype=dtype) + residual.to(dtype)
+    return F.layer_norm(z, z.shape[1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
