@@ -7,10 +7,11 @@ program keeps the running maximum m and sum l of its BLOCK_M queries while it wa
 
 with s = log2(e) / sqrt(D) q k^T, so no score leaves the chip and nothing is padded.
 
-4 S H FLOPs for a token of a prompt of S tokens, H = heads * D. Bytes: 4 H * itemsize a token, if the keys and
-values that several programs of a prompt and head read come from L2. In 16 bits that is S / 2 FLOPs a byte, so
-prompts up to about 360 tokens are bound by HBM (H200: 780 TFLOP/s bf16 beside 4.3 TB/s); at H = 384 and S = 128,
-0.20 MFLOP and 3.1 KB a token. Such a prompt is two steps of the loop: latency may count for more (not measured).
+4 S H FLOPs for a token of a prompt of S tokens, H = heads * D. Bytes: 4 H * itemsize a token, if the keys
+and values that several programs of a prompt and head read come from L2. In 16 bits that is S / 2 FLOPs a
+byte, so prompts up to about 360 tokens are bound by HBM (H200: 780 TFLOP/s bf16 beside 4.3 TB/s); at H = 384 and
+S = 128, 0.20 MFLOP and 3.1 KB a token. Such a prompt is two steps of the loop, so latency may count for more
+(not measured).
 
 Source: Milakov & Gimelshein 2018 (arXiv 1805.02867) for the online softmax; Dao et al. 2022, FlashAttention
 (arXiv 2205.14135), and Triton's tutorial 06 for the tiling.
@@ -105,7 +106,7 @@ def attention(
     Args:
         qkv: (T, 3 * H) fp16, bf16 or fp32, contiguous: query, key, value, each num_heads * head size wide.
             Rows past cu_seqlens[-1] may follow: their output is not written.
-        cu_seqlens: (B + 1,) int32, contiguous; prompt i owns rows cu_seqlens[i]:cu_seqlens[i + 1], maybe none.
+        cu_seqlens: (B + 1,) int32, contiguous; prompt i owns rows cu_seqlens[i]:cu_seqlens[i + 1], or none.
         num_heads: divides H, head size at most 128 (32 and 64 are what it is made for).
         max_seqlen: no prompt has more tokens; on the host's word, since looking would wait for the GPU. Of a
             longer prompt, tokens past the last whole tile are not written.

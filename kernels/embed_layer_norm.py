@@ -1,10 +1,10 @@
 """Embedding: y[t] = LayerNorm(word[input_ids[t]] + position[t - start of its prompt] + token_type)
 
 LayerNorm(z) = (z - mean(z)) / sqrt(var(z) + eps) * norm_weight + norm_bias, biased variance, over a row of H.
-No position ids exist: a token finds its prompt by binary search in cu_seqlens, about log2(B) loads that hit the
-cache, since all tokens walk the same few entries.
+No position ids exist: a token finds its prompt by binary search in cu_seqlens, about log2(B) loads that hit
+the cache, since all tokens walk the same few entries.
 
-Per token: 2 H * itemsize of HBM (word row in, y row out) and 4 bytes of id; position rows, at most 512 of them,
+Per token: 2 H * itemsize of HBM (word row in, y row out) and 4 bytes of id; position rows, at most 512,
 come from L2. About 10 H FLOPs, so bound by HBM: 1.5 KB and 3.8 kFLOP a token at H = 384 in 16 bits.
 One program takes whole rows, so both sums of LayerNorm stay in registers.
 

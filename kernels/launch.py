@@ -1,4 +1,4 @@
-"""What the encoder's launchers share; nothing here looks at a tensor's contents, since that would wait for it."""
+"""What the encoder's launchers share. None of it waits for the GPU: tensors' contents are not looked at."""
 
 import torch
 from torch import Tensor

@@ -8,8 +8,8 @@ the projection to query, key, value is 0.88 MFLOP and 3.1 KB a token, the layer'
 1.18 MFLOP and 3.8 KB: 290 and 310 FLOP a byte for a large T, beside a ridge of 180 (H200, bf16), so a
 batch is bound by the tensor cores; a single prompt by reading weights.
 
-Tiles of y are taken in groups of GROUP_M rows of tiles, so that programs running at a time share their rows of
-x and of weight in L2. The grid is persistent: with `max_programs` a program takes several tiles.
+Tiles of y are taken in groups of GROUP_M rows of tiles, so that programs running at a time share rows of x
+and of weight in L2. The grid is persistent: with `max_programs` a program takes several tiles.
 
 Source: grouped order and accumulation as in Triton's tutorial 03, persistent loop as in 09; GELU: Hendrycks &
 Gimpel 2016 (arXiv 1606.08415).

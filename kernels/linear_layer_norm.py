@@ -6,16 +6,16 @@ H <= 512: one launch. A program owns BLOCK_M whole rows, so z stays in fp32 accu
 LayerNorm need no second program. A tile's side is a power of two and 384 is not, so a row is two tiles,
 LEFT = 256 and RIGHT = 128 wide: no lane is wasted, where one tile of 512 would waste a quarter of the work.
 Above (768, 1024): two launches, a linear layer and then residual and LayerNorm. 64 rows of 768 would be 192
-accumulators a thread in 8 warps, too many; 32 rows do 31 FLOPs for a byte they read from L2 (BLOCK_M * H /
-(BLOCK_M + H) in 16 bits), where 64 rows of 384 do 55 and the 128 x 128 tiles of the linear layer 64.
+accumulators a thread in 8 warps, too many; 32 rows do 31 FLOPs for a byte they read from L2 (in 16 bits
+BLOCK_M * H / (BLOCK_M + H)), where 64 rows of 384 do 55 and the 128 x 128 tiles of the linear layer 64.
 
-2 H K FLOPs a token, and about 10 H for the rest. Bytes: T (K + 2 H) + H K elements if each crosses HBM once; two
-launches add 2 T H. At H = 384 in 16 bits the projection after attention is 0.29 MFLOP and 2.3 KB a token, the
-narrowing of the inner layer (K = 1536) 1.18 MFLOP and 4.6 KB: 128 and 256 FLOPs a byte for a large T, on either
-side of the ridge of 180 (H200, bf16).
+2 H K FLOPs a token, and about 10 H for the rest. Bytes: T (K + 2 H) + H K elements if each crosses HBM once;
+two launches add 2 T H. At H = 384 in 16 bits the projection after attention is 0.29 MFLOP and 2.3 KB a token,
+the narrowing of the inner layer (K = 1536) 1.18 MFLOP and 4.6 KB: 128 and 256 FLOPs a byte for a large T, on
+either side of the ridge of 180 (H200, bf16).
 
-Source: Devlin et al. 2019 (arXiv 1810.04805); Ba, Kiros, Hinton 2016 (arXiv 1607.06450); a row a program, as in
-flash-attention's ops/triton/layer_norm.py.
+Source: Devlin et al. 2019 (arXiv 1810.04805); Ba, Kiros, Hinton 2016 (arXiv 1607.06450); whole rows a program,
+as in flash-attention's ops/triton/layer_norm.py.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # A kernel's arguments have Triton's types, not Python's; the comments beside them say which.
@@ -64,10 +64,12 @@ def _linear_layer_norm_kernel(
     weight_left = weight_ptr + left[None, :] * K + offs_k[:, None]
     weight_right = weight_ptr + tl.minimum(right, H - 1)[None, :] * K + offs_k[:, None]
     for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.num_programs(0)):
-        offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        # Rows past the end are read as the last one and not stored: cheaper than masks in the loop.
-        rows = tl.minimum(offs_m, T - 1).to(tl.int64)[:, None]
-        x = x_ptr + rows * K + offs_k[None, :]
+        # One 64-bit address a tile and 32-bit offsets in it: 64-bit ones for each element would spill. Rows
+        # past the end are read as the last one and not stored: cheaper than masks in the loop.
+        first = (tile * BLOCK_M).to(tl.int64)
+        offs_m = tl.arange(0, BLOCK_M)
+        rows = tl.minimum(offs_m, T - 1 - tile * BLOCK_M)[:, None]
+        x = x_ptr + first * K + rows * K + offs_k[None, :]
         z_left = tl.zeros([BLOCK_M, LEFT], dtype=tl.float32)
         z_right = tl.zeros([BLOCK_M, RIGHT], dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -82,10 +84,11 @@ def _linear_layer_norm_kernel(
             z_left = tl.dot(x_tile, w_left, z_left, input_precision="ieee")
             z_right = tl.dot(x_tile, w_right, z_right, input_precision="ieee")
 
-        residual = residual_ptr + rows * H
-        z_left += tl.load(residual + left[None, :]).to(tl.float32)
+        residual = residual_ptr + first * H
+        z_left += tl.load(residual + (rows * H + left[None, :])).to(tl.float32)
         z_left += _columns(bias_ptr, left, mask_left)
-        z_right += tl.load(residual + right[None, :], mask=mask_right[None, :], other=0.0).to(tl.float32)
+        offs_right = rows * H + right[None, :]
+        z_right += tl.load(residual + offs_right, mask=mask_right[None, :], other=0.0).to(tl.float32)
         z_right += _columns(bias_ptr, right, mask_right)
         z_right = tl.where(mask_right[None, :], z_right, 0.0)
 
@@ -99,10 +102,10 @@ def _linear_layer_norm_kernel(
         z_right = z_right * scale * _columns(norm_weight_ptr, right, mask_right)
         z_right += _columns(norm_bias_ptr, right, mask_right)
 
-        y = y_ptr + rows * H
-        inside = (offs_m < T)[:, None]
-        tl.store(y + left[None, :], z_left.to(y_ptr.dtype.element_ty), mask=inside)
-        tl.store(y + right[None, :], z_right.to(y_ptr.dtype.element_ty), mask=inside & mask_right[None, :])
+        y = y_ptr + first * H
+        inside = (offs_m < T - tile * BLOCK_M)[:, None]
+        tl.store(y + (rows * H + left[None, :]), z_left.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y + offs_right, z_right.to(y_ptr.dtype.element_ty), mask=inside & mask_right[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -113,7 +113,7 @@ class PackedWeights:
         return packed
 
     def is_shared_with(self, model: ScoreModel) -> bool:
-        """Whether this is still the model's own memory: not once it was moved, cast or cut to fewer layers."""
+        """Whether this is still the model's memory: not once it was moved, cast or cut to fewer layers."""
         layers = model.encoder.layer
         return (
             len(layers) == self.num_layers

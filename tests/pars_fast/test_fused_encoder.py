@@ -25,7 +25,7 @@ IDS = [[2, 9, 30, 3], [2, 3], [2, *range(5, 60), 3], [7], [2, 40, 41, 42, 8, 9, 
 
 @pytest.fixture
 def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rankers score as they do on a GPU, in large tiles, since the interpreter's time goes by their number."""
+    """Rankers score as on a GPU, in large tiles, since the interpreter's time goes by their number."""
     if not HAS_GPU:
         monkeypatch.setattr(Ranker, "uses_kernels", True)
         monkeypatch.setattr(linear, "FILLS_GPU", 1)
