@@ -9,7 +9,7 @@ with s = log2(e) / sqrt(D) q k^T, so no score leaves the chip and nothing is pad
 
 4 S H FLOPs for a token of a prompt of S tokens, H = heads * D. Bytes: 4 H * itemsize a token, if the keys
 and values that several programs of a prompt and head read come from L2. In 16 bits that is S / 2 FLOPs a
-byte, so prompts up to about 360 tokens are bound by HBM (H200: 780 TFLOP/s bf16 beside 4.3 TB/s); at H = 384 and
+byte, so prompts up to about 360 tokens are bound by HBM (H200: 780 TFLOP/s bf16, 4.3 TB/s); at H = 384 and
 S = 128, 0.20 MFLOP and 3.1 KB a token. Such a prompt is two steps of the loop, so latency may count for more
 (not measured).
 

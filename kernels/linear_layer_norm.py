@@ -14,8 +14,8 @@ two launches add 2 T H. At H = 384 in 16 bits the projection after attention is 
 the narrowing of the inner layer (K = 1536) 1.18 MFLOP and 4.6 KB: 128 and 256 FLOPs a byte for a large T, on
 either side of the ridge of 180 (H200, bf16).
 
-Source: Devlin et al. 2019 (arXiv 1810.04805); Ba, Kiros, Hinton 2016 (arXiv 1607.06450); whole rows a program,
-as in flash-attention's ops/triton/layer_norm.py.
+Source: Devlin et al. 2019 (arXiv 1810.04805); Ba, Kiros, Hinton 2016 (arXiv 1607.06450); whole rows a
+program, as in flash-attention's ops/triton/layer_norm.py.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # A kernel's arguments have Triton's types, not Python's; the comments beside them say which.
