@@ -172,9 +172,10 @@ class TestRankerOnKernels:
         assert query.weight.grad is not None
 
 
-def test_another_activation_stays_in_torch(tiny_encoder: Path) -> None:
-    ranker = Ranker.from_encoder(tiny_encoder, pooling="mean")
-    ranker.config.hidden_act = "relu"
-    assert not ranker.uses_kernels
+def test_another_activation_stays_in_torch(tiny_ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranker, "device", torch.device("cuda"))
+    assert tiny_ranker.uses_kernels
+    tiny_ranker.config.hidden_act = "relu"
+    assert not tiny_ranker.uses_kernels
     with pytest.raises(ValueError, match="the kernels compute 'gelu', the model wants 'relu'"):
-        PackedWeights.from_model(ranker.model)
+        PackedWeights.from_model(tiny_ranker.model)
