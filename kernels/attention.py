@@ -141,7 +141,7 @@ def attention_reference(
 
     Reads `cu_seqlens` on the host.
     """
-    lengths = cu_seqlens.diff().tolist()
+    lengths = [length for length in cu_seqlens.diff().tolist() if length]
     context = []
     for prompt in qkv.to(dtype)[: sum(lengths)].split(lengths):
         q, k, v = prompt.view(len(prompt), 3, num_heads, -1).permute(1, 2, 0, 3)
