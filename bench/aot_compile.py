@@ -20,6 +20,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "aot_compile.csv"
 ARCHES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # A100, H100 and H200, B200
+NUM_STAGES = 3  # Triton's own choice where a launcher makes none
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Case:
     signature: dict[str, str]
     constexprs: dict[str, int | bool]
     num_warps: int
+    num_stages: int = NUM_STAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,13 @@ class Row:
 
 def cases() -> Iterator[Case]:
     """Every kernel of the project, at the shapes it runs in."""
-    from pars_fast.kernels import pool_score, queue_topk
+    yield from pool_score_cases()
+    yield from queue_topk_cases()
+    yield from encoder_cases()
+
+
+def pool_score_cases() -> Iterator[Case]:
+    from pars_fast.kernels import pool_score
 
     for pooling in ("cls", "mean"):
         for hidden_size in (384, 768):
@@ -63,6 +71,11 @@ def cases() -> Iterator[Case]:
                  "BLOCK_H": config["BLOCK_H"]},
                 config["num_warps"],
             )  # fmt: skip
+
+
+def queue_topk_cases() -> Iterator[Case]:
+    from pars_fast.kernels import queue_topk
+
     for k in (256, 1024):
         config = queue_topk.launch_config(k, 1 << 18)
         tile = {"K": config["K"], "TILE": config["TILE"]}
@@ -88,6 +101,62 @@ def cases() -> Iterator[Case]:
             yield Case(f"k={k}", kernel, signature, dict(constexprs), config["num_warps"])
 
 
+def encoder_cases() -> Iterator[Case]:
+    """The batched encoder in bf16, with a case for each tile a launcher chooses."""
+    import torch
+
+    from pars_fast.kernels import attention, embed_layer_norm, linear, linear_layer_norm
+
+    bf16 = torch.bfloat16
+
+    def case(shape: str, kernel: Any, scalars: dict[str, str], config: dict[str, int]) -> Case:
+        """Pointers are bf16 but for ids and offsets; `scalars` are the arguments that are numbers."""
+        offsets = ("input_ids_ptr", "cu_seqlens_ptr")
+        pointers = {
+            name: "*i32" if name in offsets else "*bf16" for name in kernel.arg_names if name.endswith("_ptr")
+        }
+        options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages", NUM_STAGES)}
+        return Case(f"{shape} bf16", kernel, pointers | scalars, dict(config), **options)
+
+    for hidden_size, num_heads in ((384, 12), (768, 12)):  # MiniLM, bert-base
+        yield case(
+            f"H={hidden_size}",
+            embed_layer_norm._embed_layer_norm_kernel,
+            {"T": "i32", "num_bounds": "i32", "search_steps": "i32", "eps": "fp32"},
+            {"V": 30522, "P": 512, "H": hidden_size, **embed_layer_norm.launch_config(hidden_size)},
+        )
+        head_size = hidden_size // num_heads
+        yield case(
+            f"S=128 D={head_size}",
+            attention._attention_kernel,
+            {"num_items": "i32", "tiles": "i32", "scale": "fp32"},
+            {"HEADS": num_heads, "D": head_size, **attention.launch_config(head_size, 128, bf16)},
+        )
+    for num_rows, N, K, gelu in (
+        (128, 1152, 384, False), (1024, 1536, 384, True), (16384, 1536, 384, True),
+        (16384, 3072, 768, True), (16384, 768, 3072, False),
+    ):  # fmt: skip
+        yield case(
+            f"T={num_rows} N={N} K={K}",
+            linear._linear_kernel,
+            {"T": "i32"},
+            {"N": N, "K": K, "GELU": gelu, **linear.launch_config(num_rows, N, bf16)},
+        )
+    for num_rows, K in ((128, 384), (4096, 384), (16384, 1536)):
+        yield case(
+            f"T={num_rows} H=384 K={K}",
+            linear_layer_norm._linear_layer_norm_kernel,
+            {"T": "i32", "eps": "fp32"},
+            {"H": 384, "K": K, **linear_layer_norm.launch_config(num_rows, 384, bf16)},
+        )
+    yield case(
+        "H=768",
+        linear_layer_norm._residual_layer_norm_kernel,
+        {"T": "i32", "eps": "fp32"},
+        {"H": 768, **linear_layer_norm.norm_launch_config(768)},
+    )
+
+
 def compile_case(case: Case, arch: str) -> Row:
     """Compile to PTX with Triton and read what ptxas says of it."""
     import triton
@@ -100,7 +169,9 @@ def compile_case(case: Case, arch: str) -> Row:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     source = ASTSource(case.kernel, signature, case.constexprs, aligned)
     target = GPUTarget("cuda", ARCHES[arch], 32)
-    compiled = triton.compile(source, target, options={"num_warps": case.num_warps})
+    compiled = triton.compile(
+        source, target, options={"num_warps": case.num_warps, "num_stages": case.num_stages}
+    )
     log = ptxas_log(compiled.asm["ptx"], arch)
     return Row(
         kernel=case.kernel.__name__,

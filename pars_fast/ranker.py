@@ -21,6 +21,7 @@ from pars_fast.calibration import TokenMap
 from pars_fast.errors import CheckpointError, PromptError
 from pars_fast.model import Pooling, ScoreModel
 from pars_fast.packaged import checkpoint_directory
+from pars_fast.packed_weights import ACTIVATION, PackedWeights
 from pars_fast.tokenization import PackedBatch, encode, pack
 
 MAX_TOKENS = 128  # PARS's window
@@ -55,12 +56,25 @@ class Ranker:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.token_map = token_map
+        self._packed: PackedWeights | None = None
         tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()
 
     @property
     def device(self) -> torch.device:
         return self.model.score_head.weight.device
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether scores come from the project's kernels: on a GPU, for models with BERT's own activation."""
+        return self.device.type == "cuda" and self.config.hidden_act == ACTIVATION
+
+    def packed_weights(self) -> PackedWeights:
+        """The model's weights as the kernels read them: its own memory, packed when first asked for."""
+        if self._packed is None or not self._packed.is_shared_with(self.model):
+            with torch.inference_mode(False):  # the model must stay trainable
+                self._packed = PackedWeights.sharing(self.model)
+        return self._packed
 
     @classmethod
     def from_pretrained(
@@ -147,12 +161,18 @@ class Ranker:
         Raises: PromptError: if an id lies outside the vocabulary, or a prompt has no token or more than the
             encoder has positions (checked for batches in host memory; on a GPU a check would wait for it).
         """
+        max_seqlen = self.config.max_position_embeddings
         if batch.input_ids.device.type == "cpu":
-            self._check(batch)
+            max_seqlen = self._check(batch)
         batch = batch.to(self.device)
-        return self.model(batch.input_ids, batch.cu_seqlens)
+        if not self.uses_kernels:
+            return self.model(batch.input_ids, batch.cu_seqlens)
+        from pars_fast.fused_encoder import score_packed  # Triton is not there on every platform
 
-    def _check(self, batch: PackedBatch) -> None:
+        return score_packed(self.packed_weights(), batch.input_ids, batch.cu_seqlens, max_seqlen=max_seqlen)
+
+    def _check(self, batch: PackedBatch) -> int:
+        """The longest prompt's tokens. Raises: PromptError: as `score_ids`."""
         bounds, positions = batch.cu_seqlens, self.config.max_position_embeddings
         lengths = bounds.diff()
         if not len(lengths) or bounds[0] != 0 or bounds[-1] != len(batch.input_ids) or lengths.min() < 1:
@@ -166,6 +186,7 @@ class Ranker:
             raise PromptError(
                 f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}"
             )
+        return longest
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the directory that `from_pretrained` reads; weights as float16.

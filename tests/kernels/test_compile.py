@@ -12,9 +12,12 @@ from bench.aot_compile import ARCHES, RESULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
+    "_attention_kernel", "_embed_layer_norm_kernel", "_linear_kernel", "_linear_layer_norm_kernel",
+    "_residual_layer_norm_kernel",
     "_pool_score_kernel", "_queue_topk_tile_kernel", "_queue_topk_merge_kernel", "_queue_topk_locate_kernel",
 }  # fmt: skip
-MAX_SHARED_BYTES = 48 * 1024  # what every GPU gives without opting in
+# What a block may ask for: 99 KB on sm_86 and sm_89, which run code made for sm_80; 227 KB from sm_90 on.
+MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -28,7 +31,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     path = tmp_path_factory.mktemp("aot") / "aot_compile.csv"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.aot_compile", "--csv", str(path)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     return read(path)
 
@@ -44,11 +47,11 @@ def test_no_kernel_of_the_project_is_left_out() -> None:
     assert named == KERNELS
 
 
-def test_nothing_spills_and_shared_memory_is_modest(compiled: list[dict[str, str]]) -> None:
+def test_nothing_spills_and_shared_memory_suffices(compiled: list[dict[str, str]]) -> None:
     for row in compiled:
         spilled = row["spill_store_bytes"], row["spill_load_bytes"], row["stack_bytes"]
         assert spilled == ("0", "0", "0"), row
-        assert int(row["shared_bytes"]) <= MAX_SHARED_BYTES, row
+        assert int(row["shared_bytes"]) <= MAX_SHARED_BYTES[row["arch"]], row
 
 
 def test_the_published_table_has_the_same_rows(compiled: list[dict[str, str]]) -> None:
