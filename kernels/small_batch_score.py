@@ -15,14 +15,14 @@ multiplies: each column tile repeats a few FLOPs a number and reads rows from L2
 where a stage of its own would cost 2 L barriers. Attention could take in qkv (L barriers less), at the price of
 computing keys and values again for each tile of queries.
 
-Bytes: each weight matrix comes from HBM once, L (4 H^2 + 2 H I) itemsize, 21.2 MB for MiniLM-L6 (H = 384,
-I = 1536) in 16 bits. Programs with the same columns and other rows run side by side and find them in L2, as do
-all activations, (8 H + I) itemsize a token and layer written. FLOPs: L (8 H^2 + 4 H I + 4 H S) a token of a
-prompt of S tokens: 2.9 GFLOP for one prompt of 128. 21.2 MB are 5 us of an H200's HBM and 2.9 GFLOP as long
-at 4 % ... of its tensor cores, so weights bound one prompt, and then barriers count; at 8 prompts FLOPs do.
+Bytes: each weight matrix comes from HBM once, L (4 H^2 + 2 H I) itemsize: 21.2 MB for MiniLM-L6 (H = 384,
+I = 1536) in 16 bits, 5 us of an H200. At the start all programs ask L2 for an equal share of the matrices, in
+order of layers, so no stage waits for HBM whatever its tiles are. Activations, (8 H + I) itemsize written a token
+and layer, stay in L2. FLOPs: L (8 H^2 + 4 H I + 4 H S) a token of a prompt of S tokens: 2.9 GFLOP for one prompt
+of 128, 4 us at an H200's bf16 peak. One prompt is thus bound by weights and by 31 barriers, eight by FLOPs.
 
-Split-K of `down` is not used: 16 x 32 tiles of 128 tokens are 96 programs' work, and partial sums would have to
-be read by each consumer.
+`down` is not split along K: at 128 tokens its 16 x 32 tiles are 96 programs' work, and every column tile of its
+consumer would have to add up the partial sums again.
 
 Order of addition depends on block sizes alone, so the same launch gives the same bits each time.
 
@@ -62,6 +62,18 @@ def _grid_barrier(counter_ptr, arrivals):
         pass
     tl.debug_barrier()
     return arrivals + tl.num_programs(0)
+
+
+@triton.jit
+def _prefetch(weight_ptr, SIZE: tl.constexpr):
+    """Ask L2 for SIZE elements, each program for its share, and wait for none of them."""
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
+    for first in range(tl.program_id(0) * 128, tl.cdiv(SIZE, LINE), tl.num_programs(0) * 128):
+        offs = tl.minimum((first + tl.arange(0, 128)) * LINE, SIZE - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(weight_ptr + offs).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -260,7 +272,8 @@ def _pool(
         tl.store(score_ptr + prompt, mean_score + tl.load(head_bias_ptr).to(tl.float32))
 
 
-@triton.jit
+# The batch's sizes change from call to call and must not compile it anew.
+@triton.jit(do_not_specialize=["num_tokens", "num_prompts", "max_seqlen"])
 def _small_batch_score_kernel(
     input_ids_ptr,  # (T,) int32
     cu_seqlens_ptr,  # (B + 1,) int32
@@ -311,7 +324,14 @@ def _small_batch_score_kernel(
     NARROW_M: tl.constexpr,  # out and down
     NARROW_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
+    if PREFETCH:
+        for layer in range(num_layers):
+            _prefetch(qkv_weight_ptr + layer * (3 * H * H), 3 * H * H)
+            _prefetch(attention_out_weight_ptr + layer * (H * H), H * H)
+            _prefetch(up_weight_ptr + layer * (INNER * H), INNER * H)
+            _prefetch(down_weight_ptr + layer * (H * INNER), H * INNER)
     rows = tl.minimum(tl.load(cu_seqlens_ptr + num_prompts), num_tokens)  # ids past the last prompt: padding
     _embed(
         input_ids_ptr, cu_seqlens_ptr, word_embedding_ptr, position_embedding_ptr, token_type_embedding_ptr,
@@ -406,8 +426,9 @@ def launch_config(
     num_tokens: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype, num_programs: int
 ) -> dict[str, int]:
     """Block sizes: of each pair of products (qkv and up, out and down) the largest tile that still gives two
-    programs in three something to do. A large tile reads less from L2, an idle program reads none of the
-    weights. fp32 has no tensor cores and twice the bytes, so it stays with tiles of 32."""
+    programs in three something to do: a large tile reads less from L2. 64 x 64 tiles want 8 warps, of which an SM
+    has room for one program; tiles of 16 rows want more of K in flight. fp32 stays with tiles of 32: twice the
+    bytes."""
     tiles = ((64, 64), (64, 32), (32, 32), (16, 32), (16, 16))[2 if dtype == torch.float32 else 0 :]
 
     def tile(out_features: int) -> tuple[int, int]:
@@ -418,10 +439,11 @@ def launch_config(
 
     wide, narrow = tile(min(3 * hidden_size, intermediate_size)), tile(hidden_size)
     return {
-        "WIDE_M": wide[0], "WIDE_N": wide[1], "NARROW_M": narrow[0], "NARROW_N": narrow[1], "BLOCK_K": 64,
-        # Four warps take 16 queries each, so fewer than 64 would save no time; a key block as long.
+        "WIDE_M": wide[0], "WIDE_N": wide[1], "NARROW_M": narrow[0], "NARROW_N": narrow[1],
+        # A warp takes 16 queries at least, so a smaller block of them would save no time.
         "BLOCK_Q": min(max(16, triton.next_power_of_2(num_tokens)), tiles[0][0]), "BLOCK_S": tiles[0][0],
-        "num_warps": 4,
+        "BLOCK_K": 128 if wide[0] == 16 and dtype != torch.float32 else 64,
+        "num_warps": 4 if num_tokens <= 16 else 8,
     }  # fmt: skip
 
 
@@ -452,8 +474,8 @@ def small_batch_score(
         cu_seqlens: (B + 1,) int32, contiguous; prompt i owns ids cu_seqlens[i]:cu_seqlens[i + 1].
         max_seqlen: no prompt is longer; 1 to MAX_SEQLEN and to the weights' positions.
         workspace: of these weights, with room for T tokens; the launches that use it follow one another.
-        num_programs: programs of the persistent grid, at most one an SM; None: all SMs. On the CPU 1, since the
-            interpreter runs one program after the other and a second would never be waited for.
+        num_programs: programs of the persistent grid, at most one an SM; None: all SMs. In the interpreter 1:
+            it runs one program after the other, so the first would wait for the second forever.
     Returns: (B,) fp32 scores, no unit; fp32 accumulation, the same bits each time.
     Raises: ValueError: if a shape, dtype, layout, device or number is not as above, or the batch is empty.
     Source: PARS (arXiv 2510.03243); see the module docstring.
@@ -484,10 +506,11 @@ def small_batch_score(
             f"workspace must be of these weights: hidden size {H}, inner size {weights.intermediate_size}, "
             f"{weights.dtype} on {device}, got {', '.join(map(str, room))}"
         )
-    max_programs = _num_sms(device) if device.type == "cuda" else 1
+    compiled = isinstance(_small_batch_score_kernel, triton.JITFunction)
+    max_programs = _num_sms(device) if compiled else 1
     num_programs = max_programs if num_programs is None else num_programs
     if not 1 <= num_programs <= max_programs:
-        raise ValueError(f"num_programs must be 1 to {max_programs} on {device}, got {num_programs}")
+        raise ValueError(f"num_programs must be 1 to {max_programs}, got {num_programs}")
 
     head_size = H // weights.num_heads
     score = torch.empty(num_prompts, dtype=torch.float32, device=device)
@@ -506,7 +529,7 @@ def small_batch_score(
         math.log2(math.e) / math.sqrt(head_size),
         H=H, INNER=weights.intermediate_size, HEADS=weights.num_heads, CLS=weights.pooling == "cls",
         BLOCK_H=triton.next_power_of_2(H), BLOCK_D=max(16, triton.next_power_of_2(head_size)),
-        launch_cooperative_grid=True,
+        PREFETCH=compiled, launch_cooperative_grid=True,
         **launch_config(num_tokens, H, weights.intermediate_size, weights.dtype, num_programs),
     )  # fmt: skip
     return score
