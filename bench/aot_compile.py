@@ -108,9 +108,7 @@ def small_batch_cases() -> Iterator[Case]:
             "H": hidden_size, "INNER": inner, "HEADS": heads, "CLS": False, "BLOCK_H": 512, "BLOCK_D": 32,
             "PREFETCH": True, **config,
         }  # fmt: skip
-        signature = {
-            name: dtypes.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs
-        }
+        signature = {name: dtypes.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
         yield Case(f"T={num_tokens} H={hidden_size} bf16", kernel, signature, constexprs, num_warps)
 
 

@@ -4,30 +4,30 @@
     h = LN(x);  x = h + gelu(h W_up + b) W_down + b;  at last  score = pool(LN(x)) . weight + bias
 
 A scheduler that looks at its queue often meets few new prompts at a time. Layer by layer that is some 60
-launches of a few microseconds each, with next to no work in them. Here a bounded grid of programs stays on the
-chip, shares out the tiles of one stage after the other and meets at a barrier in between. All programs have to
-be on the chip at once, so the launch is cooperative: the driver refuses a grid that does not fit.
+launches of a few microseconds each, with next to no work in them. Here a bounded grid of programs stays on
+the chip, shares out the tiles of one stage after the other and meets at a barrier in between. All programs
+have to be on the chip at once, so the launch is cooperative: the driver refuses a grid that does not fit.
 
 Barriers: 1 after the embedding, 5 a layer (after qkv, attention, out, up, down), so 5 L + 1: 31 for 6 layers,
 and one arrival at the end for which nobody waits. A LayerNorm needs whole rows, which no tile of the product
 before it has. It is therefore done by its consumer, which normalises the rows of its own tile before it
 multiplies: each column tile repeats a few FLOPs a number and reads rows from L2 that it has to read anyway,
-where a stage of its own would cost 2 L barriers. Attention could take in qkv (L barriers less), at the price of
-computing keys and values again for each tile of queries.
+where a stage of its own would cost 2 L barriers. Attention could take in qkv (L barriers less), at the price
+of computing keys and values again for each tile of queries. `down` is not split along K: at 128 tokens its
+16 x 32 tiles are 96 programs' work, and every column tile of its consumer would have to add up the partial
+sums again.
 
 Bytes: each weight matrix comes from HBM once, L (4 H^2 + 2 H I) itemsize: 21.2 MB for MiniLM-L6 (H = 384,
 I = 1536) in 16 bits, 5 us of an H200. At the start all programs ask L2 for an equal share of the matrices, in
-order of layers, so no stage waits for HBM whatever its tiles are. Activations, (8 H + I) itemsize written a token
-and layer, stay in L2. FLOPs: L (8 H^2 + 4 H I + 4 H S) a token of a prompt of S tokens: 2.9 GFLOP for one prompt
-of 128, 4 us at an H200's bf16 peak. One prompt is thus bound by weights and by 31 barriers, eight by FLOPs.
-
-`down` is not split along K: at 128 tokens its 16 x 32 tiles are 96 programs' work, and every column tile of its
-consumer would have to add up the partial sums again.
+order of layers, so that later stages need not wait for HBM, whatever their tiles are. Activations, (8 H + I)
+itemsize written a token and layer, stay in L2. FLOPs: L (8 H^2 + 4 H I + 4 H S) a token of a prompt of S
+tokens: 2.9 GFLOP for one prompt of 128, 4 us at an H200's bf16 peak. One prompt is thus bound by weights and
+by barriers, eight by FLOPs.
 
 Order of addition depends on block sizes alone, so the same launch gives the same bits each time.
 
-Source: BERT, Devlin et al. 2019 (arXiv 1810.04805); online softmax: Milakov & Gimelshein 2018 (arXiv 1805.02867);
-grid barrier: Xiao & Feng 2010, "Inter-block GPU communication via fast barrier synchronization".
+Source: BERT, Devlin et al. 2019 (arXiv 1810.04805); online softmax: Milakov & Gimelshein 2018 (arXiv
+1805.02867); grid barrier: Xiao & Feng 2010, "Inter-block GPU communication via fast barrier synchronization".
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # A kernel's arguments have Triton's types, not Python's; the comments beside them say which.
@@ -155,7 +155,7 @@ def _linear(
         in_m, in_n = offs_m < rows, offs_n < N
         row_ptrs = x_ptr + offs_m[:, None] * K
         if NORM:
-            first_tile = offs_m + tile_n * rows < rows  # all column tiles normalise, the first one writes it down
+            first_tile = offs_m + tile_n * rows < rows  # all column tiles normalise, the first one stores it
             mean, rstd = _row_stats(row_ptrs, in_m, eps, K, BLOCK_M, BLOCK_K)
         y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for first_k in range(0, K, BLOCK_K):
@@ -167,8 +167,9 @@ def _linear(
                 x = _normalised(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, offs_k, in_k)
                 x = x.to(x_ptr.dtype.element_ty)
                 tl.store(
-                    residual_ptr + offs_m[:, None] * K + offs_k[None, :], x, mask=first_tile[:, None] & in_k[None, :]
-                )
+                    residual_ptr + offs_m[:, None] * K + offs_k[None, :], x,
+                    mask=first_tile[:, None] & in_k[None, :],
+                )  # fmt: skip
             weight = tl.load(
                 weight_ptr + offs_n[None, :] * K + offs_k[:, None],
                 mask=in_k[:, None] & in_n[None, :], other=0.0,
@@ -355,8 +356,8 @@ def _small_batch_score_kernel(
             attention_norm_weight_ptr + layer * H, attention_norm_bias_ptr + layer * H
         )  # fmt: skip
         _linear(
-            context_ptr, attention_out_weight_ptr + layer * (H * H), attention_out_bias_ptr + layer * H, x_ptr,
-            residual_ptr, norm_weight_ptr, norm_bias_ptr, rows, eps, H, H,
+            context_ptr, attention_out_weight_ptr + layer * (H * H), attention_out_bias_ptr + layer * H,
+            x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, rows, eps, H, H,
             NORM=False, GELU=False, ADD_RESIDUAL=True, BLOCK_M=NARROW_M, BLOCK_N=NARROW_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
         arrivals = _grid_barrier(counter_ptr, arrivals)
@@ -410,7 +411,8 @@ class SmallBatchWorkspace:
 
         H = weights.hidden_size
         return cls(
-            x=rows(H), residual=rows(H), qkv=rows(3 * H), context=rows(H), inner=rows(weights.intermediate_size),
+            x=rows(H), residual=rows(H), qkv=rows(3 * H), context=rows(H),
+            inner=rows(weights.intermediate_size),
             counter=torch.zeros(1, dtype=torch.int32, device=weights.device),
         )  # fmt: skip
 
@@ -426,9 +428,8 @@ def launch_config(
     num_tokens: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype, num_programs: int
 ) -> dict[str, int]:
     """Block sizes: of each pair of products (qkv and up, out and down) the largest tile that still gives two
-    programs in three something to do: a large tile reads less from L2. 64 x 64 tiles want 8 warps, of which an SM
-    has room for one program; tiles of 16 rows want more of K in flight. fp32 stays with tiles of 32: twice the
-    bytes."""
+    programs in three something to do: a large tile reads less from L2. An SM has one program, so that may
+    have 8 warps. Tiles of 16 rows want more of K in flight; fp32, of twice the bytes, tiles of 32 at most."""
     tiles = ((64, 64), (64, 32), (32, 32), (16, 32), (16, 16))[2 if dtype == torch.float32 else 0 :]
 
     def tile(out_features: int) -> tuple[int, int]:
@@ -463,10 +464,10 @@ def small_batch_score(
 ) -> Tensor:
     """Score 1 to MAX_PROMPTS packed prompts in one launch; a larger score means a longer expected answer.
 
-    Never synchronises, and allocates nothing but the scores, so it can be captured in a CUDA graph. Contents of
-    `cu_seqlens` are the caller's word. Tokens past its last offset are left out, and a prompt without tokens
-    scores NaN and changes no other, so a batch can be padded to a bucket of a graph. Ids out of range count as
-    the nearest in range.
+    Never synchronises, and allocates nothing but the scores, so it can be captured in a CUDA graph. Contents
+    of `cu_seqlens` are the caller's word. Tokens past its last offset are left out, and a prompt without
+    tokens scores NaN and changes no other, so a batch can be padded to a bucket of a graph. Ids out of range
+    count as the nearest in range.
 
     Args:
         weights: L layers, hidden size H, inner size I; fp16, bf16 or fp32.
@@ -564,4 +565,5 @@ def small_batch_score_reference(weights: PackedWeights, input_ids: Tensor, cu_se
         pooled = x[0] if weights.pooling == "cls" else x.mean(dim=0)
         return pooled @ weights.head_weight.double() + weights.head_bias.double()[0]
 
-    return torch.stack([score(prompt) for prompt in input_ids[: cu_seqlens[-1]].split(cu_seqlens.diff().tolist())])
+    prompts = input_ids[: cu_seqlens[-1]].split(cu_seqlens.diff().tolist())
+    return torch.stack([score(prompt) for prompt in prompts])
