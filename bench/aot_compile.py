@@ -18,9 +18,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results" / "aot_compile.csv"
 ARCHES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # A100, H100 and H200, B200
 NUM_STAGES = 3  # Triton's own choice where a launcher makes none
+NUM_SMS = 132  # of an H200: what the launchers of persistent kernels choose block sizes by
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ def cases() -> Iterator[Case]:
     yield from pool_score_cases()
     yield from queue_topk_cases()
     yield from encoder_cases()
+    yield from small_batch_cases()
 
 
 def pool_score_cases() -> Iterator[Case]:
@@ -101,10 +105,28 @@ def queue_topk_cases() -> Iterator[Case]:
             yield Case(f"k={k}", kernel, signature, dict(constexprs), config["num_warps"])
 
 
+def small_batch_cases() -> Iterator[Case]:
+    """The persistent kernel at MiniLM-L6's size: one short prompt, one of 128 tokens, eight of them."""
+    from pars_fast.kernels import small_batch_score as module
+
+    hidden_size, inner, heads = 384, 1536, 12
+    kernel = module._small_batch_score_kernel
+    integers = ("num_tokens", "num_prompts", "max_seqlen", "num_layers", "vocab_size", "max_positions")
+    dtypes = {"input_ids_ptr": "*i32", "cu_seqlens_ptr": "*i32", "score_ptr": "*fp32", "counter_ptr": "*i32",
+              **dict.fromkeys(integers, "i32"), "eps": "fp32", "scale": "fp32"}  # fmt: skip
+    for num_tokens in (16, 128, 1024):
+        config = module.launch_config(num_tokens, hidden_size, inner, torch.bfloat16, NUM_SMS)
+        num_warps = config.pop("num_warps")
+        constexprs: dict[str, int | bool] = {
+            "H": hidden_size, "INNER": inner, "HEADS": heads, "CLS": False, "BLOCK_H": 512, "BLOCK_D": 32,
+            "PREFETCH": True, **config,
+        }  # fmt: skip
+        signature = {name: dtypes.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
+        yield Case(f"T={num_tokens} H={hidden_size} bf16", kernel, signature, constexprs, num_warps)
+
+
 def encoder_cases() -> Iterator[Case]:
     """The batched encoder in bf16, with a case for each tile a launcher chooses."""
-    import torch
-
     from pars_fast.kernels import attention, embed_layer_norm, linear, linear_layer_norm
 
     bf16 = torch.bfloat16
