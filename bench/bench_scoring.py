@@ -11,7 +11,7 @@ from bench.prompts import load_ranker, take_prompts, token_lengths
 
 ROUNDS = {1: 50, 16: 10, 256: 3}  # prompts: rounds
 # Scores lie 2 to 10 apart, and fp32 differs by the order of sums; int8 is judged by its order, tau.
-ATOL = {provider: 1e-4 for provider in PROVIDERS} | {"onnxruntime_int8": 1.0}
+ATOL = dict.fromkeys(PROVIDERS, 1e-4) | {"onnxruntime_int8": 1.0}
 
 
 @pytest.mark.parametrize("provider", list(PROVIDERS))

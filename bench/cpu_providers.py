@@ -1,4 +1,4 @@
-"""Who scores prompts on the CPU: texts in, (B,) fp32 scores out, all with the same weights, window and pooling.
+"""Who scores prompts on the CPU: texts in, (B,) fp32 scores out, with the same weights, window and pooling.
 
 `hf_eager` is what `pip install transformers` gives: one batch padded to the longest prompt. `torch_compile`
 is the same, compiled. onnxruntime gets its graph fused, and prompts of like length together in batches of

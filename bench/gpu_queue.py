@@ -45,7 +45,10 @@ class Columns:
 
     def __init__(self, key: Tensor) -> None:
         self.key = key
-        self.priority_rank, self.lane = torch.zeros_like(key, dtype=torch.int32), torch.ones_like(key, dtype=torch.int32)
+        self.priority_rank, self.lane = (
+            torch.zeros_like(key, dtype=torch.int32),
+            torch.ones_like(key, dtype=torch.int32),
+        )
         self.seq = torch.arange(len(key), device=key.device)
         self.occupied = torch.ones_like(key, dtype=torch.bool)
         self.median_key = torch.full((1,), 148.0, device=key.device)

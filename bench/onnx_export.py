@@ -1,8 +1,9 @@
 """The ranker as onnxruntime runs it best: exported, fused by its own optimiser, and quantised to int8.
 
-Export of transformers' BertModel with eager attention, which `onnxruntime.transformers.optimizer` fuses into one
-EmbedLayerNormalization, an Attention, two SkipLayerNormalizations and a BiasGelu a layer. Int8: dynamic
-quantisation of weights by channel; 7 bits, since AVX2 sums pairs of products in 16 bits and would saturate.
+Export of transformers' BertModel with eager attention, which `onnxruntime.transformers.optimizer` fuses into
+one EmbedLayerNormalization, and an Attention, two SkipLayerNormalizations and a BiasGelu a layer. Int8:
+dynamic quantisation, weights by channel; 7 bits, since AVX2 sums pairs of products in 16 bits and would
+saturate.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""How a prepared call is timed: p20, p50, p80 in microseconds. All but `host_time` measure GPU time by events."""
+"""How a prepared call is timed: p20, p50, p80 in microseconds; GPU time by events, except in `host_time`."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def gpu_time(call: Call) -> Times:
 
 
 def gpu_time_warm(call: Call) -> Times:
-    """Calls back to back, so that L2 keeps what fits. Calls that launch slower than they run show the host's time."""
+    """Calls back to back, so that L2 keeps what fits. One that launches slower than it runs shows its launches."""
     return event_times(lambda: None, call)
 
 

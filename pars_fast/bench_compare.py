@@ -1,7 +1,8 @@
 """Regression check between two files of results.
 
-A case got slower when the best fifth of the new times lies more than `threshold` above the worst fifth of the
-old ones: p20 after > (1 + threshold) * p80 before. Spread alone is then no regression. Faster is the mirror image.
+A case got slower when even the best fifth of the new times lies more than `threshold` above the worst fifth
+of the old ones: p20 after > (1 + threshold) * p80 before. So spread alone is no regression. Faster is the
+mirror image.
 """
 
 import sys
@@ -56,16 +57,19 @@ def compare(before: Report, after: Report, threshold: float = THRESHOLD) -> Comp
     for name in ("gpu", "cpu", "threads"):
         old, new = before.provenance[name], after.provenance[name]
         if old != new:
-            raise DataError(f"the files come from different machines: {name} {old or 'none'} and {new or 'none'}")
+            raise DataError(
+                f"the files come from different machines: {name} {old or 'none'} and {new or 'none'}"
+            )
     old_rows, new_rows = ({row.case: row for row in report.rows if row.time_us} for report in (before, after))
     common = [case for case in old_rows if case in new_rows]
     if not common:
         raise DataError(
-            f"no case is measured in both files: {len(old_rows)} cases in the first and {len(new_rows)} in the second "
-            "have no op, provider and shape in common"
+            f"no case is measured in both files: {len(old_rows)} cases of the first and {len(new_rows)} of "
+            "the second have no op, provider and shape in common"
         )
     changes = [
-        Change(old_rows[case], new_rows[case], _verdict(old_rows[case], new_rows[case], threshold)) for case in common
+        Change(old_rows[case], new_rows[case], _verdict(old_rows[case], new_rows[case], threshold))
+        for case in common
     ]
     alone = old_rows.keys() ^ new_rows.keys()
     return Comparison(changes, [row for case, row in {**old_rows, **new_rows}.items() if case in alone])
@@ -94,7 +98,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         )
     console.print(table)
     for row in comparison.uncompared:
-        console.print(f"measured in one file only: {row.op}, {row.provider}, {shape_text(row)}", highlight=False)
+        console.print(
+            f"measured in one file only: {row.op}, {row.provider}, {shape_text(row)}", highlight=False
+        )
     console.print(f"{len(comparison.slower)} of {len(comparison.changes)} cases got slower")
 
 

@@ -54,7 +54,9 @@ def _plot_op(report: Report, op: str, rows: list[Row], path: Path) -> Path:
         else:
             _draw_lines(axes, report, rows, axis)
         machine = report.provenance["gpu"] or report.provenance["cpu"]
-        axes.set_title(f"{op}: {machine}, {report.provenance['date']}, {report.provenance['commit']}", fontsize=9)
+        axes.set_title(
+            f"{op}: {machine}, {report.provenance['date']}, {report.provenance['commit']}", fontsize=9
+        )
         figure.savefig(path, metadata={"Date": None})
     return path
 

@@ -1,9 +1,9 @@
 """The CPU suite: run it, read pytest-benchmark's JSON, print any report as a table.
 
 A benchmark's `extra_info` says what was timed: `op`, `provider`, `shape` (what made it large or small), and
-where they apply `baseline` (the provider it is compared with), `operations` (how many one round did), `bytes_moved`, `flops`
-and `kendall_tau` (see `bench_results.Row`), `baseline_time_us` (p20, p50, p80 of a baseline timed in turn
-with it), `added_us` (p50, p99 of the paired difference). `machine_info` holds the run's `provenance`.
+where they apply `baseline`, `bytes_moved`, `flops`, `kendall_tau`, `added_us` (see `bench_results.Row`),
+`operations` (how many one round did) and `baseline_time_us` (p20, p50, p80 of a baseline timed in turn with
+it). `machine_info` holds the run's `provenance`.
 """
 
 import json

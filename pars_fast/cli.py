@@ -15,7 +15,7 @@ DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's ow
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its own status or 0, and 2 with one line on stderr when the user can mend the cause."""
+    """Run one command; its own status or 0, 2 with one line on stderr when the user can mend the cause."""
     arguments = _parser().parse_args(argv)
     try:
         status: int | None = arguments.run(arguments)

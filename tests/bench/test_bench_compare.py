@@ -53,12 +53,12 @@ def test_cases_of_one_file_only_are_listed(make_report: MakeReport) -> None:
 
 
 def test_files_of_other_shape_are_refused() -> None:
-    with pytest.raises(DataError, match="no case is measured in both files: 1 cases in the first and 1 in"):
+    with pytest.raises(DataError, match="no case is measured in both files: 1 cases of the first and 1 of"):
         compare(one_case((1.0, 2.0, 3.0)), one_case((1.0, 2.0, 3.0), prompts=2))
 
 
 def test_files_of_other_machines_are_refused(make_report: MakeReport) -> None:
-    with pytest.raises(DataError, match="different machines: gpu Toy GPU, 700.00 W and none"):
+    with pytest.raises(DataError, match=r"different machines: gpu Toy GPU, 700\.00 W and none"):
         compare(make_report(), make_report(gpu=""))
 
 

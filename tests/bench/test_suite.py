@@ -77,7 +77,13 @@ FAST_PROVIDERS = [name for name in PROVIDERS if name != "torch_compile"]
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_providers_give_the_same_scores(pooling: Pooling, provider: str) -> None:
     ranker = tiny_ranker(pooling)
-    prompts = ["tell me a story about the sea", "story", "a sea", *WORDS, " ".join(WORDS * 3)]  # the last is cut
+    prompts = [
+        "tell me a story about the sea",
+        "story",
+        "a sea",
+        *WORDS,
+        " ".join(WORDS * 3),
+    ]  # the last is cut
     expected = ranker.score(prompts)
     atol = 0.05 if provider == "onnxruntime_int8" else 1e-5
     torch.testing.assert_close(load_provider(provider, ranker)(prompts), expected, atol=atol, rtol=1e-5)
