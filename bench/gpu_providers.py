@@ -4,6 +4,7 @@ All in the ranker's dtype (fp16), from ids that are on the GPU to scores that st
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from bench.onnx_export import PaddedRanker
 from bench.timers import Call
 from pars_fast.packed_weights import PackedWeights
 from pars_fast.ranker import Ranker
-from pars_fast.tokenization import pack
+from pars_fast.tokenization import PackedBatch, pack
 
 Ids = Sequence[Sequence[int]]
 BUCKETS = (16, 32, 64, 96, 128, 256, 512)  # tokens
@@ -56,11 +57,8 @@ def cublas_varlen_sdpa(ranker: Ranker, ids: Ids) -> Call:
     weights = PackedWeights.from_model(ranker.model)
     batch = pack(ids).to(ranker.device)
     longest = max(map(len, ids))
-    position_ids = torch.cat([torch.arange(len(prompt)) for prompt in ids]).to(ranker.device)
-    lengths = batch.cu_seqlens.diff().long()
-    return capture(
-        lambda: varlen_scores(weights, batch.input_ids, position_ids, batch.cu_seqlens, lengths, longest)
-    )
+    positions = Positions.of(ids, ranker.device)
+    return capture(lambda: varlen_scores(weights, batch, positions, longest))
 
 
 PROVIDERS: dict[str, Callable[[Ranker, Ids], Call]] = {
@@ -81,39 +79,49 @@ def buckets(ids: Ids) -> list[list[Sequence[int]]]:
     return [prompts for prompts in filled if prompts]
 
 
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where each of T packed tokens stands: `in_prompt` (T,), and `prompt` (T,), both int64."""
+
+    in_prompt: Tensor
+    prompt: Tensor
+
+    @classmethod
+    def of(cls, ids: Ids, device: torch.device) -> "Positions":
+        in_prompt = torch.cat([torch.arange(len(prompt)) for prompt in ids])
+        prompt = torch.cat([torch.full((len(prompt),), i) for i, prompt in enumerate(ids)])
+        return cls(in_prompt.to(device), prompt.to(device))
+
+
 def varlen_scores(
-    weights: PackedWeights,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    lengths: Tensor,
-    max_seqlen: int,
+    weights: PackedWeights, batch: PackedBatch, positions: Positions, max_seqlen: int
 ) -> Tensor:
-    """The ranker in PyTorch's own ops on a packed batch: (B,) scores."""
+    """The ranker in PyTorch's own ops on a packed batch: (B,) scores. Nothing in it waits for the GPU."""
     H = weights.hidden_size
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, (H,), weight, bias, weights.norm_eps)
 
     hidden = norm(
-        weights.word_embedding[input_ids]
-        + weights.position_embedding[position_ids]
+        weights.word_embedding[batch.input_ids]
+        + weights.position_embedding[positions.in_prompt]
         + weights.token_type_embedding,
         weights.embedding_norm_weight,
         weights.embedding_norm_bias,
     )
     for i in range(weights.num_layers):
         qkv = F.linear(hidden, weights.qkv_weight[i], weights.qkv_bias[i])
-        context = _varlen_attention(qkv, weights.num_heads, cu_seqlens, max_seqlen)
+        context = _varlen_attention(qkv, weights.num_heads, batch.cu_seqlens, max_seqlen)
         attended = F.linear(context, weights.attention_out_weight[i], weights.attention_out_bias[i])
         hidden = norm(hidden + attended, weights.attention_norm_weight[i], weights.attention_norm_bias[i])
         inner = F.gelu(F.linear(hidden, weights.up_weight[i], weights.up_bias[i]))
         down = F.linear(inner, weights.down_weight[i], weights.down_bias[i])
         hidden = norm(hidden + down, weights.output_norm_weight[i], weights.output_norm_bias[i])
     if weights.pooling == "cls":
-        pooled = hidden[cu_seqlens[:-1].long()]
+        pooled = hidden[batch.cu_seqlens[:-1].long()]
     else:
-        pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, axis=0, unsafe=True).to(hidden)
+        sums = torch.zeros(len(batch), H, device=hidden.device).index_add(0, positions.prompt, hidden.float())
+        pooled = (sums / batch.cu_seqlens.diff()[:, None]).to(hidden.dtype)
     return pooled @ weights.head_weight + weights.head_bias
 
 

@@ -2,9 +2,11 @@
 
 Decode is stood in for by a CUDA graph of matrix-vector products over more weights than L2 holds, at a batch
 of 16: bound by reading them, as decode is. It is timed alone, and while the ranker scores without a pause on
-a stream of its own, its grid capped to so many programs.
+a stream of its own, its grid capped to so many programs. Both are queued before either starts, so neither
+waits for the host.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +25,9 @@ LAYERS, WIDTH, BATCH = 64, 4096, 16
 DECODE_BYTES = 2 * LAYERS * WIDTH * WIDTH
 MAX_PROGRAMS = (8, 16, 32, 64)
 PROMPTS_BESIDE = 8
-SCORINGS_BESIDE = 8  # launched ahead of each decode step: enough to last it out
-QUEUED = 1024
+SCORINGS_BESIDE = 32  # enough to last out a decode step
+LAUNCH_CYCLES = 40_000_000  # some 20 ms: the GPU idles while the host queues what is to run side by side
+QUEUED = 512
 
 
 def cases() -> Iterator[Case]:
@@ -75,6 +78,10 @@ def _decode_step_beside(max_programs: int) -> Call:
     stream = torch.cuda.Stream()
 
     def rank() -> None:
+        """Queue the scorings on their stream, to start when the decode step that is launched next does."""
+        torch.cuda.synchronize()
+        torch.cuda._sleep(LAUNCH_CYCLES)
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(SCORINGS_BESIDE):
                 ranker.score_ids(batch)
@@ -89,21 +96,20 @@ def _time_beside(call: Call) -> Times:
 
 def _arrival() -> Call:
     """Token ids of one prompt to its place in the order of all, as the runtime's thread does it."""
-    from pars_fast.integration.gpu_scoring import make_gpu_scorer
+    from pars_fast.integration.gpu_scoring import K_ORDER, make_gpu_scorer
 
     tokenizer = str(DEFAULT_CHECKPOINT)  # stands in for the served model's
     scorer = make_gpu_scorer("default", tokenizer, None)
     ids = encode(Ranker.from_pretrained(device="cpu").tokenizer, take_prompts(200), 128)
-    seqs = iter(range(1 << 40))
-    for _ in range(QUEUED // 8):
-        scorer([(next(seqs), ids[seq % len(ids)]) for seq in range(8)])
+    seqs = itertools.count()
 
     def arrive() -> None:
         seq = next(seqs)
         scorer([(seq, ids[seq % len(ids)])])
         order = scorer.order()
-        if order is None or not order:
-            raise RuntimeError("the device gave no order")
-        scorer.forget([seq])
+        if seq < K_ORDER and (order is None or seq not in order):
+            raise RuntimeError("the arrival is not in the device's order")
 
+    for _ in range(QUEUED):
+        arrive()
     return arrive

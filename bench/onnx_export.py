@@ -28,6 +28,7 @@ class PaddedRanker(nn.Module):
         weights = ranker.model.state_dict()
         self.encoder.load_state_dict({name: weights[name] for name in self.encoder.state_dict()})
         self.score_head = ranker.model.score_head
+        self.encoder.to(ranker.device, self.score_head.weight.dtype)
         self.pooling = ranker.model.pooling
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pars_fast.bench_table import quantiles_us
 
 Call = Callable[[], object]
 Timer = Callable[[Call], Times]
-WARM_UP, ROUNDS = 25, 200
+WARM_UP, ROUNDS = 25, 100
 
 
 def gpu_time(call: Call) -> Times:
@@ -21,7 +21,7 @@ def gpu_time(call: Call) -> Times:
 
 
 def gpu_time_warm(call: Call) -> Times:
-    """Calls back to back, so that L2 keeps what fits. One that launches slower than it runs shows its launches."""
+    """Calls back to back: L2 keeps what fits. One that launches slower than it runs shows its launches."""
     return event_times(lambda: None, call)
 
 

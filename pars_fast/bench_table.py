@@ -37,12 +37,12 @@ def read_report(path: Path) -> Report:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     try:
         rows = [row for benchmark in content["benchmarks"] for row in _rows(benchmark)]
-        provenance = {name: content["machine_info"]["provenance"][name] for name in PROVENANCE}
+        if rows:
+            provenance = content["machine_info"]["provenance"]
+            return Report(rows, {name: provenance[name] for name in PROVENANCE})
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: no results of the suite in bench/ ({error!r})") from error
-    if not rows:
-        raise DataError(f"{path}: holds no results; was every benchmark skipped?")
-    return Report(rows, provenance)
+    raise DataError(f"{path}: holds no results; was every benchmark skipped?")
 
 
 def quantiles_us(values: Sequence[float], *, ns_per_unit: float = 1e9) -> Times:

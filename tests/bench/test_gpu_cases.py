@@ -154,12 +154,9 @@ def test_the_unpadded_baseline_scores_as_the_ranker(pooling: str, monkeypatch: p
 
     monkeypatch.setattr(gpu_providers, "_varlen_attention", attention)
     weights = PackedWeights.from_model(ranker.model)
-    position_ids = torch.cat([torch.arange(len(prompt)) for prompt in ids])
+    positions = gpu_providers.Positions.of(ids, torch.device("cpu"))
     with torch.inference_mode():
-        lengths = batch.cu_seqlens.diff().long()
-        scores = gpu_providers.varlen_scores(
-            weights, batch.input_ids, position_ids, batch.cu_seqlens, lengths, 5
-        )
+        scores = gpu_providers.varlen_scores(weights, batch, positions, 5)
     torch.testing.assert_close(scores, ranker.score_ids(batch), atol=1e-5, rtol=1e-5)
 
 
