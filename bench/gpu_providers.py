@@ -148,7 +148,8 @@ def _varlen_attention(qkv: Tensor, num_heads: int, cu_seqlens: Tensor, max_seqle
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = qkv.view(len(qkv), 3, num_heads, -1).unbind(dim=1)
-    context: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    context = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    assert isinstance(context, Tensor)  # nothing beside it was asked for
     return context.reshape(len(qkv), -1)
 
 

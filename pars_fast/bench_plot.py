@@ -37,8 +37,8 @@ def size_axis(rows: Sequence[Row]) -> str | None:
         for name, size in row.shape.items():
             if isinstance(size, int):
                 sizes[name].add(size)
-    name = max(sizes, key=lambda name: len(sizes[name]), default=None)
-    return name if name is not None and len(sizes[name]) > 1 else None
+    axis = max(sizes, key=lambda name: len(sizes[name]), default=None)
+    return axis if axis is not None and len(sizes[axis]) > 1 else None
 
 
 def _plot_op(report: Report, op: str, rows: list[Row], path: Path) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_cases, gpu_providers
+from bench import gpu, gpu_providers
 from bench.gpu_cases import Case, all_cases
 from bench.gpu_queue import PROVIDERS as TOPK_PROVIDERS
 from bench.gpu_queue import Columns
+from bench.timers import Call
 from pars_fast.bench_results import NOT_MEASURED, ROOT, read_csv
 from pars_fast.cli import main
 from pars_fast.packed_weights import PackedWeights
@@ -88,10 +89,10 @@ def test_the_committed_file_lists_every_case(cases: list[Case]) -> None:
 def test_a_case_that_fails_costs_no_other_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> gpu_cases.Call:
+    def fail() -> Call:
         raise RuntimeError("no such kernel")
 
-    def clock(call: gpu_cases.Call) -> tuple[float, float, float]:
+    def clock(call: Call) -> tuple[float, float, float]:
         assert call() == 7
         return 1.0, 2.0, 3.0
 
