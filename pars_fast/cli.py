@@ -1,30 +1,31 @@
 """The `pars-fast` command: one sub-command a function, heavy imports inside it."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pars_fast import __version__
-from pars_fast.errors import OutputError, ParsFastError, make_writable
+from pars_fast.bench_cli import add_bench
+from pars_fast.errors import ParsFastError, make_writable
+from pars_fast.output import write_json
 
 DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's own default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with one line on stderr when the user can mend the cause."""
+    """Run one command; its own status or 0, 2 with one line on stderr when the user can mend the cause."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except (ParsFastError, OSError) as error:
         print(f"pars-fast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pars-fast: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train a ranker on length files"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a ranker on a length file"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
-    _add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
+    add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     return parser
 
 
@@ -161,71 +162,6 @@ def _demo(arguments: argparse.Namespace) -> None:
             arguments.report, runs=result.runs, expected_tokens=result.expected_tokens, summary=result.summary
         )
         print(f"page written to {arguments.report}")
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "target",
-        nargs="?",
-        metavar="FILE|step",
-        help="print the table of a pytest-benchmark JSON file, or time the scheduling step alone; "
-        "without it the repository's suite is run",
-    )
-    add("--json", type=Path, metavar="F", help="write the rows there")
-    add("--csv", type=Path, metavar="F", help="write the rows there, tidy")
-    add("--waiting", type=int, default=10_000, help="step: requests in the queue (%(default)s)")
-    add("--steps", type=int, default=5_000, help="step: paired steps to time (%(default)s)")
-    parser.set_defaults(run=_bench)
-
-
-def _bench(arguments: argparse.Namespace) -> None:
-    from pars_fast.bench_table import SUITE_JSON, print_report, read_report, run_suite, write_csv
-
-    for path in filter(None, (arguments.json, arguments.csv)):
-        make_writable(path.parent)  # minutes before it is written
-    if arguments.target == "step":
-        _bench_step(arguments)
-        return
-    if arguments.target is None:
-        run_suite(SUITE_JSON)
-    report = read_report(Path(arguments.target or SUITE_JSON))
-    print_report(report)
-    if arguments.json:
-        write_json(arguments.json, report.records())
-    if arguments.csv:
-        write_csv(arguments.csv, report)
-
-
-def _bench_step(arguments: argparse.Namespace) -> None:
-    import os
-    from dataclasses import asdict
-
-    from pars_fast.errors import require_extra
-
-    if arguments.steps < 1:
-        raise ParsFastError(f"--steps must be at least 1, got {arguments.steps}")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    require_extra("vllm", "vllm")
-    from pars_fast.step_workload import measure_step
-
-    times = asdict(measure_step(arguments.waiting, arguments.steps))
-    for name, value in times.items():
-        print(f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}")
-    if arguments.json:
-        write_json(arguments.json, times)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, making the folder if need be.
-
-    Raises: OutputError: if it cannot be written.
-    """
-    make_writable(path.parent)
-    try:
-        path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":
