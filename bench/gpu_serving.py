@@ -18,7 +18,8 @@ from bench.gpu_providers import capture
 from bench.prompts import take_prompts
 from bench.timers import Call, event_times, gpu_time_warm, host_time
 from pars_fast.bench_results import Times
-from pars_fast.ranker import DEFAULT_CHECKPOINT, Ranker
+from pars_fast.packaged import checkpoint_directory
+from pars_fast.ranker import Ranker
 from pars_fast.tokenization import encode, pack
 
 LAYERS, WIDTH, BATCH = 64, 4096, 16
@@ -98,7 +99,7 @@ def _arrival() -> Call:
     """Token ids of one prompt to its place in the order of all, as the runtime's thread does it."""
     from pars_fast.integration.gpu_scoring import K_ORDER, make_gpu_scorer
 
-    tokenizer = str(DEFAULT_CHECKPOINT)  # stands in for the served model's
+    tokenizer = str(checkpoint_directory("default"))  # stands in for the served model's
     scorer = make_gpu_scorer("default", tokenizer, None)
     ids = encode(Ranker.from_pretrained(device="cpu").tokenizer, take_prompts(200), 128)
     seqs = itertools.count()

