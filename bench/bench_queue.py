@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
@@ -28,7 +28,7 @@ class Queue:
 
 
 def host_index() -> Queue:
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings())
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget())
     rng = random.Random(0)
 
     def make(seq: int) -> Entry:

@@ -7,7 +7,7 @@ vLLM's own tests use. Lives in EngineCore, on the scheduling thread.
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
@@ -18,6 +18,8 @@ from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex
 class RankedRequestQueue(RequestQueue):
     """Waiting requests in ranked order.
 
+    `clock` gives monotonic seconds; a simulation has its own.
+
     Attributes:
         index: the order itself.
         entries: by request id, every request that was added and has not finished, waiting or running.
@@ -26,8 +28,11 @@ class RankedRequestQueue(RequestQueue):
         spent_ns: time spent in this queue since it was last set to 0.
     """
 
-    def __init__(self, index: HostIndex, *, trust_caller: bool = False) -> None:
+    def __init__(
+        self, index: HostIndex, *, trust_caller: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.index = index
+        self._clock = clock
         self._trust_caller = trust_caller
         self.entries: dict[str, Entry] = {}
         self.arrivals: deque[Entry] = deque()
@@ -36,12 +41,17 @@ class RankedRequestQueue(RequestQueue):
         self._next_seq = 0
         self._head: Entry | None = None  # what peek_request showed and pop_request must return
 
+    def begin_step(self) -> None:
+        """A scheduling step begins, and with it what the guard takes for the present."""
+        self._head = None
+        self.index.begin_step(self._clock())
+
     def add_request(self, request: Request) -> None:
         """Put in a new request, or one that comes back (a streaming session's next turn)."""
         if request.request_id in self.entries:
             self.prepend_request(request)
             return
-        entry = Entry(self._next_seq, request.priority, request, arrival_s=time.monotonic())
+        entry = Entry(self._next_seq, request.priority, request, arrival_s=self._clock())
         self._next_seq += 1
         if self._trust_caller and (estimate := _callers_estimate(request)) is not None:
             self.index.set_expected_tokens(entry, estimate)
@@ -55,7 +65,7 @@ class RankedRequestQueue(RequestQueue):
         started = time.perf_counter_ns()
         self._head = None
         entry = self.index.pop()
-        entry.admitted_s = time.monotonic()
+        entry.admitted_s = self._clock()
         request: Request = entry.payload
         self.spent_ns += time.perf_counter_ns() - started
         return request

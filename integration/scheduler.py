@@ -18,12 +18,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import guard_text
 from pars_fast.host_index import HostIndex
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.overhead import OverheadMedian
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import RankingLoop
+from pars_fast.integration.runtime import RankerRuntime
 from pars_fast.integration.runtime_choice import make_runtime
 from pars_fast.integration.shadow import ShadowReport
 from pars_fast.policies import POLICIES
@@ -35,17 +36,23 @@ OVERHEAD_EVERY_STEPS = 64  # the median is looked up this often
 
 
 class RankingMixin:
-    """Goes before a vLLM scheduler class; see `with_ranking`."""
+    """Goes before a vLLM scheduler class; see `with_ranking`.
+
+    `clock`, `_read_settings` and `_make_runtime` are what a simulation replaces; all else is the same there.
+    """
 
     waiting: RankedRequestQueue
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        settings = Settings.from_environ()
+        self._settings = settings = self._read_settings()
         config = self.vllm_config  # type: ignore[attr-defined]
         policy = POLICIES[settings.policy]()
-        guard = GuardSettings(settings.guard_beta, settings.guard_floor_tokens)
-        self.waiting = RankedRequestQueue(HostIndex(policy, guard), trust_caller=settings.trust_caller)
+        guard = settings.guard_of(policy)
+        self.waiting = RankedRequestQueue(
+            HostIndex(policy, guard), trust_caller=settings.trust_caller, clock=self.clock
+        )
         engine = config.parallel_config.data_parallel_index
         self._counters = CounterFile(os.environ.get("PARS_METRICS_DIR"), engine)
         self._overhead = OverheadMedian()
@@ -57,12 +64,22 @@ class RankingMixin:
         if policy.uses_ranker:
             self._ranking_loop = RankingLoop(
                 self.waiting,
-                make_runtime(settings, config),
+                self._make_runtime(settings),
                 self._counters,
                 stale_after_s=settings.stale_after_s,
                 shadow=self._shadow is not None,
+                clock=self.clock,
             )
-        logger.info("pars-fast: waiting queue ordered by %s, mode %s", settings.policy, settings.mode)
+        logger.info(
+            "pars-fast: waiting queue ordered by %s, guard %s, mode %s",
+            settings.policy, guard_text(guard), settings.mode,
+        )
+
+    def _read_settings(self) -> Settings:
+        return Settings.from_environ()
+
+    def _make_runtime(self, settings: Settings) -> RankerRuntime:
+        return make_runtime(settings, self.vllm_config)  # type: ignore[attr-defined]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.waiting.spent_ns = 0
@@ -97,6 +114,7 @@ class RankingMixin:
         super().shutdown()  # type: ignore[misc]
 
     def _before_step(self) -> None:
+        self.waiting.begin_step()
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
 

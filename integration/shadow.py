@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from pars_fast.estimate import FinishedRequest, mean_latencies
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import Guard
 from pars_fast.host_index import Entry
 
 logger = logging.getLogger("vllm.pars_fast")
@@ -22,7 +22,7 @@ class ShadowReport:
     The estimate takes milliseconds, so a short-lived thread makes it, not the scheduling step.
     """
 
-    def __init__(self, seats: int, guard: GuardSettings) -> None:
+    def __init__(self, seats: int, guard: Guard) -> None:
         self._seats, self._guard = seats, guard
         self._finished: deque[FinishedRequest] = deque(maxlen=WINDOW)
         self._reported_at = time.monotonic()

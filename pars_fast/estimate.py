@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import Guard
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
@@ -22,7 +22,7 @@ class FinishedRequest:
 
 
 def mean_latencies(
-    requests: Sequence[FinishedRequest], policy: str, guard: GuardSettings, seats: int
+    requests: Sequence[FinishedRequest], policy: str, guard: Guard, seats: int
 ) -> tuple[float, float]:
     """(mean seconds per output token, mean end-to-end seconds) of `requests`, ascending by arrival.
 
@@ -36,13 +36,14 @@ def mean_latencies(
         request = requests[len(entries)] if len(entries) < len(requests) else None
         if request is not None and (not busy or request.arrival_s <= busy[0][0]):
             now = request.arrival_s
-            entries.append(Entry(len(entries), 0, None))
+            entries.append(Entry(len(entries), 0, None, arrival_s=now))
             if index.policy.uses_ranker:
                 index.set_expected_tokens(entries[-1], request.expected_tokens)
             index.add(entries[-1])
         else:
             now, position = heapq.heappop(busy)
             index.finish(entries[position], requests[position].output_tokens)
+        index.begin_step(now)
         while len(index) and len(busy) < seats:
             position = index.pop().seq
             heapq.heappush(busy, (now + requests[position].service_s, position))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pars_fast.guard import GuardSettings, OvertakingBudget
+from pars_fast.guards import Guard, Moment, Watch
 from pars_fast.policies import Policy
 
 Lane = Literal[0, 1]
@@ -28,7 +28,8 @@ class Entry:
     """One waiting (or admitted, unfinished) request.
 
     `expected_tokens` and `key` are None until a score comes; `charged_tokens` is what its admission cost
-    the requests it passed, None while it has not been admitted. Stamps are monotonic seconds.
+    the requests it passed, None while it has not been admitted. Stamps are monotonic seconds; `budget` is the
+    guard's.
     """
 
     seq: int
@@ -38,6 +39,7 @@ class Entry:
     key: float | None = None
     expected_tokens: float | None = None
     arrival_s: float = 0.0
+    arrival_step: int = 0
     admitted_s: float = 0.0
     budget: float = 0.0
     charged_tokens: float | None = None
@@ -72,22 +74,37 @@ class HostIndex:
     def __init__(
         self,
         policy: Policy,
-        guard: GuardSettings,
+        guard: Guard | None = None,
         *,
         initial_expected_tokens: float = 128.0,
         device_order_min_waiting: int = DEVICE_ORDER_MIN_WAITING,
     ) -> None:
-        self.policy = policy
         self.ranking = True
         self.promotions = 0
         self.overtakes = 0
-        self._guard_settings = guard
         self._median = RunningMedian(initial_expected_tokens)
-        self._classes: dict[int, _PriorityClass] = {}
-        self._priorities: list[int] = []
+        self._now = Moment(typical_tokens=initial_expected_tokens)
         self._size = 0
         self._device_order: deque[int] = deque()
         self._device_order_min_waiting = device_order_min_waiting
+        self.set_policy(policy, guard)
+
+    def set_policy(self, policy: Policy, guard: Guard | None = None) -> None:
+        """Order by another policy and guard, None for the policy's own.
+
+        Raises: ValueError: if a request waits.
+        """
+        if self._size:
+            raise ValueError("the policy can change only while nothing waits")
+        self.policy = policy
+        self.guard = guard or policy.default_guard
+        self._classes: dict[int, _PriorityClass] = {}
+        self._priorities: list[int] = []
+
+    def begin_step(self, time_s: float) -> None:
+        """A scheduling step begins: the moment that the guard goes by until the next one."""
+        self._now.time_s = time_s
+        self._now.step += 1
 
     def __len__(self) -> int:
         return self._size
@@ -96,9 +113,12 @@ class HostIndex:
         """Put in a new request; its key comes from the policy."""
         if entry.key is None:  # else the caller's estimate gave it
             entry.key = self.policy.key_on_arrival(entry.payload)
+            if self.policy.knows_lengths and entry.key is not None:
+                self._expect(entry, entry.key)
+        entry.arrival_step = self._now.step
         group = self._class_of(entry.priority)
         tokens_ahead = group.expected_tokens + group.unscored * self._median.value
-        entry.budget = group.guard.arrive(entry.seq, tokens_ahead)
+        group.watch.arrive(entry, tokens_ahead, self._now)
         group.put(entry)
         self._size += 1
 
@@ -106,9 +126,9 @@ class HostIndex:
         """Take back a request that was popped: skipped in this step, or preempted (`lane` 0)."""
         group = self._class_of(entry.priority)
         if entry.lane == 1 and entry.charged_tokens is not None:
-            group.guard.charge(entry.seq, -entry.charged_tokens)
+            group.watch.charge(entry.seq, -entry.charged_tokens)
             entry.charged_tokens = None
-        group.guard.rejoin(entry.seq, entry.budget)
+        group.watch.rejoin(entry, self._now)
         group.put(entry)
         self._size += 1
 
@@ -116,21 +136,20 @@ class HostIndex:
         """Take out an aborted request."""
         group = self._classes[entry.priority]
         group.take(entry)
-        group.guard.leave(entry.seq)
+        group.watch.leave(entry.seq)
         self._size -= 1
 
     def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
         """Give a request its score, in expected output tokens (finite); waiting or not."""
-        expected_tokens = min(max(expected_tokens, 1.0), MAX_EXPECTED_TOKENS)
-        self._median.add(expected_tokens)
         group = self._classes.get(entry.priority) if entry.waiting else None
         if group is not None:
             group.take(entry)
-        entry.expected_tokens = expected_tokens
+        expected_tokens = self._expect(entry, expected_tokens)
         if self.policy.uses_ranker:  # else the key is known from the start
             entry.key = self.policy.key(expected_tokens)
         if group is not None:
             group.put(entry)
+            group.watch.scored(entry, self._now)
 
     def set_device_order(self, seqs: Sequence[int]) -> None:
         """The newest order of the scored requests that a GPU computed, next first: a hint.
@@ -160,11 +179,11 @@ class HostIndex:
             raise IndexError("pop from an empty queue")
         entry, promoted = self._head_of(group)
         group.take(entry)
-        group.guard.leave(entry.seq)
+        group.watch.leave(entry.seq)
         self._size -= 1
         if entry.charged_tokens is None:  # a preempted request was charged when it was first admitted
             entry.charged_tokens = self.expected(entry)
-            group.guard.charge(entry.seq, entry.charged_tokens)
+            group.watch.charge(entry.seq, entry.charged_tokens)
         self.promotions += promoted
         self.overtakes += group.oldest_seq() < entry.seq
         return entry
@@ -173,7 +192,7 @@ class HostIndex:
         """Correct the charge of an admitted request to the tokens it really made."""
         group = self._classes.get(entry.priority)
         if group is not None and entry.charged_tokens is not None:
-            group.guard.charge(entry.seq, output_tokens - entry.charged_tokens)
+            group.watch.charge(entry.seq, output_tokens - entry.charged_tokens)
             entry.charged_tokens = None
 
     def __iter__(self) -> Iterator[Entry]:
@@ -185,10 +204,16 @@ class HostIndex:
                 key=lambda e: (e.lane, (median if e.key is None else e.key) if self.ranking else 0.0, e.seq),
             )
 
+    def _expect(self, entry: Entry, tokens: float) -> float:
+        entry.expected_tokens = tokens = min(max(tokens, 1.0), MAX_EXPECTED_TOKENS)
+        self._median.add(tokens)
+        self._now.typical_tokens = self._median.value
+        return tokens
+
     def _class_of(self, priority: int) -> "_PriorityClass":
         group = self._classes.get(priority)
         if group is None:
-            group = self._classes[priority] = _PriorityClass(OvertakingBudget(self._guard_settings))
+            group = self._classes[priority] = _PriorityClass(self.guard.watch())
             insort(self._priorities, priority)
         return group
 
@@ -208,19 +233,19 @@ class HostIndex:
         if not self.ranking:
             return group.first(group.arrivals), False
         entry = group.shortest(self.policy.key(self._median.value), self._hint(group))
-        if not self.policy.guarded or entry.lane == 0:
+        if entry.lane == 0:
             return entry, False
         promoted = False
-        while (older := group.guard.blocked_by(entry.seq, self.expected(entry))) is not None:
-            entry, promoted = group.by_seq[older], True
+        while (first := group.watch.ahead_of(entry.seq, self.expected(entry), self._now)) is not None:
+            entry, promoted = group.by_seq[first], True
         return entry, promoted
 
 
 class _PriorityClass:
-    """Waiting requests of one priority: three lazy heaps, the guard, and the expected work in sum."""
+    """Waiting requests of one priority: three lazy heaps, the guard's watch, and the expected work in sum."""
 
-    def __init__(self, guard: OvertakingBudget) -> None:
-        self.guard = guard
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
         self.by_seq: dict[int, Entry] = {}
         self.expected_tokens = 0.0  # of the scored
         self.unscored = 0

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast.errors import SettingsError
+from pars_fast.guards import Guard, OvertakingBudget, parse_guard
 from pars_fast.packaged import AUTO, PACKAGED
+from pars_fast.policies import POLICIES, Policy
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -60,10 +62,16 @@ class Settings:
         enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
         ranker: PARS_RANKER. Ranker directory, or `default` or `small`, which are in the package; `auto`
             (default) is `default` on a GPU and `small` on a CPU.
-        policy: PARS_POLICY. `pars_fast` (default), `fcfs`, or `oracle` (reads `max_tokens`; for replays).
+        policy: PARS_POLICY. `pars_fast` (default), `pars`, `prompt_length`, `fcfs`, or `oracle` (reads
+            `max_tokens`; for replays).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
-        guard_beta: PARS_GUARD_BETA. Overtaking tolerated per token ahead at arrival, ratio.
-        guard_floor_tokens: PARS_GUARD_FLOOR_TOKENS. Overtaking tolerated by every request, tokens.
+        guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
+            `idle_quantum`, `relative_ageing`, `uniboost` or `overtaking_budget`, each with its settings, such
+            as `fixed_threshold:seconds=60` (see `pars_fast.guards`).
+        guard_beta: PARS_GUARD_BETA. Of the default guard, the overtaking budget: overtaking tolerated per
+            token ahead at arrival, ratio.
+        guard_floor_tokens: PARS_GUARD_FLOOR_TOKENS. Of the default guard: overtaking tolerated by every
+            request, tokens.
         trust_caller: PARS_TRUST_CALLER. 1 takes `vllm_xargs: {"pars_score": tokens}` of a request.
         device: PARS_DEVICE. `auto` (default): the GPU when one process has it alone, else the CPU.
         cpu_threads: PARS_CPU_THREADS. Threads of the ranker's process on the CPU.
@@ -74,8 +82,9 @@ class Settings:
 
     enable: bool = _setting("PARS_ENABLE", False, _flag)
     ranker: str = _setting("PARS_RANKER", AUTO, str)
-    policy: str = _setting("PARS_POLICY", "pars_fast", _choice("fcfs", "pars_fast", "oracle"))
+    policy: str = _setting("PARS_POLICY", "pars_fast", _choice(*POLICIES))
     mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
+    guard: Guard | None = _setting("PARS_GUARD", None, parse_guard)  # noqa: RUF009
     guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
     guard_floor_tokens: float = _setting("PARS_GUARD_FLOOR_TOKENS", 2000.0, _number(0, "a number of tokens"))
     trust_caller: bool = _setting("PARS_TRUST_CALLER", False, _flag)
@@ -105,6 +114,9 @@ class Settings:
                 values[f.name] = f.metadata["parse"](text)
             except ValueError as error:
                 raise SettingsError(f"{variable}={text!r} is not allowed: expected {error}") from None
+        if "guard" in values and (both := [name for name in _DEFAULT_GUARD if environ.get(name)]):
+            raise SettingsError(f"{both[0]} is a setting of the default guard, and PARS_GUARD names one: "
+                                "give it there, as in overtaking_budget:beta=0.5,floor_tokens=2000")
         settings = cls(**values)
         if settings.ranker not in (AUTO, *PACKAGED) and not Path(settings.ranker).is_dir():
             names = ", ".join((AUTO, *PACKAGED))
@@ -113,5 +125,15 @@ class Settings:
             )
         return settings
 
+    def guard_of(self, policy: Policy) -> Guard:
+        """The guard that bounds `policy`: the one asked for, or the policy's own."""
+        if self.guard is not None:
+            return self.guard
+        if isinstance(policy.default_guard, OvertakingBudget):
+            return OvertakingBudget(self.guard_beta, self.guard_floor_tokens)
+        return policy.default_guard
 
-INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE"})  # not for users
+
+_DEFAULT_GUARD = ("PARS_GUARD_BETA", "PARS_GUARD_FLOOR_TOKENS")
+# Not for users.
+INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE", "PARS_PROFILE_FILE"})

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ def serve_arrivals(
 
 
 def closed_loop_capacity(
-    url: str, model: str, sample: Sequence[SamplePrompt], clients: int, done: Progress
+    url: str, model: str, sample: Iterable[SamplePrompt], clients: int, done: Progress
 ) -> float:
     """Output tokens per second while `clients` clients each send their next prompt as one is answered.
 
@@ -81,7 +81,7 @@ async def _serve_arrivals(
 
 
 async def _closed_loop_capacity(
-    url: str, model: str, sample: Sequence[SamplePrompt], clients: int, done: Progress
+    url: str, model: str, sample: Iterable[SamplePrompt], clients: int, done: Progress
 ) -> float:
     prompts = iter(sample)
     tokens: list[tuple[float, int]] = []

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCAB_SIZE = 4096
 END = "<|endoftext|>"
+DESCRIPTION = "a tiny random Qwen2 (1 layer, hidden 128) made on the spot: real engine, made-up words"
 MAX_MODEL_LEN = 8192
 
 
@@ -37,4 +38,4 @@ def make_tiny_model(directory: Path, prompts: Sequence[str]) -> str:
         tie_word_embeddings=True,
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
-    return "a tiny random Qwen2 (1 layer, hidden 128) made on the spot: real engine, made-up words"
+    return DESCRIPTION

@@ -5,12 +5,10 @@ All markup goes through `_tag`, which escapes whatever is not markup already. Th
 bytes.
 """
 
-import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from numbers import Real
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,6 +16,19 @@ from typing import Any
 import numpy as np
 
 from pars_fast.demo.records import Load, Run, ServedRequest, gain_captured
+from pars_fast.page import DASH as _DASH
+from pars_fast.page import Axis as _Axis
+from pars_fast.page import Markup as _Markup
+from pars_fast.page import as_float as _as_float
+from pars_fast.page import escape as _escape
+from pars_fast.page import join as _join
+from pars_fast.page import number as _number
+from pars_fast.page import percent as _percent
+from pars_fast.page import svg as _svg
+from pars_fast.page import tag as _tag
+from pars_fast.page import text as _text
+from pars_fast.page import x_axis as _x_axis
+from pars_fast.page import y_axis as _y_axis
 
 BASELINE, OURS, ORACLE = "fcfs", "pars_fast", "oracle"
 _DESCRIPTIONS = {BASELINE: "arrival order", ORACLE: "knows every length"}
@@ -55,7 +66,7 @@ _SAME = "about the same"
 _SOURCE_COLOURS = 8
 _LONGEST_PER_GROUP = 6
 _NARROW = 360  # drawing width for phones; every chart is drawn twice so that its text stays readable
-_DASH, _MINUS, _TIMES = "\u2013", "\u2212", "\u00d7"
+_TIMES = "\u00d7"
 
 
 def write_report(path: Path, *, runs: Sequence[Run], expected_tokens: Sequence[float],
@@ -194,36 +205,6 @@ def _latency_per_token(request: ServedRequest) -> float:
 # --- Markup -------------------------------------------------------------------------------------------------
 
 
-class _Markup(str):
-    """Text that is markup already."""
-
-    __slots__ = ()
-
-
-def _escape(text: str) -> _Markup:
-    return text if isinstance(text, _Markup) else _Markup(html.escape(text))
-
-
-def _join(parts: Any, separator: str = "") -> _Markup:
-    return _Markup(separator.join(_escape(part) for part in parts))
-
-
-def _tag(name: str, *children: str, **attributes: Any) -> _Markup:
-    """An element; children and values are escaped; `class_` stands for class and `data_key` for data-key."""
-    given = {key.rstrip("_").replace("_", "-"): _attribute(value) for key, value in attributes.items()}
-    head = "".join(f' {key}="{_escape(value)}"' for key, value in given.items())
-    if name in _VOID:
-        return _Markup(f"<{name}{head} />")
-    return _Markup(f"<{name}{head}>{_join(children)}</{name}>")
-
-
-_VOID = frozenset({"path", "line", "rect", "circle", "wbr"})
-
-
-def _attribute(value: Any) -> str:
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
-
-
 def _breakable(name: str) -> _Markup:
     """A name that may break after each underscore, for narrow columns."""
     return _join(name.split("_"), _join(["_", _tag("wbr")]))
@@ -236,16 +217,6 @@ def _items(texts: Sequence[str]) -> _Markup:
 # --- Numbers as text ----------------------------------------------------------------------------------------
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits without an exponent: 0.0123, 4.56, 1,234."""
-    if value is None or not math.isfinite(value):
-        return _DASH
-    if value == 0 or abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{decimals}f}".replace("-", _MINUS)
-
-
 def _count(value: float | None) -> str:
     return _DASH if value is None else f"{value:,.0f}"
 
@@ -254,14 +225,6 @@ def _seconds(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return _DASH
     return f"{_number(value * 1e3, digits)} ms" if abs(value) < 1 else f"{_number(value, digits)} s"
-
-
-def _percent(share: float | None) -> str:
-    return _DASH if share is None else f"{share * 100:.0f} %".replace("-", _MINUS)
-
-
-def _as_float(value: Any) -> float | None:
-    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _change(base: float | None, value: float | None) -> str:
@@ -400,42 +363,6 @@ def _switch_check(data: _Data) -> str:
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """Data to pixels, linear or logarithmic."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, at = (self.low, self.high, value)
-        if self.log:
-            low, high, at = math.log(low), math.log(high), math.log(max(value, self.low))
-        return self.start + (self.end - self.start) * (at - low) / (high - low)
-
-    def ticks(self, count: int) -> list[float]:
-        """About `count` round values inside the axis."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for steps in ((1, 2, 5), (1, 3), (1,)):
-                ticks = [step * 10.0**decade for decade in decades for step in steps]
-                inside = [tick for tick in ticks if self.low * 0.999 <= tick <= self.high * 1.001]
-                if len(inside) <= count + 1:
-                    break
-            return inside
-        step = _round_step((self.high - self.low) / count)
-        return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step + 1e-9) + 1)]
-
-
-def _round_step(rough: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is at least `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= rough * 0.999)
-
-
-@dataclass(frozen=True)
 class _Steps:
     """A step function of x for one policy: the value is `ys[i]` from `xs[i]` on, and 0 before."""
 
@@ -462,34 +389,6 @@ class _Steps:
 def _responsive(draw: Callable[[int, str], _Markup], wide: int) -> _Markup:
     """The chart drawn for a wide and for a narrow screen; CSS shows one."""
     return _join([draw(wide, "wide"), draw(_NARROW, "narrow")])
-
-
-def _svg(name: str, variant: str, width: int, height: float, title: str, desc: str,
-         *children: str) -> _Markup:
-    ids = f"{name}-{variant}-title", f"{name}-{variant}-desc"
-    return _tag("svg", _tag("title", title, id=ids[0]), _tag("desc", desc, id=ids[1]), *children, role="img",
-                class_=variant, viewBox=f"0 0 {width} {_attribute(height)}", aria_labelledby=" ".join(ids))
-
-
-def _text(x: float, y: float, text: str, **attributes: Any) -> _Markup:
-    return _tag("text", text, x=float(x), y=float(y), **attributes)
-
-
-def _x_axis(axis: _Axis, top: float, bottom: float, ticks: Sequence[float],
-            label: Callable[[float], str]) -> _Markup:
-    lines = [_tag("line", x1=axis(tick), x2=axis(tick), y1=top, y2=bottom, class_="gridline")
-             for tick in ticks]
-    texts = [_text(axis(tick), bottom + 19, label(tick), text_anchor="middle") for tick in ticks]
-    base = _tag("line", x1=axis.start, x2=axis.end, y1=bottom, y2=bottom, class_="axis")
-    return _join([*lines, base, *texts])
-
-
-def _y_axis(axis: _Axis, left: float, right: float, ticks: Sequence[float],
-            label: Callable[[float], str]) -> _Markup:
-    lines = [_tag("line", x1=left, x2=right, y1=axis(tick), y2=axis(tick), class_="gridline")
-             for tick in ticks]
-    texts = [_text(left - 8, axis(tick) + 4.5, label(tick), text_anchor="end") for tick in ticks]
-    return _join([*lines, *texts])
 
 
 def _curves(data: _Data, curves: Sequence[_Steps], x: _Axis, y: _Axis) -> _Markup:

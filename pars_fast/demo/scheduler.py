@@ -22,6 +22,7 @@ class SwitchableScheduler(with_ranking(Scheduler)):  # type: ignore[misc]
     def add_request(self, request: Request) -> None:
         if not self.requests:
             name = Path(os.environ[POLICY_FILE_VARIABLE]).read_text().strip()
-            self.waiting.index.policy = POLICIES[name]()
+            policy = POLICIES[name]()
+            self.waiting.index.set_policy(policy, self._settings.guard_of(policy))
             self._overhead = OverheadMedian()
         super().add_request(request)

@@ -3,8 +3,16 @@
 from pars_fast.policies.base import Policy
 from pars_fast.policies.fcfs import FCFS
 from pars_fast.policies.oracle import Oracle
+from pars_fast.policies.pars import Pars
 from pars_fast.policies.pars_fast import ParsFast
+from pars_fast.policies.prompt_length import PromptLength
 
 __all__ = ["POLICIES", "Policy"]
 
-POLICIES: dict[str, type[Policy]] = {"fcfs": FCFS, "pars_fast": ParsFast, "oracle": Oracle}
+POLICIES: dict[str, type[Policy]] = {
+    "fcfs": FCFS,
+    "prompt_length": PromptLength,
+    "oracle": Oracle,
+    "pars": Pars,
+    "pars_fast": ParsFast,
+}

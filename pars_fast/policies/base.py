@@ -2,12 +2,14 @@
 
 from typing import ClassVar, Protocol
 
+from pars_fast.guards import Guard, NoGuard
+
 
 class QueuedRequest(Protocol):
     """The part of vLLM's `Request` that a queue may read. Only the oracle may read `max_tokens`."""
 
     request_id: str
-    prompt_token_ids: list[int] | None
+    num_prompt_tokens: int
     priority: int
     max_tokens: int
 
@@ -17,11 +19,14 @@ class Policy:
 
     Attributes:
         uses_ranker: whether requests are scored; if not, no ranker is started.
-        guarded: whether the overtaking budget bounds the order.
+        knows_lengths: whether the key at arrival is the answer's real length, which then counts as its
+            expected length.
+        default_guard: bounds the order unless another guard is asked for.
     """
 
     uses_ranker: ClassVar[bool] = False
-    guarded: ClassVar[bool] = False
+    knows_lengths: ClassVar[bool] = False
+    default_guard: ClassVar[Guard] = NoGuard()
 
     def key_on_arrival(self, request: QueuedRequest) -> float | None:
         """The key known at arrival, or None for one that waits for a score."""

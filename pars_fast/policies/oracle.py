@@ -4,7 +4,9 @@ from pars_fast.policies.base import Policy, QueuedRequest
 
 
 class Oracle(Policy):
-    """Reads `max_tokens`, which a replay sets to the recorded length of the answer. Unguarded."""
+    """Reads `max_tokens`, which a replay sets to the recorded length of the answer."""
+
+    knows_lengths = True
 
     def key_on_arrival(self, request: QueuedRequest) -> float:
         return float(request.max_tokens)

@@ -1,13 +1,14 @@
 """Shortest expected answer first, bounded by the overtaking budget: this project's policy."""
 
+from pars_fast.guards import OvertakingBudget
 from pars_fast.policies.base import Policy, QueuedRequest
 
 
 class ParsFast(Policy):
-    """Key: the ranker's expected output tokens. Order: PARS (arXiv 2510.03243); bound: `pars_fast.guard`."""
+    """Key: the ranker's expected output tokens. Order: PARS (arXiv 2510.03243)."""
 
     uses_ranker = True
-    guarded = True
+    default_guard = OvertakingBudget()
 
     def key_on_arrival(self, request: QueuedRequest) -> None:
         return None

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.policies import POLICIES
 from pars_fast.slot_table import SlotTable
 
-UNBOUNDED = GuardSettings(beta=1e9, floor_tokens=1e9)
+UNBOUNDED = OvertakingBudget(beta=1e9, floor_tokens=1e9)
 
 
 @pytest.fixture

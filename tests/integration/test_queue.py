@@ -10,17 +10,17 @@ import pytest
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import MAX_EXPECTED_TOKENS, HostIndex
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.policies import POLICIES
 
 MakeRequest = Callable[..., Request]
-NO_GUARD = GuardSettings(beta=0.0, floor_tokens=math.inf)
+NO_GUARD = OvertakingBudget(beta=0.0, floor_tokens=math.inf)
 
 
 def make_queue(
-    policy: str = "pars_fast", *, guard: GuardSettings = NO_GUARD, trust_caller: bool = False
+    policy: str = "pars_fast", *, guard: OvertakingBudget = NO_GUARD, trust_caller: bool = False
 ) -> Any:
     return RankedRequestQueue(HostIndex(POLICIES[policy](), guard), trust_caller=trust_caller)
 
@@ -127,7 +127,7 @@ def test_remove_requests_leaves_strangers_and_running_ones_alone(make_request: M
 
 def test_what_was_shown_is_what_is_popped_when_a_finish_changes_the_guard(make_request: MakeRequest) -> None:
     """vLLM gives memory to the request it peeked at and then pops: they must be one, step after step."""
-    queue = make_queue(guard=GuardSettings(beta=0.0, floor_tokens=10.0))
+    queue = make_queue(guard=OvertakingBudget(beta=0.0, floor_tokens=10.0))
     long, first, second = (make_request(max_tokens=n) for n in (900, 10, 10))
     for request, tokens in ((long, 900.0), (first, 10.0), (second, 10.0)):
         queue.add_request(request)
@@ -140,7 +140,7 @@ def test_what_was_shown_is_what_is_popped_when_a_finish_changes_the_guard(make_r
 
 def test_random_use_never_shows_one_and_pops_another(make_request: MakeRequest) -> None:
     rng = random.Random(0)
-    queue = make_queue(guard=GuardSettings(beta=0.5, floor_tokens=100.0))
+    queue = make_queue(guard=OvertakingBudget(beta=0.5, floor_tokens=100.0))
     running: list[Request] = []
     finished = added = 0
     while finished < 300:

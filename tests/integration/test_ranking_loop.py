@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import Request
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
@@ -25,7 +25,7 @@ class Bench:
     def __init__(self, runtime: Any, make_request: Callable[..., Request], *, shadow: bool = False) -> None:
         self.now = 1000.0
         self.runtime = runtime
-        self.queue = RankedRequestQueue(HostIndex(POLICIES["pars_fast"](), GuardSettings(0.0, math.inf)))
+        self.queue = RankedRequestQueue(HostIndex(POLICIES["pars_fast"](), OvertakingBudget(0.0, math.inf)))
         self.counters = CounterFile(None, 0).values
         file = CounterFile(None, 0)
         file.values = self.counters

@@ -418,7 +418,6 @@ def test_a_wrong_setting_stops_the_start(
     make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PARS_POLICY", "sjf")
-    with pytest.raises(
-        ValueError, match=r"PARS_POLICY='sjf' is not allowed: expected one of fcfs, pars_fast, oracle"
-    ):
+    allowed = "one of fcfs, prompt_length, oracle, pars, pars_fast"
+    with pytest.raises(ValueError, match=f"PARS_POLICY='sjf' is not allowed: expected {allowed}"):
         make_scheduler(RankedScheduler)

@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 
 from pars_fast.estimate import FinishedRequest, mean_latencies
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 
-NO_GUARD = GuardSettings(beta=0.0, floor_tokens=math.inf)
-FCFS_GUARD = GuardSettings(beta=0.0, floor_tokens=0.0)
+NO_GUARD = OvertakingBudget(beta=0.0, floor_tokens=math.inf)
+FCFS_GUARD = OvertakingBudget(beta=0.0, floor_tokens=0.0)
 
 
 def served(arrival_s: float, service_s: float, output_tokens: int) -> FinishedRequest:
@@ -45,7 +45,7 @@ def test_a_guard_without_allowance_is_arrival_order() -> None:
 
 def test_more_allowance_gains_more() -> None:
     latencies = [
-        mean_latencies(overload(400), "pars_fast", GuardSettings(beta=0.0, floor_tokens=floor), 4)
+        mean_latencies(overload(400), "pars_fast", OvertakingBudget(beta=0.0, floor_tokens=floor), 4)
         for floor in (0.0, 2000.0, math.inf)
     ]
     for less, more in pairwise(latencies):

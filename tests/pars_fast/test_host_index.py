@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex, RunningMedian
 from pars_fast.policies import POLICIES
 
-NO_GUARD = GuardSettings(beta=0.0, floor_tokens=math.inf)
+NO_GUARD = OvertakingBudget(beta=0.0, floor_tokens=math.inf)
 INITIAL = 128.0
 
 
@@ -109,7 +109,7 @@ def _random_operation(
 def test_membership_is_never_lost_under_the_guard(seed: int, floor: float) -> None:
     """Whatever the guard decides: what goes in comes out, once, and the head is what is popped."""
     rng = random.Random(seed)
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.5, floor_tokens=floor))
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.5, floor_tokens=floor))
     inside: set[int] = set()
     running: list[Entry] = []
     out: list[int] = []
@@ -172,7 +172,7 @@ def test_a_preempted_request_goes_first_in_its_class() -> None:
 
 def test_a_preempted_request_comes_back_long_after_its_charges_were_forgotten() -> None:
     """The guard forgets what no waiting request can see; a request preempted late was running meanwhile."""
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=50.0))
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=50.0))
     old = _add(index, 0, expected=5.0)
     assert index.pop() is old
     for seq in range(1, 3000):
@@ -186,7 +186,7 @@ def test_a_preempted_request_comes_back_long_after_its_charges_were_forgotten() 
 
 
 def test_a_skipped_request_gives_back_what_it_charged() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=10.0))
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
     _add(index, 0, expected=100.0)
     short = _add(index, 1, expected=10.0)
     for _ in range(5):
@@ -196,7 +196,7 @@ def test_a_skipped_request_gives_back_what_it_charged() -> None:
 
 
 def test_an_abort_gives_back_what_it_did_not_use() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=10.0))
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
     _add(index, 0, expected=100.0)
     first = _add(index, 1, expected=10.0)
     assert index.pop() is first

@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES, Policy
 
@@ -17,14 +18,18 @@ SCORES = random.Random(3).choices(range(1, 900), k=40)
 HONEST = sorted(set(POLICIES) - {"oracle"})
 
 
-def request(number: int, *, max_tokens: int, min_tokens: int = 0, ignore_eos: bool = False) -> Request:
+def request(
+    number: int, *, max_tokens: int, min_tokens: int = 0, ignore_eos: bool = False, num_prompt_tokens: int = 2
+) -> Request:
     params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos)
-    return Request(f"request-{number}", [number, 7], params, None, arrival_time=float(number))
+    prompt = [number] * num_prompt_tokens
+    return Request(f"request-{number}", prompt, params, None, arrival_time=float(number))
 
 
 def order(policy: str, requests: Sequence[Request]) -> list[str]:
     """Ids in the order of admission; of every four requests one has no score."""
-    index = HostIndex(POLICIES[policy](), GuardSettings(beta=0.5, floor_tokens=500.0))
+    budget = OvertakingBudget(beta=0.5, floor_tokens=500.0)
+    index = HostIndex(POLICIES[policy](), budget if policy == "pars_fast" else None)
     for seq, waiting in enumerate(requests):
         entry = Entry(seq, waiting.priority, waiting)
         index.add(entry)
@@ -49,9 +54,15 @@ def test_no_policy_peeks_at_the_length(policy: str, changed: str) -> None:
 
 
 @pytest.mark.parametrize("policy", HONEST)
-def test_a_key_at_arrival_reads_nothing_of_the_request(policy: str) -> None:
-    """Stronger than any field by name: the key is the same for an object without any."""
-    assert POLICIES[policy]().key_on_arrival(object()) in (None, 0.0)  # type: ignore[arg-type]
+def test_a_key_at_arrival_reads_no_more_than_the_prompt(policy: str) -> None:
+    """Stronger than any field by name: the key is the same for an object without any other."""
+    prompt = SimpleNamespace(num_prompt_tokens=7)
+    assert POLICIES[policy]().key_on_arrival(prompt) in (None, 0.0, 7.0)  # type: ignore[arg-type]
+
+
+def test_prompt_length_is_shortest_prompt_first() -> None:
+    requests = [request(n, max_tokens=5, num_prompt_tokens=length) for n, length in enumerate([9, 3, 6, 3])]
+    assert order("prompt_length", requests) == ["request-1", "request-3", "request-2", "request-0"]
 
 
 def test_the_oracle_is_shortest_first() -> None:
@@ -72,11 +83,17 @@ def test_pars_fast_is_not_arrival_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "uses_ranker", "guarded"),
-    [("fcfs", False, False), ("oracle", False, False), ("pars_fast", True, True)],
+    ("policy", "uses_ranker", "guard"),
+    [
+        ("fcfs", False, "none"),
+        ("prompt_length", False, "none"),
+        ("oracle", False, "none"),
+        ("pars", True, "fixed_threshold"),
+        ("pars_fast", True, "overtaking_budget"),
+    ],
 )
-def test_what_a_policy_needs(policy: str, uses_ranker: bool, guarded: bool) -> None:
-    assert (POLICIES[policy].uses_ranker, POLICIES[policy].guarded) == (uses_ranker, guarded)
+def test_what_a_policy_needs(policy: str, uses_ranker: bool, guard: str) -> None:
+    assert (POLICIES[policy].uses_ranker, POLICIES[policy].default_guard.name) == (uses_ranker, guard)
 
 
 def test_a_policy_must_say_its_key() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pars_fast.errors import SettingsError
+from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget
+from pars_fast.policies import POLICIES
 from pars_fast.settings import INTERNAL_VARIABLES, Settings
 
 
@@ -15,6 +17,7 @@ def test_defaults() -> None:
         ranker="auto",
         policy="pars_fast",
         mode="on",
+        guard=None,
         guard_beta=0.5,
         guard_floor_tokens=2000.0,
         trust_caller=False,
@@ -39,10 +42,32 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_STALE_AFTER_S": "0.5",
         "PARS_FORCE": "1",
     }
-    assert environ.keys() == {f.metadata["variable"] for f in fields(Settings)}
+    assert environ.keys() | {"PARS_GUARD"} == {f.metadata["variable"] for f in fields(Settings)}
     assert Settings.from_environ(environ) == Settings(
-        True, str(tmp_path), "oracle", "shadow", 2.0, 1000.0, True, "cpu", 3, 0.5, True
+        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0.5, True
     )
+
+
+def test_a_guard_by_name_with_settings() -> None:
+    settings = Settings.from_environ({"PARS_GUARD": "fixed_threshold:seconds=60"})
+    assert {settings.guard_of(policy()) for policy in POLICIES.values()} == {FixedThreshold(60.0)}
+
+
+def test_without_a_guard_asked_for_each_policy_has_its_own() -> None:
+    settings = Settings.from_environ({"PARS_GUARD_BETA": "2", "PARS_GUARD_FLOOR_TOKENS": "7"})
+    assert {name: settings.guard_of(policy()) for name, policy in POLICIES.items()} == {
+        "fcfs": NoGuard(),
+        "prompt_length": NoGuard(),
+        "oracle": NoGuard(),
+        "pars": FixedThreshold(120.0),
+        "pars_fast": OvertakingBudget(2.0, 7.0),
+    }
+
+
+@pytest.mark.parametrize("variable", ["PARS_GUARD_BETA", "PARS_GUARD_FLOOR_TOKENS"])
+def test_settings_of_the_default_guard_beside_another_are_refused(variable: str) -> None:
+    with pytest.raises(SettingsError, match=f"{variable} is a setting of the default guard, and PARS_GUARD"):
+        Settings.from_environ({variable: "1", "PARS_GUARD": "none"})
 
 
 @pytest.mark.parametrize(
@@ -50,8 +75,13 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
     [
         ("PARS_ENABLE", "yes", "0 or 1"),
         ("PARS_RANKER", "/no/such/folder", "auto, default, small or an existing directory"),
-        ("PARS_POLICY", "sjf", "one of fcfs, pars_fast, oracle"),
+        ("PARS_POLICY", "sjf", "one of fcfs, prompt_length, oracle, pars, pars_fast"),
         ("PARS_MODE", "off", "one of on, shadow"),
+        ("PARS_GUARD", "patience", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, "),
+        ("PARS_GUARD", "none:seconds=1", "none with no settings, not 'seconds'"),
+        ("PARS_GUARD", "fixed_threshold:beta=1", "fixed_threshold with seconds, not 'beta'"),
+        ("PARS_GUARD", "uniboost:knob=high", "uniboost with knob as a number, not 'high'"),
+        ("PARS_GUARD", "idle_quantum:idle_steps=0", "idle_quantum with another value: idle_steps must be"),
         ("PARS_GUARD_BETA", "-0.1", "a number >= 0"),
         ("PARS_GUARD_BETA", "nan", "a number >= 0"),
         ("PARS_GUARD_BETA", "inf", "a number >= 0"),

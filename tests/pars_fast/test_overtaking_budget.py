@@ -6,17 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pars_fast.guard import _BLOCK, GuardSettings, OvertakingBudget
+from pars_fast.guards import Moment, OvertakingBudget
+from pars_fast.guards.overtaking_budget import _BLOCK, Budgets
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
+NOW = Moment()
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 class ReferenceBudget:
     """The definition, summed anew for every question. Tokens are whole, so floats compare exactly."""
 
-    def __init__(self, guard: GuardSettings) -> None:
+    def __init__(self, guard: OvertakingBudget) -> None:
         self.guard = guard
         self.budget: dict[int, float] = {}
         self.charges: list[tuple[int, float]] = []
@@ -42,28 +44,33 @@ def test_budget_equals_its_definition(seed: int, stride: int) -> None:
     forgotten; 250 steps leave far more than the 64 stale looks that start a clean-up.
     """
     rng = random.Random(seed)
-    guard = GuardSettings(beta=0.5, floor_tokens=rng.choice([0.0, 200.0, 5000.0]))
-    budget, reference = OvertakingBudget(guard), ReferenceBudget(guard)
+    guard = OvertakingBudget(beta=0.5, floor_tokens=rng.choice([0.0, 200.0, 5000.0]))
+    budget, reference = Budgets(guard), ReferenceBudget(guard)
+    entries: dict[int, Entry] = {}
     seq = 0
     for _ in range(250):
         for _ in range(rng.randrange(3)):
             seq += rng.randint(1, stride)
             ahead = float(rng.randrange(1000))
-            assert budget.arrive(seq, ahead) == reference.arrive(seq, ahead)
-        _random_step(rng, budget, reference)
+            entries[seq] = Entry(seq, 0, None)
+            budget.arrive(entries[seq], ahead, NOW)
+            assert entries[seq].budget == reference.arrive(seq, ahead)
+        _random_step(rng, entries, budget, reference)
         assert len(budget) == len(reference.budget)
     for waiting in reference.budget:
         assert budget.remaining(waiting) == reference.remaining(waiting)
 
 
-def _random_step(rng: random.Random, budget: OvertakingBudget, reference: ReferenceBudget) -> None:
+def _random_step(
+    rng: random.Random, entries: dict[int, Entry], budget: Budgets, reference: ReferenceBudget
+) -> None:
     """What happens between two arrivals: undoing an admission is only allowed before the next one."""
     skipped: list[tuple[int, float]] = []
     for _ in range(rng.randrange(4)):
         if not reference.budget:
             break
         seq, tokens = rng.choice(list(reference.budget)), float(rng.randint(1, 400))
-        assert budget.blocked_by(seq, tokens) == reference.blocked_by(seq, tokens)
+        assert budget.ahead_of(seq, tokens, NOW) == reference.blocked_by(seq, tokens)
         left = reference.budget.pop(seq)
         budget.leave(seq)
         if rng.random() < 0.2:
@@ -73,21 +80,21 @@ def _random_step(rng: random.Random, budget: OvertakingBudget, reference: Refere
             _charge(seq, -tokens, budget, reference)
             skipped.append((seq, left))
     for seq, left in skipped:
-        budget.rejoin(seq, left)
+        budget.rejoin(entries[seq], NOW)
         reference.budget[seq] = left
     if reference.charges and rng.random() < 0.5:
         _charge(rng.choice(reference.charges)[0], float(rng.randint(-50, 50)), budget, reference)
 
 
-def _charge(seq: int, tokens: float, budget: OvertakingBudget, reference: ReferenceBudget) -> None:
+def _charge(seq: int, tokens: float, budget: Budgets, reference: ReferenceBudget) -> None:
     budget.charge(seq, tokens)
     reference.charges.append((seq, tokens))
 
 
 def test_charges_reach_across_a_block_boundary() -> None:
-    budget = OvertakingBudget(GuardSettings(beta=0.0, floor_tokens=100.0))
+    budget = Budgets(OvertakingBudget(beta=0.0, floor_tokens=100.0))
     for seq in (_BLOCK - 2, _BLOCK - 1, _BLOCK, 2 * _BLOCK):
-        budget.arrive(seq, 0.0)
+        budget.arrive(Entry(seq, 0, None), 0.0, NOW)
     budget.charge(_BLOCK, 30.0)
     assert [budget.remaining(s) for s in (_BLOCK - 2, _BLOCK - 1, _BLOCK, 2 * _BLOCK)] == [
         70.0,
@@ -95,33 +102,34 @@ def test_charges_reach_across_a_block_boundary() -> None:
         100.0,
         100.0,
     ]
-    assert budget.blocked_by(2 * _BLOCK, 70.0) is None
-    assert budget.blocked_by(2 * _BLOCK, 71.0) == _BLOCK - 2
+    assert budget.ahead_of(2 * _BLOCK, 70.0, NOW) is None
+    assert budget.ahead_of(2 * _BLOCK, 71.0, NOW) == _BLOCK - 2
 
 
 def test_a_request_that_comes_back_after_its_block_was_forgotten() -> None:
     """It sees the charges that are still kept, and nothing breaks."""
-    budget = OvertakingBudget(GuardSettings(beta=0.0, floor_tokens=100.0))
+    budget = Budgets(OvertakingBudget(beta=0.0, floor_tokens=100.0))
     last = 5 * _BLOCK
     for seq in range(last):
-        budget.arrive(seq, 0.0)
+        budget.arrive(Entry(seq, 0, None), 0.0, NOW)
         budget.leave(seq)
-    budget.rejoin(0, 100.0)
+    budget.rejoin(Entry(0, 0, None, budget=100.0), NOW)
     assert budget.remaining(0) == 100.0
     budget.charge(last, 40.0)
     assert budget.remaining(0) == 60.0
-    assert budget.blocked_by(last + 1, 61.0) == 0
+    assert budget.ahead_of(last + 1, 61.0, NOW) == 0
 
 
 def test_a_request_skipped_in_every_step_leaves_nothing_behind() -> None:
     """An overdrawn request that waits for a grammar is popped and put back for as long as that takes."""
-    budget = OvertakingBudget(GuardSettings(beta=0.0, floor_tokens=0.0))
-    budget.arrive(0, 0.0)
-    budget.arrive(1, 0.0)
+    budget = Budgets(OvertakingBudget(beta=0.0, floor_tokens=0.0))
+    skipped = Entry(0, 0, None)
+    budget.arrive(skipped, 0.0, NOW)
+    budget.arrive(Entry(1, 0, None), 0.0, NOW)
     for _ in range(1000):
-        assert budget.blocked_by(1, 5.0) == 0
+        assert budget.ahead_of(1, 5.0, NOW) == 0
         budget.leave(0)
-        budget.rejoin(0, 0.0)
+        budget.rejoin(skipped, NOW)
     assert len(budget._tight) <= 2
 
 
@@ -141,7 +149,7 @@ def test_later_arrivals_never_take_more_than_the_budget(
     budget after the fact; even then nobody passes the overdrawn request.
     """
     rng = random.Random(seed)
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta, floor))
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta, floor))
     waiting: dict[int, Entry] = {}
     running: list[Entry] = []
     taken: dict[int, float] = {}
@@ -176,7 +184,7 @@ def _older(waiting: dict[int, Entry], entry: Entry) -> list[Entry]:
 
 
 def test_without_allowance_the_order_is_that_of_arrival() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=0.0))
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=0.0))
     for seq in range(50):
         entry = Entry(seq, 0, None)
         index.set_expected_tokens(entry, 100.0 - seq)
@@ -188,7 +196,7 @@ def test_without_allowance_the_order_is_that_of_arrival() -> None:
 @pytest.mark.parametrize(("floor", "overtakers"), [(0.0, 0), (9.0, 0), (10.0, 1), (95.0, 9)])
 def test_the_floor_says_how_much_short_work_goes_ahead(floor: float, overtakers: int) -> None:
     """One long request, then short ones of 10 tokens each: floor // 10 of them pass it."""
-    index = HostIndex(POLICIES["pars_fast"](), GuardSettings(beta=0.0, floor_tokens=floor))
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=floor))
     for seq in range(50):
         entry = Entry(seq, 0, None)
         index.set_expected_tokens(entry, 1000.0 if seq == 0 else 10.0)

@@ -13,24 +13,38 @@ again.
 """
 
 import heapq
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import ClassVar
+
+from pars_fast.guards.base import Moment, WaitingRequest, Watch
 
 _BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
-class GuardSettings:
+class OvertakingBudget:
     """`beta`: extra work tolerated per token ahead at arrival, a ratio; `floor_tokens`: a fixed allowance."""
 
     beta: float = 0.5
     floor_tokens: float = 2000.0
+    name: ClassVar[str] = "overtaking_budget"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta must be finite and >= 0, got {self.beta}")
+        if not self.floor_tokens >= 0:
+            raise ValueError(f"floor_tokens must be >= 0, got {self.floor_tokens}")
+
+    def watch(self) -> "Budgets":
+        return Budgets(self)
 
 
-class OvertakingBudget:
+class Budgets(Watch):
     """Budgets of the waiting requests of one priority class; `seq` is their order of arrival."""
 
-    def __init__(self, settings: GuardSettings) -> None:
+    def __init__(self, settings: OvertakingBudget) -> None:
         self._settings = settings
         self._budget: dict[int, float] = {}
         self._charges = _SuffixSums()
@@ -41,26 +55,26 @@ class OvertakingBudget:
     def __len__(self) -> int:
         return len(self._budget)
 
-    def arrive(self, seq: int, tokens_ahead: float) -> float:
-        """Give a new request its budget and return it, in tokens.
+    def arrive(self, request: WaitingRequest, tokens_ahead: float, now: Moment) -> None:
+        """Give a new request its budget, in tokens.
 
-        `tokens_ahead` is the expected work waiting before it. Must not be called between an admission and
-        its undoing: this is where charges are forgotten that no waiting request can see any more.
+        Must not be called between an admission and its undoing: this is where charges are forgotten that no
+        waiting request can see any more.
         """
+        seq = request.seq
         if len(self._looks) > 2 * len(self._budget) + 64:
             self._compact(seq)
-        budget = self._settings.floor_tokens + self._settings.beta * tokens_ahead
+        request.budget = budget = self._settings.floor_tokens + self._settings.beta * tokens_ahead
         self._budget[seq] = budget
         heapq.heappush(self._looks, (self._total + budget, seq))  # nothing is charged to the newest yet
-        return budget
 
-    def rejoin(self, seq: int, budget: float) -> None:
+    def rejoin(self, request: WaitingRequest, now: Moment) -> None:
         """Take back a request that left and was not admitted after all, with the budget it had."""
-        self._budget[seq] = budget
-        heapq.heappush(self._looks, (self._total, seq))
+        self._budget[request.seq] = request.budget
+        heapq.heappush(self._looks, (self._total, request.seq))
 
     def leave(self, seq: int) -> None:
-        """Forget a request that was admitted or aborted; what it was charged no longer matters."""
+        """What the request was charged no longer matters."""
         del self._budget[seq]
 
     def charge(self, seq: int, tokens: float) -> None:
@@ -72,7 +86,7 @@ class OvertakingBudget:
         """Tokens that later arrivals may still take ahead of the waiting request `seq`."""
         return self._budget[seq] - self._charges.beyond(seq)
 
-    def blocked_by(self, seq: int, tokens: float) -> int | None:
+    def ahead_of(self, seq: int, tokens: float, now: Moment) -> int | None:
         """The oldest waiting request that `seq` may not pass with `tokens` of work, or None."""
         self._look(tokens)
         while self._tight and self._tight[0] < seq:

@@ -1,0 +1,14 @@
+"""No guard: pure order of scores. A long request may wait for as long as shorter ones come."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pars_fast.guards.base import Watch
+
+
+@dataclass(frozen=True, slots=True)
+class NoGuard:
+    name: ClassVar[str] = "none"
+
+    def watch(self) -> Watch:
+        return Watch()

@@ -1,0 +1,1 @@
+"""Simulated vLLM engines: which order and which guard, before a GPU is asked."""

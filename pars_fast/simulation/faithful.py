@@ -1,0 +1,269 @@
+"""The faithful simulator: the installed vLLM's own scheduler, on a virtual clock, without a model.
+
+Real: vLLM's `Scheduler` with its KV block manager, chunked prefill, preemption and prefix cache, and all of
+this project's integration inside it: `RankedRequestQueue`, `RankingMixin`, `RankingLoop`, policy and guard.
+Made up: what the model says (every answer has its recorded length), how long a step takes (`StepTime`), and
+the ranker, which gives `Workload.expected_tokens` after `ranker_delay_s`. A request that arrives during a
+step is seen after it, as by EngineCore. No two prompts share a prefix, so the prefix cache serves only
+preempted requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead.
+Source: vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
+"""
+
+import functools
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import Qwen2Config
+from vllm import SamplingParams
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from pars_fast.errors import ParsFastError
+from pars_fast.guards import Guard
+from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.scheduler import with_ranking
+from pars_fast.policies import POLICIES
+from pars_fast.settings import Settings
+from pars_fast.simulation.columns import Served
+from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.step_time import StepTime, step_work
+from pars_fast.simulation.workload import Workload
+
+_TOKEN = 0  # what the model says
+
+
+def simulate(
+    workload: Workload,
+    policy: str,
+    guard: Guard | None,
+    engine: EngineSettings,
+    step_time: StepTime,
+    *,
+    ranker_delay_s: float = 0.0,
+    seed: int = 0,
+) -> Served:
+    """Serve a workload by one engine, as vLLM's scheduler and this project's queue would.
+
+    Args:
+        workload: the requests; those without expected tokens stay without a score.
+        policy: a name of `POLICIES`.
+        guard: bounds the order; None is the policy's own guard.
+        engine: room of the engine; a request that an empty one could not hold is refused.
+        step_time: how long a step takes.
+        ranker_delay_s: from handing prompts over (at most 8 are out at once) to having their scores.
+        seed: not used, since nothing here is random; both simulators are called alike.
+    Raises: ParsFastError: if there is no such policy, or the delay is negative.
+    """
+    if policy not in POLICIES:
+        raise ParsFastError(f"no policy {policy!r}; there are: {', '.join(POLICIES)}")
+    if not ranker_delay_s >= 0:
+        raise ParsFastError(f"ranker_delay_s must be >= 0, got {ranker_delay_s}")
+    clock = VirtualClock()
+    settings = Settings(policy=policy, guard=guard)
+    ranker = DelayedRanker(workload.expected_tokens, ranker_delay_s, clock)
+    scheduler_cls = type(
+        "SimulatedScheduler",
+        (with_ranking(Scheduler),),
+        {
+            "clock": clock,
+            "_read_settings": lambda self: settings,
+            "_make_runtime": lambda self, settings: ranker,
+        },
+    )
+    scheduler = make_scheduler(scheduler_cls, engine)
+    served = serve(scheduler, workload, engine, step_time, clock)
+    scheduler.shutdown()
+    return served
+
+
+class VirtualClock:
+    """Seconds since the simulation began; called like `time.monotonic`."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def __call__(self) -> float:
+        return self.time_s
+
+
+class DelayedRanker:
+    """A `RankerRuntime` that knows its answers, by the request's number in the first token of its prompt."""
+
+    def __init__(self, expected_tokens: NDArray[np.float64], delay_s: float, clock: VirtualClock) -> None:
+        self._expected_tokens, self._delay_s, self._clock = expected_tokens, delay_s, clock
+        self._answers: deque[tuple[float, Scored]] = deque()  # (when it is known, answer), in order
+
+    def start(self) -> None:
+        self._answers = deque([(self._clock(), READY)])
+
+    def submit(self, prompts: Sequence[Prompt]) -> bool:
+        due = self._clock() + self._delay_s
+        self._answers.extend((due, (seq, float(self._expected_tokens[ids[0]]))) for seq, ids in prompts)
+        return True
+
+    def poll(self) -> list[Scored]:
+        scored = []
+        while self._answers and self._answers[0][0] <= self._clock():
+            scored.append(self._answers.popleft()[1])
+        return scored
+
+    def order(self) -> None:
+        """None: the order is the host's, as without a GPU."""
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        pass
+
+    def failure(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        self._answers.clear()
+
+
+def serve(
+    scheduler: Scheduler, workload: Workload, engine: EngineSettings, step_time: StepTime, clock: VirtualClock
+) -> Served:
+    """Drive a scheduler of that engine, on that clock, until every request has finished or been refused.
+
+    Raises: ParsFastError: if the scheduler plans nothing although requests wait.
+    """
+    record = _Record(workload)
+    arrived, planned = 0, True
+    while True:
+        while arrived < len(workload) and workload.arrival_s[arrived] <= clock.time_s:
+            if engine.can_hold(int(workload.prompt_tokens[arrived]), int(workload.output_tokens[arrived])):
+                scheduler.add_request(_request(workload, arrived, engine.block_size))
+            else:
+                record.refused += 1
+            arrived += 1
+        if not scheduler.has_unfinished_requests():
+            if arrived == len(workload):
+                return record.served()
+            clock.time_s = float(workload.arrival_s[arrived])
+            continue
+        output = scheduler.schedule()
+        if not (planned or output.total_num_scheduled_tokens):  # one such step may follow a preemption
+            raise ParsFastError(f"{workload.name}: vLLM's scheduler plans nothing, and requests wait")
+        planned = output.total_num_scheduled_tokens > 0
+        if planned:
+            _step(scheduler, output, step_time, clock, record)
+
+
+def _step(
+    scheduler: Scheduler, output: SchedulerOutput, step_time: StepTime, clock: VirtualClock, record: "_Record"
+) -> None:
+    """What the model would do with a plan, and how long it would take."""
+    requests = [scheduler.requests[request_id] for request_id in output.num_scheduled_tokens]
+    record.scheduled(requests, clock.time_s)
+    clock.time_s += step_time.seconds(*step_work(requests, output.num_scheduled_tokens.values()))
+    ids = list(output.num_scheduled_tokens)
+    answers = [[] if request.is_prefill_chunk else [_TOKEN] for request in requests]
+    positions = {request_id: position for position, request_id in enumerate(ids)}
+    scheduler.update_from_output(output, ModelRunnerOutput(ids, positions, answers))
+    record.stepped(requests, clock.time_s)
+
+
+class _Record:
+    """When each request was scheduled first, had its first token, and its last."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._first_scheduled_s, self._first_token_s, self._finished_s = np.full((3, len(workload)), np.nan)
+        self._waiting, self._silent = set(range(len(workload))), set(range(len(workload)))
+        self._preemptions = self._steps = self.refused = 0
+
+    def scheduled(self, requests: Sequence[Request], time_s: float) -> None:
+        for request in requests:
+            number = int(request.request_id)
+            if number in self._waiting:
+                self._waiting.remove(number)
+                self._first_scheduled_s[number] = time_s
+
+    def stepped(self, requests: Sequence[Request], time_s: float) -> None:
+        self._steps += 1
+        for request in requests:
+            number = int(request.request_id)
+            if number in self._silent and request.num_output_tokens:
+                self._silent.remove(number)
+                self._first_token_s[number] = time_s
+            if request.is_finished():
+                self._finished_s[number] = time_s
+                self._preemptions += request.num_preemptions
+
+    def served(self) -> Served:
+        return Served(
+            self._first_scheduled_s,
+            self._first_token_s,
+            self._finished_s,
+            preemptions=self._preemptions,
+            steps=self._steps,
+            refused=self.refused,
+        )
+
+
+def _request(workload: Workload, number: int, block_size: int) -> Request:
+    """vLLM's request; every token of its prompt is its number."""
+    sampling_params = SamplingParams(max_tokens=int(workload.output_tokens[number]), ignore_eos=True)
+    return Request(
+        request_id=str(number),
+        prompt_token_ids=[number] * int(workload.prompt_tokens[number]),
+        sampling_params=sampling_params,
+        pooling_params=None,
+        arrival_time=float(workload.arrival_s[number]),
+        block_hasher=functools.partial(_new_block_hashes, block_size),
+    )
+
+
+def _new_block_hashes(block_size: int, request: Request) -> list[BlockHash]:
+    """Names of the blocks that have become full: request and place say what is in them."""
+    blocks = range(len(request.block_hashes), request.num_tokens // block_size)
+    return [BlockHash(f"{request.request_id}:{block}".encode()) for block in blocks]
+
+
+def make_scheduler(scheduler_cls: type[Scheduler], engine: EngineSettings) -> Any:
+    """A scheduler with the engine's room, for a model that is never loaded."""
+    config = _vllm_config(engine)
+    num_blocks = engine.num_blocks + 1  # vLLM keeps one for itself
+    config.cache_config.num_gpu_blocks = num_blocks
+    spec = FullAttentionSpec(
+        block_size=engine.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
+    )
+    return scheduler_cls(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=engine.block_size,
+    )
+
+
+@functools.cache
+def _vllm_config(engine: EngineSettings) -> VllmConfig:
+    """vLLM's defaults, but for the engine's room."""
+    with tempfile.TemporaryDirectory() as model:
+        Qwen2Config(
+            architectures=["Qwen2ForCausalLM"],
+            num_hidden_layers=1,
+            max_position_embeddings=engine.max_model_len,
+        ).save_pretrained(model)
+        return VllmConfig(
+            model_config=ModelConfig(
+                model=model, skip_tokenizer_init=True, dtype="float32", max_model_len=engine.max_model_len
+            ),
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=engine.max_num_seqs,
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+                max_model_len=engine.max_model_len,
+                is_encoder_decoder=False,
+            ),
+            cache_config=CacheConfig(block_size=engine.block_size, enable_prefix_caching=True),
+        )

@@ -1,0 +1,361 @@
+"""The page of a sweep: one self-contained HTML file of small multiples, drawn from its rows.
+
+What is relative is relative to arrival order (fcfs) on the same requests at the same load. Values are means
+over seeds. The look is the demo's, by its own style sheet; the same rows give the same bytes.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from pars_fast.page import DASH, Axis, Markup, escape, join, number, percent, svg, tag, text, x_axis, y_axis
+
+_Row = Mapping[str, Any]
+_Point = tuple[float, float]
+_BASELINE, _OURS, _ORACLE, _UNGUARDED = "fcfs", "pars_fast", "oracle", "none"
+_STYLES = {  # one colour for each guard, router and measure on the whole page
+    "overtaking_budget": "pars_fast", "none": "oracle", "fixed_threshold": "s1", "idle_quantum": "s2",
+    "relative_ageing": "s3", "uniboost": "s5", "round_robin": "fcfs", "least_loaded": "s1",
+    "predicted_work": "pars_fast", "per token": "pars_fast", "end to end": "s1",
+}
+_FRONTIERS = (  # title, column across, its name, column up, its name
+    ("End to end: mean against p99", "p99_e2e_s", "p99", "mean_e2e_s", "mean"),
+    ("Per token, against the longest wait", "max_wait_s", "longest wait", "mean_latency_per_token_s", "mean"),
+)
+_CURVES = (  # column, title, what the horizontal axis says, whether larger is better
+    ("tau", "Quality of the ranking", "Kendall's tau of the scores"),
+    ("ranker_delay_s", "Delay of the ranker", "seconds from prompt to score"),
+    ("unscored_share", "Requests without a score", "share of all requests"),
+)
+_TABLE = (  # column, title
+    ("mean_latency_per_token_s", "mean s/token"), ("mean_ttft_s", "mean TTFT"), ("mean_e2e_s", "mean e2e"),
+    ("p99_e2e_s", "p99 e2e"), ("max_wait_s", "max wait"), ("throughput_tok_s", "tok/s"),
+    ("preemptions", "preempted"), ("completed", "completed"),
+)
+_WIDTH, _HEIGHT, _NAMES = 500, 290.0, 132.0  # of one chart; room for the names of its lines
+
+
+def write_report(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the page of a sweep, `result` being what `pars-fast simulate --json` writes."""
+    path.write_text(render_report(result), encoding="utf-8")
+
+
+def render_report(result: Mapping[str, Any]) -> str:
+    """The page of `write_report` as text."""
+    rows = _mean_over_seeds(result["runs"])
+    before, emphasis, after = _headline(rows)
+    frame = files("pars_fast.simulation").joinpath("report.html").read_text(encoding="utf-8")
+    style, script = (files("pars_fast.demo").joinpath(f"report.{kind}").read_text(encoding="utf-8")
+                     for kind in ("css", "js"))
+    return Template(frame).substitute(
+        title=escape(before + emphasis + after), css=style, js=script,
+        kicker=escape(f"pars-fast simulate · {result['workload']} · {result['requests']:,} requests · "
+                      f"{result['simulator']} simulator · {result['date']}"),
+        headline=join([before, tag("em", emphasis), after]),
+        lead=escape(_lead(rows)),
+        sections=join([*_frontier_sections(rows), *_curve_sections(rows), _fleet_section(rows)]),
+        table=_table(rows),
+        provenance=_provenance(result),
+    )
+
+
+# --- Rows ---------------------------------------------------------------------------------------------------
+
+
+def _mean_over_seeds(runs: Sequence[_Row]) -> list[dict[str, Any]]:
+    """One row for each case but for its seed; numbers are means of those that are there."""
+    groups: dict[tuple[Any, ...], list[_Row]] = {}
+    for run in runs:
+        names = ("policy", "guard", "load", "tau", "ranker_delay_s", "unscored_share", "engines", "router")
+        groups.setdefault(tuple(run[name] for name in names), []).append(run)
+    return [{name: _mean([run[name] for run in group]) for name in group[0]} for group in groups.values()]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    present = [value for value in values if value is not None]
+    if not present or isinstance(present[0], str):
+        return present[0] if present else None
+    return float(np.mean(present)) if len(present) > 1 else present[0]
+
+
+def _baseline(rows: Sequence[_Row], row: _Row) -> _Row | None:
+    """Arrival order where `row` was run."""
+    same = [other for other in rows if other["policy"] == _BASELINE
+            and all(other[name] == row[name] for name in ("load", "engines", "router"))]
+    return same[0] if same else None
+
+
+def _ratio(rows: Sequence[_Row], row: _Row, column: str) -> float | None:
+    base = _baseline(rows, row)
+    if base is None or not base[column] or row[column] is None:
+        return None
+    return float(row[column] / base[column])
+
+
+def _values(rows: Sequence[_Row], column: str) -> list[Any]:
+    return sorted({row[column] for row in rows if row[column] is not None})
+
+
+def _guard(row: _Row) -> str:
+    return str(row["guard"]).split(":")[0]
+
+
+def _one(rows: Sequence[_Row]) -> list[_Row]:
+    """Rows of a single engine with a prompt ranker and every request scored."""
+    return [row for row in rows
+            if (row["engines"], row["ranker_delay_s"], row["unscored_share"]) == (1, 0.0, 0.0)]
+
+
+def _best_tau(rows: Sequence[_Row]) -> float | None:
+    """The tau that the frontier is drawn for, if scores are noisy: the one nearest to a real ranker's."""
+    taus = _values([row for row in rows if row["policy"] == _OURS], "tau")
+    return min(taus, key=lambda tau: abs(tau - 0.5)) if taus else None
+
+
+# --- Head ---------------------------------------------------------------------------------------------------
+
+
+def _headline(rows: Sequence[_Row]) -> tuple[str, str, str]:
+    row = _shown(rows)
+    ratio = None if row is None else _ratio(rows, row, "mean_latency_per_token_s")
+    if row is None or ratio is None:
+        return "Policies and guards, ", "simulated", ""
+    if 0.98 < ratio < 1.02:
+        return f"At load {row['load']:g}, mean latency per token ", "about the same", " as in arrival order"
+    factor = f"{number(max(ratio, 1 / ratio), 2)}\u00d7 {'lower' if ratio < 1 else 'higher'}"
+    return f"At load {row['load']:g}, mean latency per token ", factor, " than in arrival order"
+
+
+def _shown(rows: Sequence[_Row]) -> _Row | None:
+    """pars_fast with its own guard at the load nearest to 1.2."""
+    ours = [row for row in _one(rows) if row["policy"] == _OURS and row["tau"] == _best_tau(rows)]
+    guarded = [row for row in ours if _guard(row) == "overtaking_budget"]
+    return min(guarded or ours, key=lambda row: (abs(row["load"] - 1.2), abs(_beta(row) - 0.5)), default=None)
+
+
+def _beta(row: _Row) -> float:
+    _, _, settings = str(row["guard"]).partition("beta=")
+    return float(settings.split(",")[0]) if settings else math.inf
+
+
+def _lead(rows: Sequence[_Row]) -> str:
+    row = _shown(rows)
+    if row is None:
+        return "Below is what was simulated."
+    ratios = [f"{title} {number(ratio, 2)}\u00d7" for column, title in (
+        ("mean_e2e_s", "mean end-to-end latency"), ("p99_e2e_s", "its 99th percentile"),
+        ("max_wait_s", "the longest wait")) if (ratio := _ratio(rows, row, column)) is not None]
+    said = [f"pars_fast with {row['guard']}, against arrival order: {', '.join(ratios) or DASH}."]
+    if row["gain_captured"] is not None:
+        said.append("Of what an oracle without a guard gains, it keeps "
+                    f"{percent(row['gain_captured'])} per token and "
+                    f"{percent(row['gain_captured_e2e'])} end to end.")
+    return " ".join(said)
+
+
+# --- Sections -----------------------------------------------------------------------------------------------
+
+
+def _section(name: str, title: str, lead: str, *figures: Markup) -> Markup:
+    return tag("section", tag("h2", title, id=name), tag("p", lead), tag("div", *figures, class_="pair"),
+               aria_labelledby=name)
+
+
+def _figure(caption: str, chart: Markup) -> Markup:
+    return tag("figure", tag("figcaption", caption), chart, class_="card")
+
+
+def _frontier_sections(rows: Sequence[_Row]) -> list[Markup]:
+    single, tau = _one(rows), _best_tau(rows)
+    sections = []
+    for policy, meaning in ((_ORACLE, "An oracle's order, guarded"), (_OURS, "A ranker's order, guarded")):
+        chosen = [row for row in single if row["policy"] == policy and row["tau"] in (None, tau)]
+        if len({row["guard"] for row in chosen}) < 2:
+            continue
+        noisy = policy == _OURS and tau is not None
+        title = f"{meaning} (tau {tau:g})" if noisy else meaning
+        figures = [_frontier(rows, chosen, load, frontier) for load in _values(chosen, "load")
+                   for frontier in _FRONTIERS]
+        lead = ("Each line is one guard from tight to loose; a point is one setting. 1 is arrival order. "
+                "Lower is faster on average, further left is kinder to those who wait longest.")
+        sections.append(_section(f"frontier-{policy}", title, lead, *figures))
+    return sections
+
+
+def _frontier(rows: Sequence[_Row], chosen: Sequence[_Row], load: float,
+              frontier: tuple[str, str, str, str, str]) -> Markup:
+    title, across, across_name, up, up_name = frontier
+    lines: dict[str, list[_Point]] = {}
+    for row in chosen:
+        point = _ratio(rows, row, across), _ratio(rows, row, up)
+        if row["load"] == load and point[0] and point[1]:
+            lines.setdefault(_guard(row), []).append((point[0], point[1]))
+    for points in lines.values():
+        points.sort()
+    chart = _lines(f"{chosen[0]['policy']}-{across}-{load:g}", f"{title}, load {load:g}", lines,
+                   f"{across_name}, times arrival order's", f"{up_name}, times arrival order's",
+                   lambda tick: f"{tick:g}", log=True, include=(1.0, 1.0))
+    return _figure(f"{title} · load {load:g}", chart)
+
+
+def _curve_sections(rows: Sequence[_Row]) -> list[Markup]:
+    sections = []
+    for column, title, axis in _CURVES:
+        neutral = {"tau": _best_tau(rows), "ranker_delay_s": 0.0, "unscored_share": 0.0}
+        ours = [row for row in rows if row["policy"] == _OURS and row["engines"] == 1
+                and all(row[name] == value for name, value in neutral.items() if name != column)]
+        by_guard = [[row for row in ours if row["guard"] == guard] for guard in _values(ours, "guard")]
+        chosen = max(by_guard, key=lambda group: len(_values(group, column)), default=[])
+        if len(_values(chosen, column)) < 2:
+            continue
+        figures = []
+        for load in _values(chosen, "load"):
+            lines = {name: sorted((float(row[column]), float(row[gain])) for row in chosen
+                                  if row["load"] == load and row[gain] is not None)
+                     for name, gain in (("per token", "gain_captured"), ("end to end", "gain_captured_e2e"))}
+            kept = {name: points for name, points in lines.items() if len(points) > 1}
+            if kept:
+                figures.append(_figure(f"Load {load:g}", _lines(
+                    f"{column}-{load:g}", f"{title}, load {load:g}", kept, axis, "share of the oracle's gain",
+                    percent, include=(None, 0.0))))
+        if figures:
+            lead = (f"pars_fast with {chosen[0]['guard']}: how much of what the oracle without a guard gains "
+                    "over arrival order is kept. Below 0 ranking does harm.")
+            sections.append(_section(column, title, lead, *figures))
+    return sections
+
+
+def _fleet_section(rows: Sequence[_Row]) -> Markup:
+    if len(_values(rows, "engines")) < 2:
+        return Markup("")
+    figures = []
+    tau = _best_tau(rows)
+    for load in _values(rows, "load"):
+        for policy in (_BASELINE, _OURS):
+            chosen = [row for row in rows if row["load"] == load and row["policy"] == policy
+                      and row["tau"] in (None, tau)]
+            lines: dict[str, list[_Point]] = {}
+            for row in chosen:
+                if row["mean_e2e_s"] and row["engines"] > 1:
+                    lines.setdefault(row["router"], []).append((float(row["engines"]), row["mean_e2e_s"]))
+            kept = {name: sorted(points) for name, points in lines.items()}
+            if kept:
+                figures.append(_figure(f"{policy} · load {load:g}", _lines(
+                    f"fleet-{policy}-{load:g}", f"Mean end-to-end latency of {policy}, load {load:g}", kept,
+                    "engines", "mean end-to-end latency, s", number, log=True)))
+    lead = ("The same load per engine. A router sends each request to one engine and is done; the "
+            "engine's queue orders what it got.")
+    return _section("fleet", "Many engines behind one router", lead, *figures) if figures else Markup("")
+
+
+# --- One chart ----------------------------------------------------------------------------------------------
+
+
+def _lines(name: str, title: str, lines: Mapping[str, Sequence[_Point]], x_title: str, y_title: str,
+           y_label: Callable[[float], str], *, log: bool = False,
+           include: tuple[float | None, float | None] = (None, None)) -> Markup:
+    """Lines with a mark at each point, each named in its colour at the right; `log` where a range is wide."""
+    xs, ys = ([point[k] for points in lines.values() for point in points]
+              + [value for value in (include[k],) if value is not None] for k in (0, 1))
+    right, bottom, top, left = _WIDTH - _NAMES, _HEIGHT - 46, 26.0, 46.0
+    x, y = _axis(xs, left, right, log), _axis(ys, bottom, top, log)
+    desc = "; ".join(f"{label}: " + ", ".join(f"({number(a)}, {y_label(b)})" for a, b in points)
+                     for label, points in lines.items())
+    drawn = [part for label, points in lines.items() for part in _line(label, points, x, y)]
+    if include[0] is not None and include[1] is not None:
+        drawn.append(tag("line", x1=x(include[0]), x2=x(include[0]), y1=top, y2=bottom, class_="diagonal"))
+    if include[1] is not None:
+        drawn.append(tag("line", x1=left, x2=right, y1=y(include[1]), y2=y(include[1]), class_="diagonal"))
+    chart = svg(name, "chart", _WIDTH, _HEIGHT, title, desc,
+                x_axis(x, top, bottom, x.ticks(5), lambda tick: f"{tick:g}"),
+                y_axis(y, left, right, y.ticks(5), y_label),
+                text(0, 12, y_title), text(right, _HEIGHT - 6, x_title, text_anchor="end"),
+                *drawn, *_names(lines, x, y, right, top, bottom))
+    return tag("div", chart, data_scope="")
+
+
+def _axis(values: Sequence[float], start: float, end: float, log: bool) -> Axis:
+    low, high = min(values), max(values)
+    if log and high > 4 * low > 0:
+        return Axis(low / 1.06, high * 1.06, start, end, log=True)
+    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+    return Axis(low if low == 0 else low - margin, high + margin, start, end)
+
+
+def _line(label: str, points: Sequence[_Point], x: Axis, y: Axis) -> list[Markup]:
+    style = _STYLES.get(label, "other0")
+    path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
+    marks = [tag("circle", cx=float(x(a)), cy=float(y(b)), r=3.2, class_=f"mark {style}") for a, b in points]
+    return [tag("g", tag("path", d=f"M{path}", class_=f"curve {style}"), *marks, data_key=label)]
+
+
+def _names(lines: Mapping[str, Sequence[_Point]], x: Axis, y: Axis, right: float, top: float,
+           bottom: float) -> list[Markup]:
+    """Each line's name beside its last point, moved apart where they would touch, with a thin line to it."""
+    ends = sorted((y(points[-1][1]), x(points[-1][0]), label) for label, points in lines.items())
+    heights: list[float] = []
+    for place, (height, _, _) in enumerate(ends):
+        heights.append(max(height, heights[-1] + 17 if place else top))
+    over = max(0.0, heights[-1] - bottom)
+    heights = [height - over for height in heights]
+    parts = []
+    for (height, end, label), at in zip(ends, heights, strict=True):
+        style = _STYLES.get(label, "other0")
+        parts.append(tag("line", x1=float(end + 4), y1=float(height), x2=right + 6, y2=float(at),
+                         class_=f"leader faint {style}", data_key=label))
+        parts.append(text(right + 9, at + 4.5, label.replace("_", " "), class_=f"name {style}",
+                          data_key=label))
+    return parts
+
+
+# --- Table and footer ---------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[_Row]) -> Markup:
+    """All rows by load, what makes them differ in front."""
+    given = [name for name in ("tau", "ranker_delay_s", "unscored_share", "engines", "router")
+             if len({row[name] for row in rows}) > 1]
+    heads = ["policy", "guard", *(name.replace("_", " ") for name in given), *(title for _, title in _TABLE),
+             "gain/token", "gain e2e"]
+    bodies = []
+    for load in _values(rows, "load"):
+        body = [tag("tr", tag("th", f"Load {load:g}", colspan=len(heads), scope="rowgroup"))]
+        body += [_table_row(row, given) for row in rows if row["load"] == load]
+        bodies.append(tag("tbody", *body))
+    head = tag("tr", *(tag("th", title, scope="col") for title in heads))
+    return tag("table", tag("caption", "All columns, seconds"), tag("thead", head), *bodies)
+
+
+def _table_row(row: _Row, given: Sequence[str]) -> Markup:
+    cells = [tag("td", _cell(row[name]), class_="text") for name in given]
+    cells += [tag("td", _cell(row[column])) for column, _ in _TABLE]
+    cells += [tag("td", percent(row[column])) for column in ("gain_captured", "gain_captured_e2e")]
+    guard = tag("td", join(str(row["guard"]).split(","), Markup(",<wbr />")), class_="text")
+    return tag("tr", tag("th", row["policy"], scope="row"), guard, *cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return DASH
+    return value if isinstance(value, str) else number(float(value))
+
+
+def _provenance(result: Mapping[str, Any]) -> Markup:
+    hashes = {run["arrivals_sha256"][:12] for run in result["runs"]}
+    engine = ", ".join(f"{name} {value:,}" for name, value in result["engine"].items())
+    times = ", ".join(f"{name} {value:g}" for name, value in result["step_time"].items() if name != "source")
+    entries = [
+        ("Engine", engine), ("Step time", times), ("Its source", result["step_time"]["source"]),
+        ("Load 1", f"{number(result['capacity_tok_s'], 4)} output tokens/s of one engine, closed loop, fcfs"),
+        ("Scores", f"{result['scores']}, tau {number(result['real_tau'])}" if result["scores"] == "real"
+         else "noisy, at the tau given"),
+        ("Seeds", ", ".join(str(seed) for seed in sorted({run["seed"] for run in result["runs"]}))),
+        ("Requests, sha256", f"{', '.join(sorted(hashes)[:6])}{' …' if len(hashes) > 6 else ''}"),
+        ("Made by", f"pars-fast {result['version']}, {result['date']}"),
+    ]
+    return join(join([tag("dt", name), tag("dd", value)]) for name, value in entries)

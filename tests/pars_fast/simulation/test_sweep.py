@@ -1,0 +1,159 @@
+"""Sweeps: no run twice, nothing lost when interrupted, gains against the right rows; the command."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pars_fast import cli
+from pars_fast.errors import ParsFastError
+from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget
+from pars_fast.simulation import sweep
+from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.report import render_report
+from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.sweep import Case, Setup, grid, make_setup, parse_guards, run_sweep, with_gains
+from pars_fast.simulation.workload import make_workload
+
+STEP_TIME = StepTime(0.005, prefill_token_s=4e-5, decode_seq_s=2e-5, kv_token_s=1.5e-8, source="made up")
+ENGINE = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, kv_cache_tokens=4800)
+
+
+def setup() -> Setup:
+    rng = np.random.default_rng(0)
+    workload = make_workload("mix", np.cumsum(rng.exponential(1.0, 80)), rng.integers(1, 60, 80),
+                             rng.geometric(1 / 40, 80))
+    return make_setup({0: workload}, ENGINE, STEP_TIME)
+
+
+def cases() -> list[Case]:
+    return grid(["fcfs", "oracle", "pars_fast"], [NoGuard(), OvertakingBudget()], [1.2], taus=[0.5])
+
+
+def test_grid_runs_nothing_twice() -> None:
+    chosen = grid(["fcfs", "oracle", "pars"], [NoGuard(), FixedThreshold(1)], [0.7, 1.2], taus=[0.2, 0.8],
+                  delays_s=[0.0, 1.0], routers=["round_robin", "least_loaded"])
+    assert len(chosen) == len(set(chosen)) == 2 * (1 + 2 + 2 * 2 * 2)
+    assert {case.guard for case in chosen if case.policy == "fcfs"} == {"none"}
+    assert {case.tau for case in chosen if case.policy == "oracle"} == {None}
+    own = grid(["pars", "pars_fast"], None, [1.0])
+    assert [case.guard.split(":")[0] for case in own] == ["fixed_threshold", "overtaking_budget"]
+
+
+def test_guards_are_parsed() -> None:
+    assert parse_guards("own") is None
+    assert parse_guards("none,overtaking_budget:beta=1,floor_tokens=50,fixed_threshold:seconds=3") == [
+        NoGuard(), OvertakingBudget(1, 50), FixedThreshold(3)]
+    assert len(parse_guards("all") or ()) == 6
+    with pytest.raises(ParsFastError, match=r"a guard is one of none, .* got 'hope'"):
+        parse_guards("hope")
+
+
+def test_rows_have_what_remakes_them() -> None:
+    rows = run_sweep(setup(), cases(), workers=1)
+    assert [row["policy"] for row in rows] == ["fcfs", "oracle", "oracle", "pars_fast", "pars_fast"]
+    for row in rows:
+        assert row["requests"] == row["completed"] == 80
+        assert row["seed"] == 0
+        assert len(row["arrivals_sha256"]) == 64
+        assert row["load"] == 1.2
+    gains = {(row["policy"], row["guard"]): row["gain_captured"] for row in rows}
+    assert gains["fcfs", "none"] == 0
+    assert gains["oracle", "none"] == 1
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, ran = tmp_path / "rows.jsonl", []
+    real = sweep.run_case
+
+    def counted(setup: Setup, case: Case) -> dict[str, Any]:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(case)
+        return real(setup, case)
+
+    monkeypatch.setattr(sweep, "run_case", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(setup(), cases(), kept=kept, workers=1)
+    kept.write_text(kept.read_text()[:-20])  # and the second row was cut off while it was written
+    monkeypatch.setattr(sweep, "run_case", real)
+    progress: list[tuple[int, int]] = []
+    rows = run_sweep(setup(), cases(), kept=kept, workers=1, on_row=lambda *counts: progress.append(counts))
+    assert progress[0] == (1, 5)
+    assert progress[-1] == (5, 5)
+    assert rows == run_sweep(setup(), cases(), workers=1)
+    assert len(sweep._read_rows(kept)) == 5
+
+
+def test_another_workload_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    kept = tmp_path / "rows.jsonl"
+    run_sweep(setup(), cases()[:1], kept=kept, workers=1)
+    changed = make_setup({0: make_workload("mix", [0, 1], [5, 5], [9, 9])}, ENGINE, STEP_TIME)
+    assert run_sweep(changed, cases()[:1], kept=kept, workers=1)[0]["requests"] == 2
+
+
+def test_all_cores_give_the_same_rows() -> None:
+    assert run_sweep(setup(), cases(), workers=2) == run_sweep(setup(), cases(), workers=1)
+
+
+def test_gains_are_null_without_an_oracle_that_gains() -> None:
+    row = {"workload": "w", "load": 1.0, "seed": 0, "engines": 1, "router": "round_robin",
+           "simulator": "fast", "guard": "none", "mean_latency_per_token_s": 1.0, "mean_e2e_s": 1.0}
+    rows = with_gains([{**row, "policy": "fcfs"}, {**row, "policy": "oracle", "mean_e2e_s": 0.5}])
+    assert [row["gain_captured"] for row in rows] == [None, None]
+    assert [row["gain_captured_e2e"] for row in rows] == [0, 1]
+
+
+def test_the_faithful_simulator_is_one_engine() -> None:
+    faithful = Setup(setup().workloads, {0: 1.0}, ENGINE, STEP_TIME, "faithful")
+    with pytest.raises(ParsFastError, match="the faithful simulator runs one engine"):
+        run_sweep(faithful, [Case("fcfs", "none", 1.0, engines=2)])
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    columns = np.cumsum(rng.exponential(1.0, 60)), rng.integers(1, 60, 60), rng.geometric(1 / 40, 60)
+    lines = [f"{t:.6f},{p},{o}\n" for t, p, o in zip(*columns, strict=True)]
+    path = tmp_path / "trace_mine.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(lines))
+    return path
+
+
+def test_command_writes_rows_and_page(
+        trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, page = tmp_path / "new" / "out.json", tmp_path / "page.html"
+    status = cli.main([
+        "simulate", "--trace", str(trace), "--policies", "fcfs,oracle,pars_fast", "--guards",
+        "none,overtaking_budget,uniboost", "--load", "1.2", "--tau", "0.3,0.6", "--unscored", "0,0.5",
+        "--fleet", "1,2", "--router", "round_robin,least_loaded", "--max-num-seqs", "4", "--workers", "1",
+        "--json", str(out), "--report", str(page),
+    ])
+    assert status == 0, capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert result["workload"] == "mine"
+    assert {row["requests"] for row in result["runs"]} == {60}
+    text = page.read_text()
+    for heading in ("An oracle's order, guarded", "Quality of the ranking", "Requests without a score",
+                    "Many engines behind one router", "All runs", "Provenance"):
+        assert html.escape(heading) in text
+    assert "src=" not in text
+    assert text == render_report(result)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--policies", "sjf"], "no policy 'sjf'"),
+    (["--policies", "pars"], "mine has no scores for pars: give --tau"),
+    (["--router", "dice"], "no router 'dice'"),
+    (["--profile", "h9000"], "no profile or file 'h9000'"),
+    (["--requests", "0"], "--requests must be at least 1"),
+    (["--policies", "fcfs", "--load", "0"], "a load must be positive"),
+    (["--policies", "fcfs", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
+])
+def test_command_says_what_is_wrong(trace: Path, capsys: pytest.CaptureFixture[str], options: list[str],
+                                    message: str) -> None:
+    assert cli.main(["simulate", "--trace", str(trace), "--workers", "1", *options]) == 2
+    assert message in capsys.readouterr().err
