@@ -9,6 +9,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from pars_fast.guards import NoGuard, OvertakingBudget
 from pars_fast.integration import scheduler as scheduler_module
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler, RankingMixin, with_ranking
+from pars_fast.policies import POLICIES
 
 MakeRequest = Callable[..., Request]
 MakeScheduler = Callable[..., Any]
@@ -421,3 +424,21 @@ def test_a_wrong_setting_stops_the_start(
     allowed = "one of fcfs, prompt_length, oracle, pars, pars_fast"
     with pytest.raises(ValueError, match=f"PARS_POLICY='sjf' is not allowed: expected {allowed}"):
         make_scheduler(RankedScheduler)
+
+
+def test_the_demos_switch_changes_policy_and_guard_between_runs(
+    make_scheduler: MakeScheduler, make_request: MakeRequest, use_policy: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pars_fast.demo.scheduler import SwitchableScheduler
+
+    use_policy("pars_fast", PARS_GUARD_BETA="2")
+    policy_file = tmp_path / "policy"
+    monkeypatch.setenv("PARS_DEMO_POLICY_FILE", str(policy_file))
+    engine = Engine(make_scheduler(SwitchableScheduler))
+    index = engine.scheduler.waiting.index
+    for policy, guard in (("fcfs", NoGuard()), ("pars_fast", OvertakingBudget(2.0)), ("oracle", NoGuard())):
+        policy_file.write_text(policy)
+        engine.add([make_request(max_tokens=3) for _ in range(6)])
+        assert (type(index.policy), index.guard) == (POLICIES[policy], guard)
+        engine.run()
