@@ -49,7 +49,7 @@ class Row:
 
 def cases() -> Iterator[Case]:
     """Every kernel of the project, at the shapes it runs in."""
-    from pars_fast.kernels import pool_score, queue_topk
+    from pars_fast.kernels import pool_score
 
     for pooling in ("cls", "mean"):
         for hidden_size in (384, 768):
@@ -63,29 +63,42 @@ def cases() -> Iterator[Case]:
                  "BLOCK_H": config["BLOCK_H"]},
                 config["num_warps"],
             )  # fmt: skip
+    yield from queue_cases()
+
+
+def queue_cases() -> Iterator[Case]:
+    """The slot table's kernels, and the order of 2^18 slots."""
+    from pars_fast.kernels import queue_topk
+
+    topk = queue_topk
     for k in (256, 1024):
-        config = queue_topk.launch_config(k, 1 << 18)
-        tile = {"K": config["K"], "TILE": config["TILE"]}
-        for kernel, signature, constexprs in (
-            (
-                queue_topk._queue_topk_tile_kernel,
-                {"priority_rank_ptr": "*i32", "lane_ptr": "*i32", "key_ptr": "*fp32", "seq_ptr": "*i64",
-                 "occupied_ptr": "*i1", "median_key_ptr": "*fp32", "seq_base_ptr": "*i64",
-                 "urgency_ptr": "*i64", "list_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
-                tile,
-            ),
-            (
-                queue_topk._queue_topk_merge_kernel,
-                {"list_ptr": "*i64", "merged_ptr": "*i64", "num_lists": "i32", "fan": "i32"},
-                {"K": config["K"]},
-            ),
-            (
-                queue_topk._queue_topk_locate_kernel,
-                {"urgency_ptr": "*i64", "top_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
-                tile,
-            ),
-        ):  # fmt: skip
-            yield Case(f"k={k}", kernel, signature, dict(constexprs), config["num_warps"])
+        config = topk.launch_config(k, 1 << 18)
+        K, tile_size, fan = config["K"], config["TILE"], topk.merge_fan(config["K"])
+        lists = {"list_ptr": "*i64", "list_slot_ptr": "*i32", "slot_ptr": "*i32", "k": "i32"}
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_tile_kernel,
+            {"priority_rank_ptr": "*i32", "lane_ptr": "*i32", "key_ptr": "*fp32", "seq_ptr": "*i64",
+             "occupied_ptr": "*i1", "median_key_ptr": "*fp32", "seq_base_ptr": "*i64", "dirty_ptr": "*i32",
+             "keyed_with_ptr": "*i64", "rebuilt_ptr": "*i32", "N": "i32", **lists},
+            {"K": K, "HALVINGS": topk.log2(tile_size // K), "TILE": tile_size},
+            topk.TILE_WARPS,
+        )  # fmt: skip
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_merge_kernel,
+            {"list_ptr": "*i64", "rebuilt_ptr": "*i32", "merged_ptr": "*i64", "merged_rebuilt_ptr": "*i32",
+             "num_lists": "i32"},
+            {"K": K, "HALVINGS": topk.log2(fan)},
+            topk.MERGE_WARPS,
+        )  # fmt: skip
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_locate_kernel,
+            {"top_ptr": "*i64", **lists},
+            {"K": K, "BLOCK": topk.LOCATE_BLOCK},
+            1,
+        )
 
 
 def compile_case(case: Case, arch: str) -> Row:
