@@ -68,12 +68,30 @@ def cases() -> Iterator[Case]:
 
 def queue_cases() -> Iterator[Case]:
     """The slot table's kernels, and the order of 2^18 slots."""
-    from pars_fast.kernels import queue_topk
+    from pars_fast.kernels import publish_score, slot_update
+    from pars_fast.kernels import queue_topk as topk
 
-    topk = queue_topk
+    yield Case(
+        "tile=1024",
+        slot_update._slot_update_kernel,
+        {"header_ptr": "*i64", "command_ptr": "*i64", "priority_rank_ptr": "*i32", "lane_ptr": "*i32",
+         "key_ptr": "*fp32", "seq_ptr": "*i64", "occupied_ptr": "*i1", "generation_ptr": "*i64",
+         "median_key_ptr": "*fp32", "seq_base_ptr": "*i64", "dirty_ptr": "*i32"},
+        {"TILE": topk.MAX_TILE, "BLOCK": slot_update.BLOCK},
+        slot_update.BLOCK // 32,
+    )  # fmt: skip
+    yield Case(
+        "knots=64",
+        publish_score._publish_score_kernel,
+        {"score_ptr": "*fp32", "slot_ptr": "*i64", "generation_ptr": "*i64", "stride_slot": "i32",
+         "stride_generation": "i32", "key_ptr": "*fp32", "slot_generation_ptr": "*i64", "dirty_ptr": "*i32",
+         "map_scores_ptr": "*fp32", "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32", "M": "i32"},
+        {"TILE": topk.MAX_TILE, "BLOCK_M": 64},
+        1,
+    )  # fmt: skip
     for k in (256, 1024):
         config = topk.launch_config(k, 1 << 18)
-        K, tile_size, fan = config["K"], config["TILE"], topk.merge_fan(config["K"])
+        K, tile_size, fan = config["K"], config["TILE"], topk.merge_fan(config["K"], 1 << 8)
         lists = {"list_ptr": "*i64", "list_slot_ptr": "*i32", "slot_ptr": "*i32", "k": "i32"}
         yield Case(
             f"k={k}",

@@ -269,9 +269,9 @@ def launch_config(k: int, num_slots: int) -> dict[str, int]:
     return {"K": K, "TILE": max(K, min(MAX_TILE, triton.next_power_of_2(num_slots)))}
 
 
-def merge_fan(K: int) -> int:
+def merge_fan(K: int, num_lists: int) -> int:
     """Lists that a program of step 2 merges: many, to make few launches, within its shared memory."""
-    return min(MAX_FAN, MERGE_ELEMENTS // K)
+    return min(MAX_FAN, MERGE_ELEMENTS // K, triton.next_power_of_2(num_lists))
 
 
 class TopkWorkspace:
@@ -297,7 +297,7 @@ class TopkWorkspace:
         tiles = triton.cdiv(num_slots, self.tile_size)
         sizes = [tiles]
         while sizes[-1] > 1:
-            sizes.append(triton.cdiv(sizes[-1], merge_fan(self.K)))
+            sizes.append(triton.cdiv(sizes[-1], merge_fan(self.K, sizes[-1])))
         self.dirty = torch.ones(tiles, dtype=torch.int32, device=device)
         self.keyed_with = torch.zeros((tiles, 2), dtype=torch.int64, device=device)
         self.list_slot = torch.empty((tiles, self.K), dtype=torch.int32, device=device)
@@ -318,9 +318,26 @@ class TopkWorkspace:
         moved = changed_tiles * (21 * self.tile_size + 12 * self.K) + 24 * tiles
         for lists, merged in zip(self.lists, self.lists[1:], strict=False):
             changed_tiles = min(changed_tiles, len(merged))  # programs that run
-            moved += 8 * self.K * (min(changed_tiles * merge_fan(self.K), len(lists)) + changed_tiles)
+            fan = merge_fan(self.K, len(lists))
+            moved += 8 * self.K * (min(changed_tiles * fan, len(lists)) + changed_tiles)
         read = min(self.K, 32 * (1 + hits_per_tile // 32))
         return moved + tiles * 8 * read + 8 * self.K
+
+
+def check_column(
+    name: str, tensor: Tensor, length: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """What the slot table's launchers want of a column.
+
+    Raises: ValueError: if it is not contiguous (length,) of one of the dtypes on the device.
+    """
+    if tensor.shape != (length,) or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous ({length},) {' or '.join(str(d) for d in dtypes)}, "
+            f"got {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} must lie on {device} like key, got {tensor.device}")
 
 
 def queue_topk(
@@ -358,23 +375,16 @@ def queue_topk(
     if key.dim() != 1 or len(key) == 0:
         raise ValueError(f"key must be (capacity,) with at least one slot, got {tuple(key.shape)}")
     num_slots = len(key)
-    for name, tensor, shape, dtypes in (
-        ("priority_rank", priority_rank, (num_slots,), (torch.int32,)),
-        ("lane", lane, (num_slots,), (torch.int32,)),
-        ("key", key, (num_slots,), (torch.float32,)),
-        ("seq", seq, (num_slots,), (torch.int64,)),
-        ("occupied", occupied, (num_slots,), (torch.bool, torch.int32)),
-        ("median_key", median_key, (1,), (torch.float32,)),
-        ("seq_base", seq_base, (1,), (torch.int64,)),
+    for name, tensor, length, dtypes in (
+        ("priority_rank", priority_rank, num_slots, (torch.int32,)),
+        ("lane", lane, num_slots, (torch.int32,)),
+        ("key", key, num_slots, (torch.float32,)),
+        ("seq", seq, num_slots, (torch.int64,)),
+        ("occupied", occupied, num_slots, (torch.bool, torch.int32)),
+        ("median_key", median_key, 1, (torch.float32,)),
+        ("seq_base", seq_base, 1, (torch.int64,)),
     ):
-        if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous {shape} {' or '.join(str(d) for d in dtypes)}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        if tensor.device != key.device:
-            raise ValueError(f"{name} must lie on {key.device} like key, got {tensor.device}")
-
+        check_column(name, tensor, length, dtypes, key.device)
     workspace = workspace or TopkWorkspace(num_slots, k, key.device)
     if workspace.num_slots != num_slots or k > workspace.K or workspace.slot.device != key.device:
         raise ValueError(
@@ -382,7 +392,7 @@ def queue_topk(
             f"{workspace.slot.device}, not for {num_slots} slots and k = {k} on {key.device}"
         )
 
-    K, tile_size, fan = workspace.K, workspace.tile_size, merge_fan(workspace.K)
+    K, tile_size = workspace.K, workspace.tile_size
     lists, rebuilt, slot = workspace.lists, workspace.rebuilt, workspace.slot[:k]
     _queue_topk_tile_kernel[(len(workspace.dirty),)](
         priority_rank, lane, key, seq, occupied, median_key, seq_base, workspace.dirty, workspace.keyed_with,
@@ -390,8 +400,10 @@ def queue_topk(
         K=K, HALVINGS=log2(tile_size // K), TILE=tile_size, num_warps=TILE_WARPS,
     )  # fmt: skip
     for level in range(1, len(lists)):
+        num_lists = len(lists[level - 1])
+        fan = merge_fan(K, num_lists)
         _queue_topk_merge_kernel[(len(lists[level]),)](
-            lists[level - 1], rebuilt[level - 1], lists[level], rebuilt[level], len(lists[level - 1]),
+            lists[level - 1], rebuilt[level - 1], lists[level], rebuilt[level], num_lists,
             K=K, HALVINGS=log2(fan), num_warps=MERGE_WARPS,
         )  # fmt: skip
     _queue_topk_locate_kernel[(len(workspace.dirty),)](
