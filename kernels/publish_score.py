@@ -3,15 +3,15 @@
     tokens[i] = token_map(score[i])
     key[slot[i]] = tokens[i]   where slot[i] >= 0 and generation[i] is the slot's
 
-The isotonic map is M knots with linear interpolation between them and constant beyond (`TokenMap`). A score that
-is not finite gives NaN: no key, so the request is ordered by the median. The map stays monotone in fp32: a value
-between two knots is held below the upper one, so rounding changes no order, it can only make ties.
+The isotonic map is M knots with linear interpolation between them and constant beyond (`TokenMap`). A score
+that is not finite gives NaN: no key, so the request is ordered by the median. The map stays monotone in fp32:
+a value between two knots is held below the upper one, so rounding changes no order, it can only make ties.
 
-`_publish` is what one program does with one score in hand: the last lines of `pool_score` and of this file's own
-kernel, which takes scores that another kernel left in memory.
+`_publish` is what one program does with one score in hand: the last lines of `pool_score` and of this file's
+own kernel, which takes scores that another kernel left in memory.
 
-Bytes moved for B scores: 28 B read, 4 B written and 64 B into the table, 8 M for knots; one launch, or none in
-`pool_score`.
+Bytes moved for B scores: 28 B read, 4 B written and 64 B into the table, 8 M for knots; one launch, or none
+in `pool_score`.
 
 Source: isotonic calibration, Barlow et al. 1972; `pars_fast/calibration.py`.
 """
@@ -129,8 +129,8 @@ def _publish_score_kernel(
 ):
     prompt = tl.program_id(0)
     _publish(
-        prompt, tl.load(score_ptr + prompt), slot_ptr, generation_ptr, stride_slot, stride_generation, key_ptr,
-        slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr, tokens_ptr, M, TILE, BLOCK_M,
+        prompt, tl.load(score_ptr + prompt), slot_ptr, generation_ptr, stride_slot, stride_generation,
+        key_ptr, slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr, tokens_ptr, M, TILE, BLOCK_M,
     )  # fmt: skip
 
 

@@ -16,36 +16,38 @@ and be left out. Whoever fills the table knows ranks and seqs on the host and ha
 
 Three steps. (1) Each program packs a tile of slots and keeps its K largest: bitonic sort of blocks of K, then
 pairwise maxima of two blocks, which halve them, until one list is left. It finds the slots of that list by
-binary search and stores them beside it; carrying them through the network would double its work.
-(2) Programs merge `fan` lists each in the same way, until one is left. (3) Each tile looks up those of its list
-that are in the merged one, and writes their slots at their places there.
+binary search and stores them beside it; carrying them through the network would double its work. (2) Programs
+merge `fan` lists each in the same way, until one is left. (3) Each tile looks up those of its list that are
+in the merged one, and writes their slots at their places there.
 
 Incremental: the workspace keeps every list. A tile's list is built anew only if a writer marked the tile
 (`workspace.dirty`, by `slot_update` and `publish_score`), if `seq_base` has moved, or if the median has moved
-and the tile holds a request without a key; a program of step 2 runs only if a list below it was built anew. All
-this is decided on the device, so that one captured graph serves both forms, and the result is that of the full
-form, always: lists are functions of their tile's slots, the median and seq_base, and nothing else.
+and the tile holds a request without a key; a program of step 2 runs only if a list below it was built anew.
+All this is decided on the device, so that one captured graph serves both forms, and the result is that of the
+full form, always: lists are functions of their tile's slots, the median and seq_base, and nothing else.
 
 Bytes moved for N slots in N / 1024 tiles, `changed` of them built anew (all in the full form):
 
-    step 1: 21 a slot of a changed tile that is taken (24 with int32 flags), 1 that is free; 24 a tile to see if
+    step 1: 21 a slot of a changed tile that is taken (24 with int32 flags), 1 that is free; 24 a tile to see
+        if
             it has changed; 12 K a list
     step 2: 8 K a list under a program that runs: at most 8 K * (N / 1024) * fan / (fan - 1)
     step 3: 8 * 32 a tile and 4 more a hit, since lists are in order and reading stops at the first miss
             (12 K a tile at the worst)
 
 that is 28 MB in the full form at N = 2^20, K = 256, some 7 us of HBM on an H200, 0.6 MB with 8 changed tiles.
-Launches: 2 + the levels of step 2. With K = 256 (fan 16): 3 at 2^14 slots, 4 at 2^18, 5 at 2^20 and 2^22; with
-K = 1024 (fan 4): 4, 6, 7, 8. The incremental form makes as many; its programs end at once where nothing changed.
+Launches: 2 + the levels of step 2. With K = 256 (fan 16): 3 at 2^14 slots, 4 at 2^18, 5 at 2^20 and 2^22;
+with K = 1024 (fan 4): 4, 6, 7, 8. The incremental form makes as many; its programs end at once where nothing
+changed.
 
 Not measured: radix select. Four passes over 16 digits of the packed 64 bits, or two that stop when the digit
-bucket of the k-th is small: each reads the packed 8 N bytes (or 21 N, packing again) and adds to a histogram with
-atomics, so 16 N to 40 N bytes more than the 21 N here, in as many launches or with a grid barrier, then a
-compaction with atomics (whose order must be undone) and a sort of the k survivors. Here step 1 reads N once, and
-its cost is the network in shared memory, 42 exchanges of 8 bytes a slot at K = 256, 16 bytes each: 670 N bytes of
-shared memory traffic, about 20 us at N = 2^20 on 132 SMs of 128 bytes a clock. So radix select may win the full
-form at large N and small k by at most that, and cannot keep what the incremental form needs. Nor measured: all
-levels in one launch, the last program of a group going on to the next level.
+bucket of the k-th is small: each reads the packed 8 N bytes (or 21 N, packing again) and adds to a histogram
+with atomics, so 16 N to 40 N bytes more than the 21 N here, in as many launches or with a grid barrier, then
+a compaction with atomics (whose order must be undone) and a sort of the k survivors. Here step 1 reads N
+once, and its cost is the network in shared memory, 42 exchanges of 8 bytes a slot at K = 256, 16 bytes each:
+670 N bytes of shared memory traffic, about 20 us at N = 2^20 on 132 SMs of 128 bytes a clock. So radix select
+may win the full form at large N and small k by at most that, and cannot keep what the incremental form needs.
+Nor measured: all levels in one launch, the last program of a group going on to the next level.
 
 Source: bitonic top-k: Shanbhag, Pirk, Madden 2018, "Efficient Top-K Query Processing on Massively Parallel
 Hardware".
@@ -367,7 +369,8 @@ def queue_topk(
         workspace: this table's, for the incremental form; None takes a new one, for the full form.
     Returns: (k,) int32 slot ids, then -1 where fewer than k are occupied; in the workspace's memory, so the
         next call overwrites them.
-    Raises: ValueError: if a shape, dtype, layout, device or k is not as above, or the workspace is for another
+    Raises: ValueError: if a shape, dtype, layout, device or k is not as above, or the workspace is for
+        another
         table or a smaller k. Values of ranks and seqs are not looked at (see the module docstring).
     """
     if not 1 <= k <= MAX_K:

@@ -7,15 +7,16 @@ A command is the whole state of one slot, a row of 4 int64: slot, generation, gr
     generation = g   the same request: its rank, lane or occupation has changed, its key stays
     generation > g   a new owner: all of it is written, and its key is NaN, unscored
 
-so commands for different slots are independent, and one launch applies them all, in any order, as long as a slot
-appears once. The host sees to that: of several changes of a slot only the last state counts. A score in flight
-carries the generation it was started for, and `publish_score` drops it if the slot has another by then.
+so commands for different slots are independent, and one launch applies them all, in any order, as long as a
+slot appears once. The host sees to that: of several changes of a slot only the last state counts. A score in
+flight carries the generation it was started for, and `publish_score` drops it if the slot has another by
+then.
 
 A header of 4 int64 comes in the same transfer: number of commands, seq_base, the bits of the fp32 median key,
 and a spare word. The number lies on the device so that a captured graph of fixed capacity serves any number.
 
-Bytes moved for C commands: 32 C + 32 read, then a sector of 32 bytes for each of 8 columns a command, since slots
-lie anywhere: 288 C in all; a few us of latency, not of bandwidth. One launch.
+Bytes moved for C commands: 32 C + 32 read, then a sector of 32 bytes for each of 8 columns a command, since
+slots lie anywhere: 288 C in all; a few us of latency, not of bandwidth. One launch.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # A kernel's arguments have Triton's types, not Python's; the comments beside them say which.
@@ -90,7 +91,8 @@ def slot_update(
 
     Args:
         header: (4,) int64: number of commands (at most C), seq_base, bits of the median key as int32, spare.
-        commands: (C, 4) int64: slot in [0, N) and given once, generation, 2 * priority_rank + lane or FREE, seq;
+        commands: (C, 4) int64: slot in [0, N) and given once, generation, 2 * priority_rank + lane or FREE,
+        seq;
             rows past the number in the header are not read.
         priority_rank, lane, key, seq, occupied, median_key, seq_base: as in `queue_topk`; occupied is bool.
         generation: (N,) int64; 0 before a slot's first owner.

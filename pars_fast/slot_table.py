@@ -1,13 +1,13 @@
 """The waiting queue on the device: one slot a request, ordered by `queue_topk`, no tensor read by the host.
 
 Structure of arrays, preallocated, addresses fixed for life (captured graphs hold them); nothing is allocated
-after construction. A slot carries a generation, raised each time it is taken, so that a score which comes back
-after its request has left and the slot has a new owner is recognised and dropped, on the device, without a
-synchronisation.
+after construction. A slot carries a generation, raised each time it is taken, so that a score which comes
+back after its request has left and the slot has a new owner is recognised and dropped, on the device, without
+a synchronisation.
 
 Two sides, which may live in two threads as long as the device side sees events in the order they happened:
-the owner of the queue calls `acquire` and `release` (host only, no tensor); whoever owns the stream calls
-the rest. Changes are kept on the host, the last state of each slot, until `upload` or `order` sends them in one
+the owner of the queue calls `acquire` and `release` (host only, no tensor); whoever owns the stream calls the
+rest. Changes are kept on the host, the last state of each slot, until `upload` or `order` sends them in one
 transfer and writes them in one launch.
 """
 
@@ -199,8 +199,8 @@ class SlotTable:
     def upload(self, scoring: Sequence[tuple[int, int]] = ()) -> None:
         """Bring all changes to the device, and tell it where the next scores go.
 
-        One transfer and one launch, or more for more than MAX_COMMANDS slots. Waits only if the transfer before
-        the last has not ended.
+        One transfer and one launch, or more for more than MAX_COMMANDS slots. Waits only if the transfer
+        before the last has not ended.
 
         Args:
             scoring: slot and generation of each request that is going to be scored, in the batch's order, as
@@ -237,7 +237,8 @@ class SlotTable:
         """Keys of scored requests; those whose slot has changed hands since are dropped on the device.
 
         Args: scores: (B,) float32 on the device, in the order of the last `upload`'s requests.
-        Returns: (B,) float32 expected tokens on the device, NaN for a score that is not finite; overwritten by
+        Returns: (B,) float32 expected tokens on the device, NaN for a score that is not finite; overwritten
+            by
             the next call.
         Raises: ValueError: if shape, dtype or device are not as above.
         """
@@ -247,7 +248,8 @@ class SlotTable:
         """The k requests that run first, all changes counted.
 
         Returns: (k,) int32 slot ids on the device, -1 where there are fewer requests, overwritten by the next
-            call; or None when live ranks or seqs are past what the packed key holds: then the host index orders.
+            call; or None when live ranks or seqs are past what the packed key holds: then the host index
+            orders.
         Raises: ValueError: if k is not 1 to `max_order`.
         """
         seq_base = self._fitting_seq_base()
