@@ -28,26 +28,35 @@ full form, always: lists are functions of their tile's slots, the median and seq
 
 Bytes moved for N slots in N / 1024 tiles, `changed` of them built anew (all in the full form):
 
-    step 1: 21 a slot of a changed tile that is taken (24 with int32 flags), 1 that is free; 24 a tile to see
-        if
-            it has changed; 12 K a list
-    step 2: 8 K a list under a program that runs: at most 8 K * (N / 1024) * fan / (fan - 1)
-    step 3: 8 * 32 a tile and 4 more a hit, since lists are in order and reading stops at the first miss
-            (12 K a tile at the worst)
+    step 1: 21 a slot of a changed tile (24 with int32 flags; 1 if it is free), 12 K a list, 24 a tile to see
+            whether it has changed
+    step 2: 8 K a list under a program that runs, and 8 K a program
+    step 3: 8 * 32 a tile and 4 more a hit: lists are in order, and reading stops at the first miss
 
-that is 28 MB in the full form at N = 2^20, K = 256, some 7 us of HBM on an H200, 0.6 MB with 8 changed tiles.
-Launches: 2 + the levels of step 2. With K = 256 (fan 16): 3 at 2^14 slots, 4 at 2^18, 5 at 2^20 and 2^22;
-with K = 1024 (fan 4): 4, 6, 7, 8. The incremental form makes as many; its programs end at once where nothing
-changed.
+`TopkWorkspace.bytes_moved` counts them. Launches: 2 and the levels of step 2; the incremental form makes as
+many, and its programs end at once where nothing has changed.
 
-Not measured: radix select. Four passes over 16 digits of the packed 64 bits, or two that stop when the digit
-bucket of the k-th is small: each reads the packed 8 N bytes (or 21 N, packing again) and adds to a histogram
-with atomics, so 16 N to 40 N bytes more than the 21 N here, in as many launches or with a grid barrier, then
-a compaction with atomics (whose order must be undone) and a sort of the k survivors. Here step 1 reads N
-once, and its cost is the network in shared memory, 42 exchanges of 8 bytes a slot at K = 256, 16 bytes each:
-670 N bytes of shared memory traffic, about 20 us at N = 2^20 on 132 SMs of 128 bytes a clock. So radix select
-may win the full form at large N and small k by at most that, and cannot keep what the incremental form needs.
-Nor measured: all levels in one launch, the last program of a group going on to the next level.
+    slots    K     launches  full      16 tiles changed
+    2^14     256   3          0.4 MB   0.4 MB: all
+    2^18     256   4          6.9 MB    1.0 MB
+    2^20     256   4         27.7 MB    1.8 MB
+    2^22     256   5          111 MB    2.9 MB
+    2^18     1024  5         11.4 MB    2.1 MB
+    2^20     1024  6         45.7 MB    3.4 MB
+    2^22     1024  6          183 MB    4.7 MB
+
+27.7 MB take 7 us of an H200's HBM. The cost of step 1 is the network in shared memory: 42 exchanges of 16
+bytes a slot at K = 256, so 0.7 GB at 2^20 slots, some 25 us on 132 SMs at 128 bytes a clock.
+
+Not measured: whether radix select is faster. It needs no network: passes over 8 or more digits of the packed
+key, each reading 8 N bytes (or 21 N, packing again) and counting digits by atomics, end at the k-th key; then
+come a compaction by atomics, whose order is not fixed, and a sort of the k. A first pass of 11 digits and a
+second over the survivors read about 29 N + 8 N + 8 N bytes, 47 MB at 2^20, 12 us of HBM in 4 to 6 launches:
+up to 2 times faster in the full form for large N and k up to 1024, where step 1 here does not use that k is
+small. But keys of one priority and lane share their first 9 bits and most of their exponent, so the first
+digits split little and an adversary's ties make each pass read all. And it keeps nothing: the incremental
+form, which is what a step of the scheduler meets, reads 21 KB a changed tile here and all N there. Nor
+measured: all levels in one launch, the last program of a group going on to the next level.
 
 Source: bitonic top-k: Shanbhag, Pirk, Madden 2018, "Efficient Top-K Query Processing on Massively Parallel
 Hardware".
@@ -297,9 +306,10 @@ class TopkWorkspace:
         config = launch_config(k, num_slots)
         self.num_slots, self.K, self.tile_size = num_slots, config["K"], config["TILE"]
         tiles = triton.cdiv(num_slots, self.tile_size)
-        sizes = [tiles]
+        sizes, self.fans = [tiles], list[int]()
         while sizes[-1] > 1:
-            sizes.append(triton.cdiv(sizes[-1], merge_fan(self.K, sizes[-1])))
+            self.fans.append(merge_fan(self.K, sizes[-1]))
+            sizes.append(triton.cdiv(sizes[-1], self.fans[-1]))
         self.dirty = torch.ones(tiles, dtype=torch.int32, device=device)
         self.keyed_with = torch.zeros((tiles, 2), dtype=torch.int64, device=device)
         self.list_slot = torch.empty((tiles, self.K), dtype=torch.int32, device=device)
@@ -318,9 +328,8 @@ class TopkWorkspace:
         taken; `hits_per_tile` as the fullest tile has them."""
         tiles = len(self.dirty)
         moved = changed_tiles * (21 * self.tile_size + 12 * self.K) + 24 * tiles
-        for lists, merged in zip(self.lists, self.lists[1:], strict=False):
+        for lists, merged, fan in zip(self.lists, self.lists[1:], self.fans, strict=False):
             changed_tiles = min(changed_tiles, len(merged))  # programs that run
-            fan = merge_fan(self.K, len(lists))
             moved += 8 * self.K * (min(changed_tiles * fan, len(lists)) + changed_tiles)
         read = min(self.K, 32 * (1 + hits_per_tile // 32))
         return moved + tiles * 8 * read + 8 * self.K
@@ -402,11 +411,9 @@ def queue_topk(
         rebuilt[0], lists[0], workspace.list_slot, slot, num_slots, k,
         K=K, HALVINGS=log2(tile_size // K), TILE=tile_size, num_warps=TILE_WARPS,
     )  # fmt: skip
-    for level in range(1, len(lists)):
-        num_lists = len(lists[level - 1])
-        fan = merge_fan(K, num_lists)
-        _queue_topk_merge_kernel[(len(lists[level]),)](
-            lists[level - 1], rebuilt[level - 1], lists[level], rebuilt[level], num_lists,
+    for level, fan in enumerate(workspace.fans):
+        _queue_topk_merge_kernel[(len(lists[level + 1]),)](
+            lists[level], rebuilt[level], lists[level + 1], rebuilt[level + 1], len(lists[level]),
             K=K, HALVINGS=log2(fan), num_warps=MERGE_WARPS,
         )  # fmt: skip
     _queue_topk_locate_kernel[(len(workspace.dirty),)](

@@ -1,5 +1,6 @@
 """Slot upkeep against commands applied one at a time; equal, not close."""
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 from pars_fast.kernels.slot_update import BLOCK, FREE, slot_update, slot_update_reference
 
 TILE = 16
-COLUMNS = ("priority_rank", "lane", "key", "seq", "occupied", "generation", "median_key", "seq_base", "dirty")
 
 
 def table_of(num_slots: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -49,17 +49,15 @@ def assert_as_reference(header: Tensor, commands: Tensor, table: dict[str, Tenso
         torch.testing.assert_close(column.cpu(), expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_commands(data: st.DataObject, device: torch.device) -> None:
     num_slots = data.draw(st.integers(1, 60))
     slots = data.draw(st.lists(st.integers(0, num_slots - 1), unique=True))
-    commands = [
-        [slot, data.draw(st.integers(0, 5)), data.draw(st.integers(FREE, 600)), data.draw(st.integers(0, 2**60))]
-        for slot in slots
-    ]
+    fields = st.tuples(st.integers(0, 5), st.integers(FREE, 600), st.integers(0, 2**60))
+    commands = [(slot, *data.draw(fields)) for slot in slots]
     table = table_of(num_slots, device, seed=data.draw(st.integers(0, 9)))
-    rows = torch.tensor([*commands, [-1, 9, 9, 9]], device=device)  # the row past the count names no slot
+    rows = torch.tensor([*commands, (-1, 9, 9, 9)], device=device)  # the row past the count names no slot
     median_key = data.draw(st.floats(width=32))
     header = header_of(len(slots), device, seq_base=data.draw(st.integers(0, 2**60)), median_key=median_key)
     assert_as_reference(header, rows, table)
@@ -91,23 +89,23 @@ def test_only_a_command_of_the_owner_or_the_next_one_counts(device: torch.device
     assert one_slot(device, [1, 5, FREE, 0]) == {"occupied": False}
     assert one_slot(device, [1, 5, 2 * 3 + 0, 40]) == {"lane": 0}  # preempted: the key stays
     changed = one_slot(device, [1, 6, 2 * 8 + 1, 41])
-    assert changed.pop("key") != changed.pop("key", 0.0)  # NaN: unscored
+    assert math.isnan(changed.pop("key"))  # unscored
     assert changed == {"priority_rank": 8, "seq": 41, "generation": 6}
 
 
 def test_an_owner_that_came_and_went_unseen_leaves_no_key_to_its_slot(device: torch.device) -> None:
     changed = one_slot(device, [1, 6, FREE, 0])
-    assert changed.pop("key") != 0.5
+    assert math.isnan(changed.pop("key"))
     assert changed == {"occupied": False, "generation": 6}
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "header": ({"header": torch.zeros(3).long()}, r"header must be contiguous \(4,\) torch.int64, got \(3,\)"),
+    "header": ({"header": torch.zeros(3).long()}, r"header must be contiguous \(4,\) .*int64, got \(3,\)"),
     "header dtype": ({"header": torch.zeros(4).int()}, "header must be .*got .*torch.int32"),
-    "commands": ({"commands": torch.zeros(3, 5).long()}, r"commands must be contiguous \(C, 4\) .*got \(3, 5\)"),
+    "commands": ({"commands": torch.zeros(3, 5).long()}, r"commands must be .*\(C, 4\) .*got \(3, 5\)"),
     "strided": ({"commands": torch.zeros(4, 6).long().T[:, :4]}, "commands must be contiguous"),
-    "device": ({"commands": torch.zeros(3, 4, device="meta").long()}, "commands must lie on cpu like key, got"),
-    "rank": ({"priority_rank": torch.zeros(20)}, r"priority_rank must be contiguous \(20,\) torch.int32, got"),
+    "device": ({"commands": torch.zeros(3, 4, device="meta").long()}, "commands must lie on cpu like key"),
+    "rank": ({"priority_rank": torch.zeros(20)}, r"priority_rank must be contiguous \(20,\) .*int32, got"),
     "lane": ({"lane": torch.zeros(19).int()}, r"lane must be contiguous \(20,\) .*got \(19,\)"),
     "key": ({"key": torch.zeros(20).half()}, "key must be .*torch.float32, got .*torch.float16"),
     "seq": ({"seq": torch.zeros(20).int()}, "seq must be .*torch.int64, got .*torch.int32"),
@@ -124,7 +122,10 @@ def test_errors_name_what_is_wrong(case: str) -> None:
     change, message = ERRORS[case]
     cpu = torch.device("cpu")
     arguments: dict[str, Any] = {
-        "header": header_of(0, cpu), "commands": torch.zeros(3, 4).long(), "tile_size": TILE, **table_of(20, cpu)
-    }  # fmt: skip
+        "header": header_of(0, cpu),
+        "commands": torch.zeros(3, 4).long(),
+        "tile_size": TILE,
+        **table_of(20, cpu),
+    }
     with pytest.raises(ValueError, match=message):
         slot_update(**(arguments | change))
