@@ -29,7 +29,7 @@ class Case:
     shape: str
     kernel: Any
     signature: dict[str, str]
-    constexprs: dict[str, int | bool]
+    constexprs: dict[str, int | bool | None]
     num_warps: int
 
 
@@ -50,6 +50,7 @@ class Row:
 def cases() -> Iterator[Case]:
     """Every kernel of the project, at the shapes it runs in."""
     from pars_fast.kernels import pool_score
+    from pars_fast.kernels.publish_score import publish_arguments
 
     for pooling in ("cls", "mean"):
         for hidden_size in (384, 768):
@@ -60,7 +61,7 @@ def cases() -> Iterator[Case]:
                 {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
                  "score_ptr": "*fp32", "stride_t": "i32"},
                 {"H": hidden_size, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"],
-                 "BLOCK_H": config["BLOCK_H"]},
+                 "BLOCK_H": config["BLOCK_H"], "PUBLISH": False, **publish_arguments(None)},
                 config["num_warps"],
             )  # fmt: skip
     yield from queue_cases()
@@ -68,7 +69,7 @@ def cases() -> Iterator[Case]:
 
 def queue_cases() -> Iterator[Case]:
     """The slot table's kernels, and the order of 2^18 slots."""
-    from pars_fast.kernels import publish_score, slot_update
+    from pars_fast.kernels import pool_score, publish_score, slot_update
     from pars_fast.kernels import queue_topk as topk
 
     yield Case(
@@ -80,15 +81,26 @@ def queue_cases() -> Iterator[Case]:
         {"TILE": topk.MAX_TILE, "BLOCK": slot_update.BLOCK},
         slot_update.BLOCK // 32,
     )  # fmt: skip
+    destination = {
+        "slot_ptr": "*i64", "generation_ptr": "*i64", "stride_slot": "i32", "stride_generation": "i32",
+        "key_ptr": "*fp32", "slot_generation_ptr": "*i64", "dirty_ptr": "*i32", "map_scores_ptr": "*fp32",
+        "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32", "M": "i32",
+    }  # fmt: skip
+    knots = {"TILE": topk.MAX_TILE, "BLOCK_M": 64}
     yield Case(
-        "knots=64",
-        publish_score._publish_score_kernel,
-        {"score_ptr": "*fp32", "slot_ptr": "*i64", "generation_ptr": "*i64", "stride_slot": "i32",
-         "stride_generation": "i32", "key_ptr": "*fp32", "slot_generation_ptr": "*i64", "dirty_ptr": "*i32",
-         "map_scores_ptr": "*fp32", "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32", "M": "i32"},
-        {"TILE": topk.MAX_TILE, "BLOCK_M": 64},
-        1,
-    )  # fmt: skip
+        "knots=64", publish_score._publish_score_kernel, {"score_ptr": "*fp32", **destination}, dict(knots), 1
+    )
+    for pooling in ("cls", "mean"):
+        config = pool_score.launch_config(384, pooling)
+        yield Case(
+            f"{pooling} H=384 bf16 knots=64",
+            pool_score._pool_score_kernel,
+            {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
+             "score_ptr": "*fp32", "stride_t": "i32", **destination},
+            {"H": 384, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
+             "PUBLISH": True, **knots},
+            config["num_warps"],
+        )  # fmt: skip
     for k in (256, 1024):
         config = topk.launch_config(k, 1 << 18)
         K, tile_size, fan = config["K"], config["TILE"], topk.merge_fan(config["K"], 1 << 8)

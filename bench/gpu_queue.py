@@ -159,8 +159,8 @@ def graph_time(run: Callable[[], Any]) -> dict[str, float]:
 def pop_rows(waiting: int) -> Iterator[dict[str, Any]]:
     """POPS admissions from `HostIndex`, by its heaps and by the device's order.
 
-    The crossover is where `device_hint` falls under `host_heaps`. The third row, `device_order`, is what such an
-    order costs the ranker's thread, not the scheduling thread: changed slots, order, K_ORDER slots to the host.
+    The crossover is where `device_hint` falls under `host_heaps`. The third row, `device_order`, is what such
+    an order costs the ranker's thread, not the scheduling thread: changes, order, K_ORDER slots to the host.
     """
     for provider, hinted in (("host_heaps", False), ("device_hint", True)):
         times_us = pop_times_us(waiting, hinted=hinted)

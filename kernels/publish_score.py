@@ -19,6 +19,7 @@ Source: isotonic calibration, Barlow et al. 1972; `pars_fast/calibration.py`.
 # A kernel's arguments have Triton's types, not Python's; the comments beside them say which.
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +28,11 @@ from torch import Tensor
 
 from pars_fast.calibration import TokenMap
 from pars_fast.kernels.queue_topk import check_column
+
+PUBLISH_ARGUMENTS = (
+    "slot_ptr", "generation_ptr", "stride_slot", "stride_generation", "key_ptr", "slot_generation_ptr",
+    "dirty_ptr", "map_scores_ptr", "map_tokens_ptr", "tokens_ptr", "M",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +140,15 @@ def _publish_score_kernel(
     )  # fmt: skip
 
 
-def publish_arguments(destination: ScoreDestination) -> dict[str, Tensor | int]:
-    """What `_publish` takes besides prompt and score, by name."""
+def publish_arguments(destination: ScoreDestination | None) -> dict[str, Any]:
+    """What a kernel that publishes takes besides its scores, by name; nothing of it without a destination."""
+    if destination is None:
+        return dict.fromkeys(PUBLISH_ARGUMENTS) | {"TILE": 1, "BLOCK_M": 1}
     d = destination
-    return {
-        "slot_ptr": d.slot, "generation_ptr": d.generation, "stride_slot": d.slot.stride(0),
-        "stride_generation": d.generation.stride(0), "key_ptr": d.key,
-        "slot_generation_ptr": d.slot_generation, "dirty_ptr": d.dirty, "map_scores_ptr": d.map_scores,
-        "map_tokens_ptr": d.map_tokens, "tokens_ptr": d.tokens, "M": len(d.map_scores),
-        "TILE": d.tile_size, "BLOCK_M": triton.next_power_of_2(len(d.map_scores)),
-    }  # fmt: skip
+    values = (d.slot, d.generation, d.slot.stride(0), d.generation.stride(0), d.key, d.slot_generation,
+              d.dirty, d.map_scores, d.map_tokens, d.tokens, len(d.map_scores))  # fmt: skip
+    arguments: dict[str, Any] = dict(zip(PUBLISH_ARGUMENTS, values, strict=True))
+    return arguments | {"TILE": d.tile_size, "BLOCK_M": triton.next_power_of_2(len(d.map_scores))}
 
 
 def publish_score(score: Tensor, destination: ScoreDestination) -> Tensor:

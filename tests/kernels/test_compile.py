@@ -13,6 +13,7 @@ from bench.aot_compile import ARCHES, RESULTS
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "_pool_score_kernel", "_queue_topk_tile_kernel", "_queue_topk_merge_kernel", "_queue_topk_locate_kernel",
+    "_slot_update_kernel", "_publish_score_kernel",
 }  # fmt: skip
 MAX_SHARED_BYTES = 48 * 1024  # what every GPU gives without opting in
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pars_fast.calibration import MAX_KNOTS, TokenMap
+from pars_fast.kernels.pool_score import pool_score
 from pars_fast.kernels.publish_score import (
     ScoreDestination,
     map_knots,
@@ -125,6 +126,26 @@ def test_fewer_scores_than_destinations_leave_the_rest_alone(device: torch.devic
     assert publish_score(torch.tensor([0.0, 1.0], device=device), destination).tolist() == [5.0, 5.0]
     assert destination.key[:4].tolist() == [-1.0, 5.0, 5.0, -1.0]
     assert bool(destination.tokens[2].isnan())
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_pool_score_publishes_what_it_scores(pooling: Literal["cls", "mean"], device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 24, generator=generator).to(device)
+    weight, bias = torch.randn(24, generator=generator).to(device), torch.zeros(1, device=device)
+    cu_seqlens = torch.tensor([0, 3, 4, 4, 12], dtype=torch.int32, device=device)  # one has no token: NaN
+    token_map = TokenMap((-10.0, 0.0, 10.0), (1.0, 50.0, 400.0))
+    slots, generations = [3, 39, 0, 17], [3, 39, 0, 16]  # the last has lost its slot
+    alone, fused = (destination_of(slots, generations, token_map, device) for _ in range(2))
+    score = pool_score(hidden, weight, bias, cu_seqlens, pooling=pooling)
+    publish_score(score, alone)
+    same = pool_score(hidden, weight, bias, cu_seqlens, pooling=pooling, destination=fused)
+    for one, other in ((same, score), (fused.key, alone.key), (fused.tokens, alone.tokens)):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert fused.dirty.tolist() == alone.dirty.tolist() == [1, 0, 1]
+    small = destination_of([0], [0], token_map, device)
+    with pytest.raises(ValueError, match="the destination takes 1 prompts, got 4"):
+        pool_score(hidden, weight, bias, cu_seqlens, pooling=pooling, destination=small)
 
 
 DESTINATION_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
