@@ -78,7 +78,7 @@ MAX_TILE = 1024
 MERGE_ELEMENTS = 8192  # that a program of step 2 reads; it exchanges half of them, in 32 KB of shared memory
 MAX_FAN = 32
 LOCATE_BLOCK = 32  # of a list, read at a time; the mean tile has fewer hits once tiles are many
-TILE_WARPS, MERGE_WARPS = 4, 8
+TILE_WARPS, MERGE_WARPS = 8, 8
 
 # What the kernels see of the above. FREE is the complement of the largest int64, which is never packed: the
 # largest finite float maps well below 2**32 - 1.
@@ -189,6 +189,7 @@ def _queue_topk_tile_kernel(
         seq_offset = tl.load(seq_ptr + offs, mask=occupied, other=0) - seq_base
         unscored = occupied & ~_is_finite(key_bits)
         key_bits = tl.where(unscored, median_bits, key_bits)
+        median_used = tl.max(unscored.to(tl.int32), axis=0) != 0
         urgency = tl.where(occupied, _urgency(rank, lane, key_bits, seq_offset), _FREE)
 
         best = urgency
@@ -204,15 +205,14 @@ def _queue_topk_tile_kernel(
             probe = tl.gather(best, before + (half - 1), axis=0)
             before = tl.where(probe > urgency, before + half, before)
             half //= 2
-        inside = occupied & (urgency >= tl.min(best, axis=0))
+        inside = (urgency != _FREE) & (urgency >= tl.min(best, axis=0))
         offs_k = tl.arange(0, K)
         tl.store(list_ptr + tile * K + offs_k, best)
         # First nobody everywhere: where fields past their limits make a tie, a place stays empty.
         tl.store(list_slot_ptr + tile * K + offs_k, tl.full([K], -1, tl.int32))
         tl.debug_barrier()
-        tl.store(list_slot_ptr + tile * K + before, offs, mask=inside)
+        tl.store(list_slot_ptr + tile * K + before, tile * TILE + place, mask=inside)
         # All threads are past their reading of these: the barriers of the network lie between.
-        median_used = tl.max(unscored.to(tl.int32), axis=0) != 0
         tl.store(keyed_with_ptr + 2 * tile, seq_base)
         tl.store(keyed_with_ptr + 2 * tile + 1, tl.where(median_used, median_bits.to(tl.int64), _NO_MEDIAN))
         tl.store(dirty_ptr + tile, 0)
