@@ -80,7 +80,7 @@ def test_matches_stable_sorts_on_large_tables(num_slots: int, k: int) -> None:
     assert_same_order(random_queue(num_slots, torch.device("cuda")), k)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_small_queue(data: st.DataObject, device: torch.device) -> None:
     num_slots = data.draw(st.integers(1, 50))
@@ -137,10 +137,20 @@ def many_queues(count: int, generator: torch.Generator) -> tuple[dict[str, Tenso
 
 @pytest.mark.parametrize(
     ("max_tile", "at_once", "launches"),
-    [(MAX_K, 220, 46), (64, 40, 12)],  # 10 120 queues in one tile; 480 in two to four tiles, a third ordered
-    ids=["one_tile", "merged"],
+    [
+        (MAX_K, 220, 3),
+        (64, 40, 3),  # two to four tiles, a third of the queues ordered
+        pytest.param(
+            *(MAX_K, 220, 46),
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="a minute in the interpreter"),
+            ],
+        ),
+    ],
+    ids=["660_queues", "120_queues_merged", "10120_queues"],
 )
-def test_ten_thousand_queues_with_ties_match_stable_sorts(
+def test_random_queues_with_ties_match_stable_sorts(
     max_tile: int, at_once: int, launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launch orders many at once: their ranks keep them apart."""
@@ -211,7 +221,7 @@ class IncrementalOrder(RuleBasedStateMachine):
         at = torch.tensor(slots, device=self.device)
         knots = torch.tensor([0.0, 1.0], device=self.device)
         destination = ScoreDestination(
-            slot=at, generation=self.generation[at] - late, key=self.table["key"],
+            slot=at, generation=self.generation[at] - int(late), key=self.table["key"],
             slot_generation=self.generation, dirty=self.workspace.dirty,
             tile_size=self.workspace.tile_size, map_scores=knots, map_tokens=knots,
             tokens=torch.zeros(len(slots), device=self.device),
@@ -224,12 +234,15 @@ class IncrementalOrder(RuleBasedStateMachine):
         assert bool((offsets < MAX_SEQ_SPAN).all())
         kept = queue_topk(**self.table, k=self.k, workspace=self.workspace).tolist()
         assert kept == queue_topk_reference(**self.table, k=self.k).tolist()
-        assert kept == queue_topk(**self.table, k=self.k).tolist()
         assert not self.workspace.dirty.any()
+
+    def teardown(self) -> None:
+        kept = queue_topk(**self.table, k=self.k, workspace=self.workspace)
+        assert kept.tolist() == queue_topk(**self.table, k=self.k).tolist()
 
 
 TestIncrementalOrder = IncrementalOrder.TestCase
-TestIncrementalOrder.settings = settings(max_examples=8, stateful_step_count=10, deadline=None)
+TestIncrementalOrder.settings = settings(max_examples=5, stateful_step_count=10, deadline=None)
 
 
 def test_only_what_changed_is_built_anew(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
