@@ -33,7 +33,7 @@ class Case:
     shape: str
     kernel: Any
     signature: dict[str, str]
-    constexprs: dict[str, int | bool]
+    constexprs: dict[str, int | bool | None]
     num_warps: int
     num_stages: int = NUM_STAGES
 
@@ -55,13 +55,14 @@ class Row:
 def cases() -> Iterator[Case]:
     """Every kernel of the project, at the shapes it runs in."""
     yield from pool_score_cases()
-    yield from queue_topk_cases()
+    yield from queue_cases()
     yield from encoder_cases()
     yield from small_batch_cases()
 
 
 def pool_score_cases() -> Iterator[Case]:
     from pars_fast.kernels import pool_score
+    from pars_fast.kernels.publish_score import publish_arguments
 
     for pooling in ("cls", "mean"):
         for hidden_size in (384, 768):
@@ -72,37 +73,73 @@ def pool_score_cases() -> Iterator[Case]:
                 {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
                  "score_ptr": "*fp32", "stride_t": "i32"},
                 {"H": hidden_size, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"],
-                 "BLOCK_H": config["BLOCK_H"]},
+                 "BLOCK_H": config["BLOCK_H"], "PUBLISH": False, **publish_arguments(None)},
                 config["num_warps"],
             )  # fmt: skip
 
 
-def queue_topk_cases() -> Iterator[Case]:
-    from pars_fast.kernels import queue_topk
+def queue_cases() -> Iterator[Case]:
+    """The slot table's kernels, and the order of 2^18 slots."""
+    from pars_fast.kernels import pool_score, publish_score, slot_update
+    from pars_fast.kernels import queue_topk as topk
 
+    yield Case(
+        "tile=1024",
+        slot_update._slot_update_kernel,
+        {"header_ptr": "*i64", "command_ptr": "*i64", "priority_rank_ptr": "*i32", "lane_ptr": "*i32",
+         "key_ptr": "*fp32", "seq_ptr": "*i64", "occupied_ptr": "*i1", "generation_ptr": "*i64",
+         "median_key_ptr": "*fp32", "seq_base_ptr": "*i64", "dirty_ptr": "*i32"},
+        {"TILE": topk.MAX_TILE, "BLOCK": slot_update.BLOCK},
+        slot_update.BLOCK // 32,
+    )  # fmt: skip
+    destination = {
+        "slot_ptr": "*i64", "generation_ptr": "*i64", "stride_slot": "i32", "stride_generation": "i32",
+        "key_ptr": "*fp32", "slot_generation_ptr": "*i64", "dirty_ptr": "*i32", "map_scores_ptr": "*fp32",
+        "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32", "M": "i32",
+    }  # fmt: skip
+    knots = {"TILE": topk.MAX_TILE, "BLOCK_M": 64}
+    yield Case(
+        "knots=64", publish_score._publish_score_kernel, {"score_ptr": "*fp32", **destination}, dict(knots), 1
+    )
+    for pooling in ("cls", "mean"):
+        config = pool_score.launch_config(384, pooling)
+        yield Case(
+            f"{pooling} H=384 bf16 knots=64",
+            pool_score._pool_score_kernel,
+            {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
+             "score_ptr": "*fp32", "stride_t": "i32", **destination},
+            {"H": 384, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
+             "PUBLISH": True, **knots},
+            config["num_warps"],
+        )  # fmt: skip
     for k in (256, 1024):
-        config = queue_topk.launch_config(k, 1 << 18)
-        tile = {"K": config["K"], "TILE": config["TILE"]}
-        for kernel, signature, constexprs in (
-            (
-                queue_topk._queue_topk_tile_kernel,
-                {"priority_rank_ptr": "*i32", "lane_ptr": "*i32", "key_ptr": "*fp32", "seq_ptr": "*i64",
-                 "occupied_ptr": "*i1", "median_key_ptr": "*fp32", "seq_base_ptr": "*i64",
-                 "urgency_ptr": "*i64", "list_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
-                tile,
-            ),
-            (
-                queue_topk._queue_topk_merge_kernel,
-                {"list_ptr": "*i64", "merged_ptr": "*i64", "num_lists": "i32", "fan": "i32"},
-                {"K": config["K"]},
-            ),
-            (
-                queue_topk._queue_topk_locate_kernel,
-                {"urgency_ptr": "*i64", "top_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
-                tile,
-            ),
-        ):  # fmt: skip
-            yield Case(f"k={k}", kernel, signature, dict(constexprs), config["num_warps"])
+        config = topk.launch_config(k, 1 << 18)
+        K, tile_size, fan = config["K"], config["TILE"], topk.merge_fan(config["K"], 1 << 8)
+        lists = {"list_ptr": "*i64", "list_slot_ptr": "*i32", "slot_ptr": "*i32", "k": "i32"}
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_tile_kernel,
+            {"priority_rank_ptr": "*i32", "lane_ptr": "*i32", "key_ptr": "*fp32", "seq_ptr": "*i64",
+             "occupied_ptr": "*i1", "median_key_ptr": "*fp32", "seq_base_ptr": "*i64", "dirty_ptr": "*i32",
+             "keyed_with_ptr": "*i64", "rebuilt_ptr": "*i32", "N": "i32", **lists},
+            {"K": K, "HALVINGS": topk.log2(tile_size // K), "TILE": tile_size},
+            topk.TILE_WARPS,
+        )  # fmt: skip
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_merge_kernel,
+            {"list_ptr": "*i64", "rebuilt_ptr": "*i32", "merged_ptr": "*i64", "merged_rebuilt_ptr": "*i32",
+             "num_lists": "i32"},
+            {"K": K, "HALVINGS": topk.log2(fan)},
+            topk.MERGE_WARPS,
+        )  # fmt: skip
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_locate_kernel,
+            {"top_ptr": "*i64", **lists},
+            {"K": K, "BLOCK": topk.LOCATE_BLOCK},
+            1,
+        )
 
 
 def small_batch_cases() -> Iterator[Case]:
@@ -117,7 +154,7 @@ def small_batch_cases() -> Iterator[Case]:
     for num_tokens in (16, 128, 1024):
         config = module.launch_config(num_tokens, hidden_size, inner, torch.bfloat16, NUM_SMS)
         num_warps = config.pop("num_warps")
-        constexprs: dict[str, int | bool] = {
+        constexprs: dict[str, int | bool | None] = {
             "H": hidden_size, "INNER": inner, "HEADS": heads, "CLS": False, "BLOCK_H": 512, "BLOCK_D": 32,
             "PREFETCH": True, **config,
         }  # fmt: skip

@@ -9,8 +9,6 @@ import torch
 
 from bench import gpu, gpu_providers
 from bench.gpu_cases import Case, all_cases
-from bench.gpu_queue import PROVIDERS as TOPK_PROVIDERS
-from bench.gpu_queue import Columns
 from bench.timers import Call
 from pars_fast.bench_results import NOT_MEASURED, ROOT, read_csv
 from pars_fast.cli import main
@@ -34,7 +32,9 @@ def test_every_case_is_listed(cases: list[Case]) -> None:
             "peak_copy": 1,
             "peak_matmul": 1,
             "score": 40,
-            "queue_topk": 30,
+            "queue_topk": 32,
+            "queue_pop_16": 8,
+            "device_order": 4,
             "decode_step": 5,
             "arrival_to_order": 1,
         }
@@ -159,10 +159,3 @@ def test_the_unpadded_baseline_scores_as_the_ranker(pooling: str, monkeypatch: p
     with torch.inference_mode():
         scores = gpu_providers.varlen_scores(weights, batch, positions, 5)
     torch.testing.assert_close(scores, ranker.score_ids(batch), atol=1e-5, rtol=1e-5)
-
-
-def test_torch_orders_by_the_keys_that_the_kernel_sees() -> None:
-    columns = Columns(torch.tensor([900.0, torch.nan, 3.0, torch.inf, 200.0]))  # the median is 148
-    columns.occupied[2] = False
-    assert set(TOPK_PROVIDERS["torch_topk"](columns, 3).tolist()) == {1, 3, 4}
-    assert TOPK_PROVIDERS["torch_sort"](columns, 4).tolist() == [1, 3, 4, 0]

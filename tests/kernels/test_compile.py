@@ -16,6 +16,7 @@ KERNELS = {
     "_residual_layer_norm_kernel",
     "_pool_score_kernel", "_queue_topk_tile_kernel", "_queue_topk_merge_kernel", "_queue_topk_locate_kernel",
     "_small_batch_score_kernel",
+    "_slot_update_kernel", "_publish_score_kernel",
 }  # fmt: skip
 # What a block may ask for: 99 KB on sm_86 and sm_89, which run code made for sm_80; 227 KB from sm_90 on.
 MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
