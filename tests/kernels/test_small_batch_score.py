@@ -124,8 +124,8 @@ SHAPES = [  # hidden size, heads, inner size, layers, lengths
 def test_matches_reference(
     shape: tuple[int, int, int, int, list[int]], dtype: torch.dtype, device: torch.device
 ) -> None:
-    *sizes, lengths = shape
-    model, weights = make_weights(*sizes, dtype=dtype, device=device)
+    hidden_size, num_heads, inner, num_layers, lengths = shape
+    model, weights = make_weights(hidden_size, num_heads, inner, num_layers, dtype, device)
     assert_as_exact_as_pytorch(model, weights, lengths, score(weights, lengths, device))
 
 
@@ -291,11 +291,11 @@ def test_the_same_bits_a_thousand_times_launched_and_replayed(_: None) -> None:
         return small_batch_score(weights, *batch, max_seqlen=128, workspace=workspace)
 
     first = launch()
-    assert all(torch.equal(launch(), first) for _ in range(1000))
+    assert all(torch.equal(launch(), first) for _repeat in range(1000))
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         replayed = launch()
-    for _ in range(1000):
+    for _repeat in range(1000):
         replayed.fill_(torch.nan)
         graph.replay()
         assert torch.equal(replayed, first)
