@@ -100,10 +100,8 @@ class GraphedScorer:
             self._batch = torch.zeros(size, dtype=torch.int32, device=device)
             self._scores = torch.empty(self._max_prompts, dtype=torch.float32, device=device)
             self._copied = torch.cuda.Event()
-            pool = torch.cuda.graph_pool_handle()
-            self._graphs = {
-                bucket: self._capture(forward, bucket, max_seqlen, pool) for bucket in self._buckets
-            }
+            self._pool = torch.cuda.graph_pool_handle()
+            self._graphs = {bucket: self._capture(forward, bucket, max_seqlen) for bucket in self._buckets}
         stream.synchronize()
         self.bytes_reserved: int = torch.cuda.memory_reserved(device) - reserved_before
         self.bytes_on_device: int = free_before - torch.cuda.mem_get_info(device)[0]
@@ -112,14 +110,12 @@ class GraphedScorer:
         ids = buffer[self._first_id : self._first_id + bucket.num_tokens]
         return ids, buffer[: bucket.num_prompts + 1]
 
-    def _capture(
-        self, forward: Forward, bucket: Bucket, max_seqlen: int, pool: tuple[int, int]
-    ) -> torch.cuda.CUDAGraph:
+    def _capture(self, forward: Forward, bucket: Bucket, max_seqlen: int) -> torch.cuda.CUDAGraph:
         input_ids, cu_seqlens = self._views(self._batch, bucket)
         longest = min(max_seqlen, bucket.num_tokens)
         forward(input_ids, cu_seqlens, longest)  # compiles and loads what must not be loaded under capture
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._scores[: bucket.num_prompts].copy_(forward(input_ids, cu_seqlens, longest))
         return graph
 
