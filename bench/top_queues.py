@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from pars_fast.guard import GuardSettings
+from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
@@ -110,8 +110,8 @@ class Argpartition:
 
 
 class Ours:
-    def __init__(self, guard: GuardSettings | None = None) -> None:
-        self._index = HostIndex(POLICIES["pars_fast"](), guard or GuardSettings())
+    def __init__(self, guard: OvertakingBudget | None = None) -> None:
+        self._index = HostIndex(POLICIES["pars_fast"](), guard or OvertakingBudget())
         self._arrived = 0
 
     def add(self, keys: Sequence[float]) -> None:

@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pars_fast.errors import CheckpointError
+from pars_fast.gpu_forward import graphed_scorer
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.integration.scoring import PromptScorer
+from pars_fast.packed_weights import ACTIVATION
 from pars_fast.ranker import Ranker
 from pars_fast.slot_table import MAX_BATCH, SlotTable
 from pars_fast.tokenization import PackedBatch
@@ -93,7 +96,7 @@ class GpuScorer:
     Args:
         pack: token ids of prompts to the ranker's batch; raises for a prompt that cannot be scored.
         score: batch to (B,) float32 scores on the device, without waiting for them.
-        device: where both and the order live.
+        stream: where all of it runs; None on a CPU.
     """
 
     def __init__(
@@ -101,10 +104,10 @@ class GpuScorer:
         pack: Callable[[Sequence[Prompt]], PackedBatch],
         score: Callable[[PackedBatch], Tensor],
         order: DeviceOrder,
-        device: torch.device,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         self._pack, self._score, self._order = pack, score, order
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
         """Expected tokens; NaN for a prompt that cannot be scored, which harms no other."""
@@ -130,13 +133,30 @@ class GpuScorer:
         return list(zip(seqs, self._order.finish(seqs, self._score(batch)), strict=True))
 
 
-def make_gpu_scorer(ranker: str, tokenizer: str, revision: str | None) -> GpuScorer:
-    """Load the ranker onto the current GPU.
+def make_gpu_scorer(
+    ranker: str, tokenizer: str, revision: str | None, *, max_programs: int | None = None
+) -> GpuScorer:
+    """Load the ranker onto the current GPU and capture its graphs.
 
-    Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens.
+    `max_programs`: at most so many SMs at a time, None for all.
+
+    Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens, or an
+        activation that the kernels do not compute.
     """
     device = torch.device("cuda", torch.cuda.current_device())
+    stream = torch.cuda.Stream(device)
     loaded = Ranker.from_pretrained(ranker, device=device)
+    if not loaded.uses_kernels:
+        raise CheckpointError(
+            f"{ranker}: its activation is {loaded.config.hidden_act!r}, and the kernels compute "
+            f"{ACTIVATION!r}; set PARS_DEVICE=cpu"
+        )
+    graphs = graphed_scorer(loaded, max_prompts=MAX_BATCH, stream=stream, max_programs=max_programs)
     scorer = PromptScorer(loaded, tokenizer, revision)
-    order = DeviceOrder(SlotTable(scorer.token_map, device=device, max_order=K_ORDER))
-    return GpuScorer(scorer.pack, loaded.score_ids, order, device)
+    with torch.cuda.stream(stream):
+        order = DeviceOrder(SlotTable(scorer.token_map, device=device, max_order=K_ORDER))
+
+    def score(batch: PackedBatch) -> Tensor:
+        return graphs.score(batch.input_ids, batch.cu_seqlens)
+
+    return GpuScorer(scorer.pack, score, order, stream)

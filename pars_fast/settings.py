@@ -75,6 +75,7 @@ class Settings:
         trust_caller: PARS_TRUST_CALLER. 1 takes `vllm_xargs: {"pars_score": tokens}` of a request.
         device: PARS_DEVICE. `auto` (default): the GPU when one process has it alone, else the CPU.
         cpu_threads: PARS_CPU_THREADS. Threads of the ranker's process on the CPU.
+        gpu_sms: PARS_GPU_SMS. SMs that the ranker takes at most, on a GPU shared with decode; 0: all.
         stale_after_s: PARS_STALE_AFTER_S. A ranker silent for so long with work in hand counts as hung;
             the order falls back to arrival and the ranker is started anew.
         force: PARS_FORCE. 1 ranks on a vLLM version that was not tested, too.
@@ -90,6 +91,7 @@ class Settings:
     trust_caller: bool = _setting("PARS_TRUST_CALLER", False, _flag)
     device: str = _setting("PARS_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
     cpu_threads: int = _setting("PARS_CPU_THREADS", 1, _whole(1, "a number of threads"))
+    gpu_sms: int = _setting("PARS_GPU_SMS", 16, _whole(0, "a number of SMs"))
     stale_after_s: float = _setting("PARS_STALE_AFTER_S", 5.0, _number(0.1, "seconds"))
     force: bool = _setting("PARS_FORCE", False, _flag)
 

@@ -39,7 +39,7 @@ from pars_fast.simulation.heaps import EMPTY, meld, pop
 NO_GUARD, FIXED_THRESHOLD, RELATIVE_AGEING, UNIBOOST, IDLE_QUANTUM, OVERTAKING_BUDGET = range(6)
 INITIAL_MEDIAN = 128.0
 MEDIAN_WINDOW = 511
-MAX_IN_FLIGHT = 8  # as in `integration/ranking_loop.py`
+MAX_IN_FLIGHT = 8  # as `ProcessRuntime.max_in_flight`
 _FIRST_CAPACITY = 64  # of an engine's tree
 
 

@@ -23,6 +23,7 @@ def test_defaults() -> None:
         trust_caller=False,
         device="auto",
         cpu_threads=1,
+        gpu_sms=16,
         stale_after_s=5.0,
         force=False,
     )
@@ -39,6 +40,7 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_TRUST_CALLER": "1",
         "PARS_DEVICE": "cpu",
         "PARS_CPU_THREADS": "3",
+        "PARS_GPU_SMS": "0",
         "PARS_STALE_AFTER_S": "0.5",
         "PARS_FORCE": "1",
     }
@@ -90,6 +92,7 @@ def test_settings_of_the_default_guard_beside_another_are_refused(variable: str)
         ("PARS_DEVICE", "tpu", "one of auto, cpu, cuda"),
         ("PARS_CPU_THREADS", "0", "a number of threads, a whole number >= 1"),
         ("PARS_CPU_THREADS", "1.5", "a number of threads, a whole number >= 1"),
+        ("PARS_GPU_SMS", "-1", "a number of SMs, a whole number >= 0"),
         ("PARS_STALE_AFTER_S", "0", "seconds >= 0.1"),
         ("PARS_FORCE", "2", "0 or 1"),
     ],
