@@ -80,7 +80,7 @@ def test_matches_stable_sorts_on_large_tables(num_slots: int, k: int) -> None:
     assert_same_order(random_queue(num_slots, torch.device("cuda")), k)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_small_queue(data: st.DataObject, device: torch.device) -> None:
     num_slots = data.draw(st.integers(1, 50))
@@ -242,7 +242,7 @@ class IncrementalOrder(RuleBasedStateMachine):
 
 
 TestIncrementalOrder = IncrementalOrder.TestCase
-TestIncrementalOrder.settings = settings(max_examples=5, stateful_step_count=10, deadline=None)
+TestIncrementalOrder.settings = settings(max_examples=4, stateful_step_count=8, deadline=None)
 
 
 def test_only_what_changed_is_built_anew(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,8 +262,10 @@ def test_only_what_changed_is_built_anew(device: torch.device, monkeypatch: pyte
     table["occupied"][16 * 6 + 3] ^= True
     workspace.dirty[6] = 1
     assert rebuilt() == [[6], [1], [0], [0]]
+    unscored = (table["occupied"] & ~table["key"].isfinite()).view(17, 16).any(dim=1)
+    assert 0 < int(unscored.sum()) < 17
     table["median_key"].fill_(0.5)
-    assert rebuilt()[0] == list(range(2, 17))
+    assert rebuilt()[0] == unscored.nonzero()[:, 0].tolist()
     table["seq_base"] -= 1
     table["seq"].clamp_(max=SEQ_BASE + MAX_SEQ_SPAN - 2)
     assert rebuilt()[0] == list(range(17))
