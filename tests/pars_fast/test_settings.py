@@ -46,7 +46,7 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
     }
     assert environ.keys() | {"PARS_GUARD"} == {f.metadata["variable"] for f in fields(Settings)}
     assert Settings.from_environ(environ) == Settings(
-        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0.5, True
+        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0, 0.5, True
     )
 
 
