@@ -19,7 +19,7 @@ from pars_fast.integration.runtime import READY, Prompt
 from pars_fast.integration.scoring import PromptScorer
 from pars_fast.ranker import Ranker
 
-BATCH_PROMPTS = 4  # small, so that the first of a burst are ordered while the others are scored
+BATCH_PROMPTS = 2  # small, so that the first of a burst are ordered while the others are scored
 
 
 def main() -> None:

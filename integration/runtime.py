@@ -59,7 +59,7 @@ class RankerRuntime(Protocol):
 class ProcessRuntime:
     """The ranker as a process on the CPU, at idle priority (`ranker_process.py`)."""
 
-    max_in_flight = 8
+    max_in_flight = 4
 
     def __init__(self, ranker: str, tokenizer: str, revision: str | None, threads: int) -> None:
         self._arguments = ["--ranker", ranker, "--tokenizer", tokenizer, "--threads", str(threads)]

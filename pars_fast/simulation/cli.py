@@ -93,7 +93,7 @@ def add_live_check(parser: argparse.ArgumentParser) -> None:
     add("--demo", type=Path, required=True, metavar="F", help="what `pars-fast demo --json F` wrote")
     add("--profile", required=True, metavar="F", help="what `pars-fast profile --json F` wrote, same machine")
     add("--ranker", default="auto", help="the demo's ranker (%(default)s)")
-    delay = "seconds to score 8 prompts"
+    delay = "seconds to score the prompts in flight"
     add("--ranker-delay", type=float, default=argparse.SUPPRESS, metavar="S", help=delay)
     add("--json", type=Path, metavar="F", help="write the comparison there")
     parser.set_defaults(run=_live_check)
