@@ -66,7 +66,7 @@ def _linear_layer_norm_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.num_programs(0)):
         # One 64-bit address a tile and 32-bit offsets in it: 64-bit ones for each element would spill. Rows
         # past the end are read as the last one and not stored: cheaper than masks in the loop.
-        first = tl.cast(tile * BLOCK_M, tl.int64)
+        first = tl.full([], tile * BLOCK_M, tl.int64)
         offs_m = tl.arange(0, BLOCK_M)
         rows = tl.minimum(offs_m, T - 1 - tile * BLOCK_M)[:, None]
         x = x_ptr + first * K + rows * K + offs_k[None, :]
