@@ -83,7 +83,7 @@ ENGINE = np.dtype([
     ("steps", "i8"),
     ("preemptions", "i8"),
     ("free_blocks", "i8"),
-    ("given_blocks", "i8"),  # blocks given out since the start
+    ("given_blocks", "i8"),  # given out since the start, less those that went back to the front
     ("running", "i8"),
     ("decoding", "i8"),
     ("decoded", "i8"),
@@ -255,13 +255,20 @@ def _leave(s: Engines, r: Records, e: int, i: int) -> None:
 
 
 @compiled
+def _take_back(s: Engines, limits: Limits, e: int, tokens: int) -> None:
+    """Free a request's blocks: full ones go to the end of vLLM's free queue, one that is not full to its front."""
+    s.engine[e].free_blocks += _blocks(limits, tokens)
+    s.engine[e].given_blocks -= _blocks(limits, tokens) - tokens // limits.block_size
+
+
+@compiled
 def _stop_decoding(s: Engines, limits: Limits, r: Records, e: int, i: int) -> None:
     """Free the KV blocks of a decoding request; its place in `finishes` is the caller's."""
     tokens = r[i].length + s.engine[e].decoded
     s.engine[e].decoding -= 1
     s.engine[e].kv_tokens -= tokens
     s.phases[e, r[i].length % limits.block_size] -= 1
-    s.engine[e].free_blocks += _blocks(limits, tokens)
+    _take_back(s, limits, e, tokens)
 
 
 @compiled
@@ -271,28 +278,31 @@ def _give(s: Engines, e: int, blocks: int) -> None:
 
 
 @compiled
-def _preempt_newest(s: Engines, q: Queue, limits: Limits, r: Records, e: int) -> None:
-    """Its blocks join the free ones last, the first block very last, and are found until given out."""
+def _preempt_newest(s: Engines, q: Queue, order: Order, limits: Limits, r: Records, e: int) -> None:
+    """Its full blocks are the last in the free queue, the first of them very last; found until given out."""
     i = s.engine[e].newest
     tokens = r[i].length if i == s.engine[e].partial else r[i].length + s.engine[e].decoded
-    r[i].kept_until = s.engine[e].given_blocks + s.engine[e].free_blocks + _blocks(limits, tokens)
-    r[i].kept_blocks = tokens // limits.block_size
     _leave(s, r, e, i)
     if i == s.engine[e].partial:
         s.engine[e].partial = EMPTY
-        s.engine[e].free_blocks += _blocks(limits, tokens)
+        _take_back(s, limits, e, tokens)
     else:
         _remove(s.finishes[e], s.engine[e].decoding, i)
         _stop_decoding(s, limits, r, e, i)
         r[i].made = tokens - r[i].prompt_tokens + 1
+    r[i].kept_until = s.engine[e].given_blocks + s.engine[e].free_blocks
+    r[i].kept_blocks = tokens // limits.block_size
     s.engine[e].preemptions += 1
-    preempt(q, e, i)
+    preempt(q, order, e, i)
 
 
 @compiled
-def _found_blocks(s: Engines, limits: Limits, r: Records, e: int, i: int) -> int:
-    """Blocks of a preempted request that the prefix cache still has; one token at least is computed."""
-    kept = min(r[i].kept_blocks, r[i].kept_until - s.engine[e].given_blocks)
+def _found_blocks(s: Engines, limits: Limits, r: Records, e: int, i: int, given: int) -> int:
+    """Blocks of a preempted request that the prefix cache still has; one token at least is computed.
+
+    `given` are blocks of this step that `given_blocks` does not count yet.
+    """
+    kept = min(r[i].kept_blocks, r[i].kept_until - s.engine[e].given_blocks - given)
     return max(0, min(kept, (r[i].prompt_tokens + r[i].made - 1) // limits.block_size))
 
 
@@ -323,16 +333,18 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
     take_scores(q, order, e, now)
     may_admit = True
     while _needed_blocks(s, limits, r, e) > s.engine[e].free_blocks:
-        _preempt_newest(s, q, limits, r, e)
+        _preempt_newest(s, q, order, limits, r, e)
         may_admit = s.engine[e].running == 0
     prefill_tokens = _chunk(s, limits, r, e)
     reads = s.engine[e].kv_tokens
+    decoding = s.engine[e].decoding
     decode_blocks = _next_blocks(s, limits, e)  # given when the step is over
     i = s.engine[e].partial
     if i != EMPTY:
         reads += r[i].length
         _give(s, e, _needed_blocks(s, limits, r, e) - decode_blocks)
         r[i].length += prefill_tokens
+        decoding += _one_newest_token(r, i, prefill_tokens)
         if r[i].length == r[i].prompt_tokens + r[i].made:
             _note_prefilled(s, e, i)
             s.engine[e].partial = EMPTY
@@ -347,7 +359,7 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
             break
         admit(q, order, e, i)
         _join(s, r, e, i, now)
-        found = _found_blocks(s, limits, r, e, i)
+        found = _found_blocks(s, limits, r, e, i, decode_blocks)
         chunk = min(tokens - found * limits.block_size, budget)
         r[i].length = found * limits.block_size + chunk
         s.engine[e].given_blocks -= found
@@ -355,6 +367,7 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
         reads += found * limits.block_size
         budget -= chunk
         prefill_tokens += chunk
+        decoding += _one_newest_token(r, i, chunk)
         if r[i].length == tokens:
             _note_prefilled(s, e, i)
         else:
@@ -365,8 +378,9 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
     if s.engine[e].running == 0:
         s.engine[e].planned_steps = 0
     elif prefill_tokens > 0:
+        prefill_tokens -= decoding - s.engine[e].decoding
         s.engine[e].planned_s = (costs.base_s + costs.prefill_token_s * prefill_tokens
-                          + costs.decode_seq_s * s.engine[e].decoding + costs.kv_token_s * reads)
+                                 + costs.decode_seq_s * decoding + costs.kv_token_s * reads)
     else:
         steps = (s.finishes[e, 0] >> _REQUEST_BITS) - s.engine[e].decoded
         if not may_admit or (blocked and order.guard == IDLE_QUANTUM):  # its clock is the steps
@@ -376,6 +390,12 @@ def plan(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Re
         s.engine[e].planned_steps = _affordable_steps(s, limits, e, steps)
         s.engine[e].planned_s = _decode_s(s, costs, e, s.engine[e].planned_steps)
         s.engine[e].open_plan = s.engine[e].running < limits.max_num_seqs
+
+
+@compiled
+def _one_newest_token(r: Records, i: int, chunk: int) -> int:
+    """1 if all that a preempted request computes again is its newest token, which counts as decoding."""
+    return 1 if chunk == 1 and r[i].made > 0 and r[i].length == r[i].prompt_tokens + r[i].made else 0
 
 
 @compiled
@@ -460,7 +480,7 @@ def commit(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: 
             r[i].first_token_s = now
         left = r[i].output_tokens - r[i].made - 1
         if left == 0:
-            s.engine[e].free_blocks += _blocks(limits, r[i].length)
+            _take_back(s, limits, e, r[i].length)
             _end(s, q, order, r, e, i, now)
             continue
         s.engine[e].kv_tokens += r[i].length

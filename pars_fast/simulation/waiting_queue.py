@@ -66,7 +66,7 @@ REQUEST = np.dtype([
     ("to_score", "i8"),  # the one before it of those to be handed over, newest first
     ("place", "i8"),  # number among the arrivals at its engine
     ("child", "i8"), ("sibling", "i8"),  # heap by key
-    ("lane_child", "i8"), ("lane_sibling", "i8"),  # heap of preempted requests
+    ("lane_key", "f8"), ("lane_child", "i8"), ("lane_sibling", "i8"),  # heap of preempted requests
     ("guard_key", "f8"), ("guard_child", "i8"), ("guard_sibling", "i8"),  # the guard's two heaps
     ("unscored_key", "f8"), ("unscored_child", "i8"), ("unscored_sibling", "i8"),  # those without a score
     ("budget", "f8"),
@@ -261,7 +261,7 @@ def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
 def admit(q: Queue, order: Order, e: int, i: int) -> None:
     """The request `i`, just given by `head`, leaves the queue and is charged to those it passes."""
     if q.request[i].preempted:
-        q.engine[e].lane = pop(i, q.request.key, q.request.lane_child, q.request.lane_sibling)
+        q.engine[e].lane = pop(i, q.request.lane_key, q.request.lane_child, q.request.lane_sibling)
         q.request[i].preempted = False
     elif order.guard == OVERTAKING_BUDGET:
         _charge(q, e, i, _tokens(q, e, i))
@@ -270,12 +270,15 @@ def admit(q: Queue, order: Order, e: int, i: int) -> None:
 
 
 @compiled
-def preempt(q: Queue, e: int, i: int) -> None:
+def preempt(q: Queue, order: Order, e: int, i: int) -> None:
     """A running request waits again, before all that were never admitted."""
+    unknown = order.uses_ranker and not q.request[i].scored
+    q.request[i].lane_key = q.engine[e].median if unknown else q.request[i].key
     q.request[i].waiting = q.request[i].preempted = True
     _account(q, e, i, 1)
     q.request[i].lane_child = EMPTY
-    q.engine[e].lane = meld(q.engine[e].lane, i, q.request.key, q.request.lane_child, q.request.lane_sibling)
+    q.engine[e].lane = meld(q.engine[e].lane, i, q.request.lane_key, q.request.lane_child,
+                            q.request.lane_sibling)
 
 
 @compiled
