@@ -325,7 +325,7 @@ def test_each_field_outranks_those_after_it(device: torch.device) -> None:
     """Slot 0 loses on one field and wins on all the later ones."""
     worse = {"priority_rank": 1, "lane": 1, "key": 2.0, "seq": 5}
     for position, name in enumerate(worse):
-        queue = {
+        queue: Table = {
             field: torch.tensor([value, value], device=device)
             for field, value in {"priority_rank": 0, "lane": 0, "key": 1.0, "seq": 3}.items()
         }
