@@ -27,10 +27,11 @@ SEQ_BASE = 10**12  # far past 32 bits: only the offset may be packed
 # The floats an order gets wrong: both zeros, denormals, neighbours, the largest, and what counts as unscored.
 KEYS = [0.0, -0.0, 1e-45, -1e-45, 1.0, 1.0000001, -1.0, 3.4028235e38, -3.4028235e38,
         float("nan"), float("inf"), float("-inf")]  # fmt: skip
+Table = dict[str, Any]  # of tensors; Any, since they are given by ** beside other keywords
 FIELDS = ("priority_rank", "lane", "key", "seq", "occupied", "median_key", "seq_base")
 
 
-def random_queue(num_slots: int, device: torch.device, occupied: float = 0.7) -> dict[str, Tensor]:
+def random_queue(num_slots: int, device: torch.device, occupied: float = 0.7) -> Table:
     """Many equal ranks and keys, so every field decides somewhere; seqs reach both ends of their range."""
     generator = torch.Generator().manual_seed(0)
 
@@ -51,7 +52,7 @@ def random_queue(num_slots: int, device: torch.device, occupied: float = 0.7) ->
     return {name: tensor.to(device) for name, tensor in queue.items()}
 
 
-def assert_same_order(queue: dict[str, Tensor], k: int) -> None:
+def assert_same_order(queue: Table, k: int) -> None:
     slots = queue_topk(**queue, k=k)
     assert slots.dtype == torch.int32
     assert slots.tolist() == queue_topk_reference(**queue, k=k).tolist()
@@ -104,7 +105,7 @@ def test_any_small_queue(data: st.DataObject, device: torch.device) -> None:
     assert_same_order(queue, k=data.draw(st.integers(1, 64)))
 
 
-def many_queues(count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], list[list[int]]]:
+def many_queues(count: int, generator: torch.Generator) -> tuple[Table, list[list[int]]]:
     """`count` queues of 1 to 7 requests, told apart by priority rank, each with two keys, in random slots of
     one table; and the slots of each queue in order, by Python's stable sort."""
     queues: list[list[int]] = []
@@ -324,7 +325,7 @@ def test_each_field_outranks_those_after_it(device: torch.device) -> None:
     """Slot 0 loses on one field and wins on all the later ones."""
     worse = {"priority_rank": 1, "lane": 1, "key": 2.0, "seq": 5}
     for position, name in enumerate(worse):
-        queue = {
+        queue: Table = {
             field: torch.tensor([value, value], device=device)
             for field, value in {"priority_rank": 0, "lane": 0, "key": 1.0, "seq": 3}.items()
         }
