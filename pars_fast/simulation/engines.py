@@ -256,7 +256,7 @@ def _leave(s: Engines, r: Records, e: int, i: int) -> None:
 
 @compiled
 def _take_back(s: Engines, limits: Limits, e: int, tokens: int) -> None:
-    """Free a request's blocks: full ones to the end of vLLM's free queue, one that is not full to its front."""
+    """Free a request's blocks: full ones to the end of vLLM's free queue, one not full to its front."""
     s.engine[e].free_blocks += _blocks(limits, tokens)
     s.engine[e].given_blocks -= _blocks(limits, tokens) - tokens // limits.block_size
 
