@@ -60,6 +60,15 @@ def cases() -> Iterator[Case]:
     yield from small_batch_cases()
 
 
+def first_shapes() -> Iterator[Case]:
+    """The first case of every kernel."""
+    seen: set[str] = set()
+    for case in cases():
+        if case.kernel.__name__ not in seen:
+            seen.add(case.kernel.__name__)
+            yield case
+
+
 def pool_score_cases() -> Iterator[Case]:
     from pars_fast.kernels import pool_score
     from pars_fast.kernels.publish_score import publish_arguments
@@ -267,14 +276,16 @@ def number(pattern: str, log: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=RESULTS)
-    path = parser.parse_args().csv
+    parser.add_argument("--first-shapes", action="store_true", help="one shape a kernel: takes a third as long")
+    arguments = parser.parse_args()
+    path = arguments.csv
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        for case in cases():
+        for case in first_shapes() if arguments.first_shapes else cases():
             for arch in ARCHES:
                 row = compile_case(case, arch)
                 writer.writerow(asdict(row))

@@ -32,12 +32,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
-from pars_fast.integration.ranking_loop import MAX_IN_FLIGHT
 from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 
 SEATS = 16  # admitted, and finished, in each step
-SCORED_A_STEP = min(SEATS, MAX_IN_FLIGHT)
+SCORED_A_STEP = min(SEATS, ProcessRuntime.max_in_flight)
 MIN_WAITING = 2 * SEATS  # enough to admit and to abort
 PROMPT_TOKENS = 128
 WARM_UP_STEPS = 50
