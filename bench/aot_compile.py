@@ -276,7 +276,7 @@ def number(pattern: str, log: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=RESULTS)
-    parser.add_argument("--first-shapes", action="store_true", help="one shape a kernel: takes a third as long")
+    parser.add_argument("--first-shapes", action="store_true", help="one shape a kernel, for tests")
     arguments = parser.parse_args()
     path = arguments.csv
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
