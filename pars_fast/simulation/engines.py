@@ -84,6 +84,7 @@ ENGINE = np.dtype([
     ("preemptions", "i8"),
     ("free_blocks", "i8"),
     ("given_blocks", "i8"),  # given out since the start, less those that went back to the front
+    ("most_given_blocks", "i8"),  # so far: what was given out once is overwritten
     ("running", "i8"),
     ("decoding", "i8"),
     ("decoded", "i8"),
@@ -256,7 +257,7 @@ def _leave(s: Engines, r: Records, e: int, i: int) -> None:
 
 @compiled
 def _take_back(s: Engines, limits: Limits, e: int, tokens: int) -> None:
-    """Free a request's blocks: full ones to the end of vLLM's free queue, one not full to its front."""
+    """Free a request's blocks: full ones to the end of vLLM's free queue, a part-filled one to its front."""
     s.engine[e].free_blocks += _blocks(limits, tokens)
     s.engine[e].given_blocks -= _blocks(limits, tokens) - tokens // limits.block_size
 
@@ -275,6 +276,7 @@ def _stop_decoding(s: Engines, limits: Limits, r: Records, e: int, i: int) -> No
 def _give(s: Engines, e: int, blocks: int) -> None:
     s.engine[e].free_blocks -= blocks
     s.engine[e].given_blocks += blocks
+    s.engine[e].most_given_blocks = max(s.engine[e].most_given_blocks, s.engine[e].given_blocks)
 
 
 @compiled
@@ -302,7 +304,8 @@ def _found_blocks(s: Engines, limits: Limits, r: Records, e: int, i: int, given:
 
     `given` are blocks of this step that `given_blocks` does not count yet.
     """
-    kept = min(r[i].kept_blocks, r[i].kept_until - s.engine[e].given_blocks - given)
+    overwritten = max(s.engine[e].most_given_blocks, s.engine[e].given_blocks + given)
+    kept = min(r[i].kept_blocks, r[i].kept_until - overwritten)
     return max(0, min(kept, (r[i].prompt_tokens + r[i].made - 1) // limits.block_size))
 
 
@@ -444,6 +447,16 @@ def score_until(s: Engines, q: Queue, order: Order, costs: Costs, e: int, until_
         hand_over(q, order, e, time)
         s.engine[e].asked_steps = step
     s.engine[e].asked_steps = max(s.engine[e].asked_steps, begun - 1)
+
+
+@compiled
+def seen_s(s: Engines, costs: Costs, e: int, at_s: float) -> float:
+    """When the step ends that is being taken at a time; that time itself at an idle engine."""
+    if s.engine[e].planned_steps == 0:
+        return at_s
+    if s.engine[e].planned_steps == 1:
+        return s.engine[e].now_s + s.engine[e].planned_s
+    return s.engine[e].now_s + _decode_s(s, costs, e, steps_begun(s, costs, e, at_s))
 
 
 @compiled

@@ -36,6 +36,7 @@ from pars_fast.simulation.engines import (
     make_requests,
     plan,
     score_until,
+    seen_s,
     step_costs,
     steps_begun,
 )
@@ -167,7 +168,8 @@ def _compiled(sources: int) -> Callable[..., None]:
                 _advance(s, q, order, costs, limits, r, least(s.next_s), router, load)
             e = i % len(s.engine) if router == _ROUND_ROBIN else least(load)
             score_until(s, q, order, costs, e, now)
-            arrive(q, order, e, i, s.engine[e].steps + steps_begun(s, costs, e, now))
+            step = s.engine[e].steps + steps_begun(s, costs, e, now)
+            arrive(q, order, e, i, seen_s(s, costs, e, now), step)
             s.engine[e].work_s += r[i].work_s
             if s.engine[e].planned_steps == 0:  # idle; it wakes when all who come at this moment are there
                 s.engine[e].now_s = now

@@ -55,6 +55,7 @@ class Order(NamedTuple):
 
 REQUEST = np.dtype([
     ("arrival_s", "f8"),
+    ("seen_s", "f8"),  # end of the step in which it arrived: the live queue's time of arrival
     ("arrival_step", "i8"),
     ("key", "f8"),  # lower runs first
     ("expected", "f8"),  # tokens, NaN if it will never be scored
@@ -162,8 +163,8 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
 
 
 @compiled
-def arrive(q: Queue, order: Order, e: int, i: int, step: int) -> None:
-    """Request `i` joins the queue of engine `e`."""
+def arrive(q: Queue, order: Order, e: int, i: int, seen_s: float, step: int) -> None:
+    """Request `i` joins the queue of engine `e`, which sees it at the end of a step."""
     if q.engine[e].last == EMPTY:
         q.engine[e].oldest = q.engine[e].unscored = i
     else:
@@ -171,7 +172,7 @@ def arrive(q: Queue, order: Order, e: int, i: int, step: int) -> None:
     q.engine[e].last = i
     q.request[i].place = q.engine[e].num_arrivals
     q.engine[e].num_arrivals += 1
-    q.request[i].arrival_step = step
+    q.request[i].seen_s, q.request[i].arrival_step = seen_s, step
     q.request[i].waiting = True
     q.engine[e].num_waiting += 1
     q.engine[e].num_unscored += 1
@@ -397,12 +398,12 @@ def _watch(q: Queue, order: Order, e: int, i: int) -> None:
     elif order.guard == IDLE_QUANTUM:
         q.request[i].guard_key = q.request[i].arrival_step + order.a
     elif order.guard == FIXED_THRESHOLD:
-        q.request[i].guard_key = q.request[i].arrival_s + order.a
+        q.request[i].guard_key = q.request[i].seen_s + order.a
         return  # the oldest is the first, and known
     elif order.guard == RELATIVE_AGEING:
-        q.request[i].guard_key = q.request[i].arrival_s + order.a * _tokens(q, e, i)
+        q.request[i].guard_key = q.request[i].seen_s + order.a * _tokens(q, e, i)
     else:
-        q.request[i].guard_key = q.request[i].arrival_s + order.a * math.log(_tokens(q, e, i))
+        q.request[i].guard_key = q.request[i].seen_s + order.a * math.log(_tokens(q, e, i))
     if q.request[i].scored or order.guard in (OVERTAKING_BUDGET, IDLE_QUANTUM):
         q.engine[e].later = _guard_push(q, q.engine[e].later, i)
     else:
