@@ -82,7 +82,7 @@ def launch_config(num_rows: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     fp32 runs on the CUDA cores, where operands live in registers: a small tile, and a short K.
     """
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
     block = next((b for b in (128, 64) if triton.cdiv(num_rows, b) * triton.cdiv(N, b) >= FILLS_GPU), 32)
     return {
         "BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": 64, "GROUP_M": 8,
