@@ -35,7 +35,7 @@ demo: install
 	$(BIN)/pars-fast demo --json out/demo.json --report out/demo.html
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from bench.cpu_providers import pad
 from bench.onnx_export import PaddedRanker
 from bench.timers import Call
+from pars_fast.gpu_forward import GpuForward
 from pars_fast.packed_weights import PackedWeights
 from pars_fast.ranker import Ranker
 from pars_fast.tokenization import PackedBatch, pack
@@ -21,9 +22,11 @@ Ids = Sequence[Sequence[int]]
 BUCKETS = (16, 32, 64, 96, 128, 256, 512)  # tokens
 
 
-def pars_fast(ranker: Ranker, ids: Ids) -> Call:
-    batch = pack(ids).to(ranker.device)
-    return lambda: ranker.score_ids(batch)
+def pars_fast(ranker: Ranker, ids: Ids, *, max_programs: int | None = None) -> Call:
+    """As the runtime scores: one CUDA graph of the kernels that suit the batch."""
+    batch, longest = pack(ids).to(ranker.device), max(map(len, ids))
+    forward = GpuForward(ranker.packed_weights(), max_seqlen=longest, max_programs=max_programs)
+    return capture(lambda: forward(batch.input_ids, batch.cu_seqlens, longest))
 
 
 def hf_eager(ranker: Ranker, ids: Ids) -> Call:

@@ -14,13 +14,13 @@ from functools import partial
 import torch
 
 from bench.gpu_cases import Case
-from bench.gpu_providers import capture
+from bench.gpu_providers import capture, pars_fast
 from bench.prompts import take_prompts
 from bench.timers import Call, event_times, gpu_time_warm, host_time
 from pars_fast.bench_results import Times
 from pars_fast.packaged import checkpoint_directory
 from pars_fast.ranker import Ranker
-from pars_fast.tokenization import encode, pack
+from pars_fast.tokenization import encode
 
 LAYERS, WIDTH, BATCH = 64, 4096, 16
 DECODE_BYTES = 2 * LAYERS * WIDTH * WIDTH
@@ -72,10 +72,8 @@ def _decode_step() -> Call:
 
 def _decode_step_beside(max_programs: int) -> Call:
     ranker = Ranker.from_pretrained(device="cuda")
-    if not hasattr(ranker, "max_programs"):
-        raise NotImplementedError("the ranker's grid cannot be capped")
-    ranker.max_programs = max_programs
-    batch = pack(encode(ranker.tokenizer, take_prompts(PROMPTS_BESIDE), ranker.max_tokens)).to(ranker.device)
+    ids = encode(ranker.tokenizer, take_prompts(PROMPTS_BESIDE), ranker.max_tokens)
+    score = pars_fast(ranker, ids, max_programs=max_programs)
     stream = torch.cuda.Stream()
 
     def rank() -> None:
@@ -85,7 +83,7 @@ def _decode_step_beside(max_programs: int) -> Call:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(SCORINGS_BESIDE):
-                ranker.score_ids(batch)
+                score()
 
     return Beside(_decode_step(), rank)
 

@@ -65,8 +65,8 @@ def test_a_tiny_ranker_scores_as_in_torch(tiny_encoder: Path, pooling: Pooling) 
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_default_ranker_in_fp16_is_as_exact_as_torch_and_orders_the_same() -> None:
     """Eight prompts of few tokens: the interpreter takes a second for two or three tokens."""
-    ranker = Ranker.from_pretrained(device=DEVICE, window=8)
-    ranker.model.half()
+    default = Ranker.from_pretrained(device=DEVICE)
+    ranker = Ranker(default.model.half(), default.config, default.tokenizer, max_tokens=8)
     prompts = [sample.prompt for sample in load_sample()][:8]
     assert_as_good_as_torch(ranker, pack(encode(ranker.tokenizer, prompts, ranker.max_tokens)))
 
@@ -167,7 +167,8 @@ class TestRankerOnKernels:
         tiny_ranker.save_pretrained(tmp_path / "ranker")
         loaded = Ranker.from_pretrained(tmp_path / "ranker", device="cpu")
         torch.testing.assert_close(loaded.score(["yes"]), before, atol=5e-3, rtol=1e-2)
-        query = tiny_ranker.model.encoder.layer[1].attention.self.query
+        query = tiny_ranker.model.encoder.layer[1].get_submodule("attention.self.query")
+        assert isinstance(query, torch.nn.Linear)
         query(torch.ones(1, 32, device=DEVICE)).sum().backward()
         assert query.weight.grad is not None
 
