@@ -115,9 +115,10 @@ class PackedWeights:
     def is_shared_with(self, model: ScoreModel) -> bool:
         """Whether this is still the model's memory: not once it was moved, cast or cut to fewer layers."""
         layers = model.encoder.layer
+        first_weight = layers[0].get_parameter("attention.self.query.weight")
         return (
             len(layers) == self.num_layers
-            and layers[0].attention.self.query.weight.data_ptr() == self.qkv_weight.data_ptr()
+            and first_weight.data_ptr() == self.qkv_weight.data_ptr()
             and model.embeddings.word_embeddings.weight.data_ptr() == self.word_embedding.data_ptr()
         )
 

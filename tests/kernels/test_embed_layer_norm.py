@@ -18,10 +18,11 @@ VOCAB, POSITIONS, EPS = 50, 512, 1e-12
 
 def random_inputs(
     lengths: list[int], hidden_size: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"word": (VOCAB, hidden_size), "position": (POSITIONS, hidden_size)}
-    shapes |= dict.fromkeys(("token_type", "norm_weight", "norm_bias"), (hidden_size,))
+    shapes: dict[str, tuple[int, ...]] = {"word": (VOCAB, hidden_size), "position": (POSITIONS, hidden_size)}
+    for name in ("token_type", "norm_weight", "norm_bias"):
+        shapes[name] = (hidden_size,)
     weights = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     ids = torch.randint(VOCAB, (sum(lengths),), generator=generator, dtype=torch.int32)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -29,7 +30,7 @@ def random_inputs(
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def assert_matches(inputs: dict[str, Tensor], check: Check) -> None:
+def assert_matches(inputs: dict[str, Any], check: Check) -> None:
     expected = embed_layer_norm_reference(**inputs, eps=EPS)
     check(
         embed_layer_norm(**inputs, eps=EPS)[: len(expected)],
