@@ -279,4 +279,4 @@ def test_a_wrong_setting_stops_the_server(served_model: Path) -> None:
         env=environment(PARS_ENABLE="1", PARS_POLICY="sjf"),
     )
     assert code != 0
-    assert "PARS_POLICY='sjf' is not allowed: expected one of fcfs, prompt_length, oracle, pars, pars_fast" in output
+    assert "PARS_POLICY='sjf' is not allowed: expected one of fcfs, prompt_length, oracle, pars" in output
