@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' 2>/dev/null \
 		&& echo $$python && break; done)
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint bench bench-gpu
 
 install: $(VENV)/.installed
 
@@ -35,11 +35,14 @@ demo: install
 	$(BIN)/pars-fast demo --json out/demo.json --report out/demo.html
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install  # runs the suite in bench/ and prints its table
-	$(BIN)/pars-fast bench
+bench: install  # the CPU suite in bench/: some minutes
+	$(BIN)/pars-fast bench --csv bench/results/cpu.csv
+
+bench-gpu: install  # without a GPU every case is marked as not measured
+	$(BIN)/pars-fast bench gpu --csv bench/results/gpu.csv

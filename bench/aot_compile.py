@@ -18,8 +18,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results" / "aot_compile.csv"
 ARCHES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # A100, H100 and H200, B200
+NUM_STAGES = 3  # Triton's own choice where a launcher makes none
+NUM_SMS = 132  # of an H200: what the launchers of persistent kernels choose block sizes by
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,9 @@ class Case:
     shape: str
     kernel: Any
     signature: dict[str, str]
-    constexprs: dict[str, int | bool]
+    constexprs: dict[str, int | bool | None]
     num_warps: int
+    num_stages: int = NUM_STAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,24 @@ class Row:
 
 def cases() -> Iterator[Case]:
     """Every kernel of the project, at the shapes it runs in."""
-    from pars_fast.kernels import pool_score, queue_topk
+    yield from pool_score_cases()
+    yield from queue_cases()
+    yield from encoder_cases()
+    yield from small_batch_cases()
+
+
+def first_shapes() -> Iterator[Case]:
+    """The first case of every kernel."""
+    seen: set[str] = set()
+    for case in cases():
+        if case.kernel.__name__ not in seen:
+            seen.add(case.kernel.__name__)
+            yield case
+
+
+def pool_score_cases() -> Iterator[Case]:
+    from pars_fast.kernels import pool_score
+    from pars_fast.kernels.publish_score import publish_arguments
 
     for pooling in ("cls", "mean"):
         for hidden_size in (384, 768):
@@ -60,32 +82,147 @@ def cases() -> Iterator[Case]:
                 {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
                  "score_ptr": "*fp32", "stride_t": "i32"},
                 {"H": hidden_size, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"],
-                 "BLOCK_H": config["BLOCK_H"]},
+                 "BLOCK_H": config["BLOCK_H"], "PUBLISH": False, **publish_arguments(None)},
                 config["num_warps"],
             )  # fmt: skip
+
+
+def queue_cases() -> Iterator[Case]:
+    """The slot table's kernels, and the order of 2^18 slots."""
+    from pars_fast.kernels import pool_score, publish_score, slot_update
+    from pars_fast.kernels import queue_topk as topk
+
+    yield Case(
+        "tile=1024",
+        slot_update._slot_update_kernel,
+        {"header_ptr": "*i64", "command_ptr": "*i64", "priority_rank_ptr": "*i32", "lane_ptr": "*i32",
+         "key_ptr": "*fp32", "seq_ptr": "*i64", "occupied_ptr": "*i1", "generation_ptr": "*i64",
+         "median_key_ptr": "*fp32", "seq_base_ptr": "*i64", "dirty_ptr": "*i32"},
+        {"TILE": topk.MAX_TILE, "BLOCK": slot_update.BLOCK},
+        slot_update.BLOCK // 32,
+    )  # fmt: skip
+    destination = {
+        "slot_ptr": "*i64", "generation_ptr": "*i64", "stride_slot": "i32", "stride_generation": "i32",
+        "key_ptr": "*fp32", "slot_generation_ptr": "*i64", "dirty_ptr": "*i32", "map_scores_ptr": "*fp32",
+        "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32", "M": "i32",
+    }  # fmt: skip
+    knots = {"TILE": topk.MAX_TILE, "BLOCK_M": 64}
+    yield Case(
+        "knots=64", publish_score._publish_score_kernel, {"score_ptr": "*fp32", **destination}, dict(knots), 1
+    )
+    for pooling in ("cls", "mean"):
+        config = pool_score.launch_config(384, pooling)
+        yield Case(
+            f"{pooling} H=384 bf16 knots=64",
+            pool_score._pool_score_kernel,
+            {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
+             "score_ptr": "*fp32", "stride_t": "i32", **destination},
+            {"H": 384, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
+             "PUBLISH": True, **knots},
+            config["num_warps"],
+        )  # fmt: skip
     for k in (256, 1024):
-        config = queue_topk.launch_config(k, 1 << 18)
-        tile = {"K": config["K"], "TILE": config["TILE"]}
-        for kernel, signature, constexprs in (
-            (
-                queue_topk._queue_topk_tile_kernel,
-                {"priority_rank_ptr": "*i32", "lane_ptr": "*i32", "key_ptr": "*fp32", "seq_ptr": "*i64",
-                 "occupied_ptr": "*i1", "median_key_ptr": "*fp32", "seq_base_ptr": "*i64",
-                 "urgency_ptr": "*i64", "list_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
-                tile,
-            ),
-            (
-                queue_topk._queue_topk_merge_kernel,
-                {"list_ptr": "*i64", "merged_ptr": "*i64", "num_lists": "i32", "fan": "i32"},
-                {"K": config["K"]},
-            ),
-            (
-                queue_topk._queue_topk_locate_kernel,
-                {"urgency_ptr": "*i64", "top_ptr": "*i64", "slot_ptr": "*i32", "N": "i32", "k": "i32"},
-                tile,
-            ),
-        ):  # fmt: skip
-            yield Case(f"k={k}", kernel, signature, dict(constexprs), config["num_warps"])
+        config = topk.launch_config(k, 1 << 18)
+        K, tile_size, fan = config["K"], config["TILE"], topk.merge_fan(config["K"], 1 << 8)
+        lists = {"list_ptr": "*i64", "list_slot_ptr": "*i32", "slot_ptr": "*i32", "k": "i32"}
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_tile_kernel,
+            {"priority_rank_ptr": "*i32", "lane_ptr": "*i32", "key_ptr": "*fp32", "seq_ptr": "*i64",
+             "occupied_ptr": "*i1", "median_key_ptr": "*fp32", "seq_base_ptr": "*i64", "dirty_ptr": "*i32",
+             "keyed_with_ptr": "*i64", "rebuilt_ptr": "*i32", "N": "i32", **lists},
+            {"K": K, "HALVINGS": topk.log2(tile_size // K), "TILE": tile_size},
+            topk.TILE_WARPS,
+        )  # fmt: skip
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_merge_kernel,
+            {"list_ptr": "*i64", "rebuilt_ptr": "*i32", "merged_ptr": "*i64", "merged_rebuilt_ptr": "*i32",
+             "num_lists": "i32"},
+            {"K": K, "HALVINGS": topk.log2(fan)},
+            topk.MERGE_WARPS,
+        )  # fmt: skip
+        yield Case(
+            f"k={k}",
+            topk._queue_topk_locate_kernel,
+            {"top_ptr": "*i64", **lists},
+            {"K": K, "BLOCK": topk.LOCATE_BLOCK},
+            1,
+        )
+
+
+def small_batch_cases() -> Iterator[Case]:
+    """The persistent kernel at MiniLM-L6's size: one short prompt, one of 128 tokens, eight of them."""
+    from pars_fast.kernels import small_batch_score as module
+
+    hidden_size, inner, heads = 384, 1536, 12
+    kernel = module._small_batch_score_kernel
+    integers = ("num_tokens", "num_prompts", "max_seqlen", "num_layers", "vocab_size", "max_positions")
+    dtypes = {"input_ids_ptr": "*i32", "cu_seqlens_ptr": "*i32", "score_ptr": "*fp32", "counter_ptr": "*i32",
+              **dict.fromkeys(integers, "i32"), "eps": "fp32", "scale": "fp32"}  # fmt: skip
+    for num_tokens in (16, 128, 1024):
+        config = module.launch_config(num_tokens, hidden_size, inner, torch.bfloat16, NUM_SMS)
+        num_warps = config.pop("num_warps")
+        constexprs: dict[str, int | bool | None] = {
+            "H": hidden_size, "INNER": inner, "HEADS": heads, "CLS": False, "BLOCK_H": 512, "BLOCK_D": 32,
+            "PREFETCH": True, **config,
+        }  # fmt: skip
+        signature = {name: dtypes.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
+        yield Case(f"T={num_tokens} H={hidden_size} bf16", kernel, signature, constexprs, num_warps)
+
+
+def encoder_cases() -> Iterator[Case]:
+    """The batched encoder in bf16, with a case for each tile a launcher chooses."""
+    from pars_fast.kernels import attention, embed_layer_norm, linear, linear_layer_norm
+
+    bf16 = torch.bfloat16
+
+    def case(shape: str, kernel: Any, scalars: dict[str, str], config: dict[str, int]) -> Case:
+        """Pointers are bf16 but for ids and offsets; `scalars` are the arguments that are numbers."""
+        offsets = ("input_ids_ptr", "cu_seqlens_ptr")
+        pointers = {
+            name: "*i32" if name in offsets else "*bf16" for name in kernel.arg_names if name.endswith("_ptr")
+        }
+        options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages", NUM_STAGES)}
+        return Case(f"{shape} bf16", kernel, pointers | scalars, dict(config), **options)
+
+    for hidden_size, num_heads in ((384, 12), (768, 12)):  # MiniLM, bert-base
+        yield case(
+            f"H={hidden_size}",
+            embed_layer_norm._embed_layer_norm_kernel,
+            {"T": "i32", "num_bounds": "i32", "search_steps": "i32", "eps": "fp32"},
+            {"V": 30522, "P": 512, "H": hidden_size, **embed_layer_norm.launch_config(hidden_size)},
+        )
+        head_size = hidden_size // num_heads
+        yield case(
+            f"S=128 D={head_size}",
+            attention._attention_kernel,
+            {"num_items": "i32", "tiles": "i32", "scale": "fp32"},
+            {"HEADS": num_heads, "D": head_size, **attention.launch_config(head_size, 128, bf16)},
+        )
+    for num_rows, N, K, gelu in (
+        (128, 1152, 384, False), (1024, 1536, 384, True), (16384, 1536, 384, True),
+        (16384, 3072, 768, True), (16384, 768, 3072, False),
+    ):  # fmt: skip
+        yield case(
+            f"T={num_rows} N={N} K={K}",
+            linear._linear_kernel,
+            {"T": "i32"},
+            {"N": N, "K": K, "GELU": gelu, **linear.launch_config(num_rows, N, bf16)},
+        )
+    for num_rows, K in ((128, 384), (4096, 384), (16384, 1536)):
+        yield case(
+            f"T={num_rows} H=384 K={K}",
+            linear_layer_norm._linear_layer_norm_kernel,
+            {"T": "i32", "eps": "fp32"},
+            {"H": 384, "K": K, **linear_layer_norm.launch_config(num_rows, 384, bf16)},
+        )
+    yield case(
+        "H=768",
+        linear_layer_norm._residual_layer_norm_kernel,
+        {"T": "i32", "eps": "fp32"},
+        {"H": 768, **linear_layer_norm.norm_launch_config(768)},
+    )
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -100,7 +237,9 @@ def compile_case(case: Case, arch: str) -> Row:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     source = ASTSource(case.kernel, signature, case.constexprs, aligned)
     target = GPUTarget("cuda", ARCHES[arch], 32)
-    compiled = triton.compile(source, target, options={"num_warps": case.num_warps})
+    compiled = triton.compile(
+        source, target, options={"num_warps": case.num_warps, "num_stages": case.num_stages}
+    )
     log = ptxas_log(compiled.asm["ptx"], arch)
     return Row(
         kernel=case.kernel.__name__,
@@ -137,14 +276,16 @@ def number(pattern: str, log: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=RESULTS)
-    path = parser.parse_args().csv
+    parser.add_argument("--first-shapes", action="store_true", help="one shape a kernel, for tests")
+    arguments = parser.parse_args()
+    path = arguments.csv
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        for case in cases():
+        for case in first_shapes() if arguments.first_shapes else cases():
             for arch in ARCHES:
                 row = compile_case(case, arch)
                 writer.writerow(asdict(row))

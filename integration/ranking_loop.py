@@ -16,7 +16,6 @@ from pars_fast.integration.runtime import READY, RankerRuntime
 
 logger = logging.getLogger("vllm.pars_fast")
 
-MAX_IN_FLIGHT = 8  # few, so that no work goes into requests that are admitted meanwhile
 MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
 MAX_RESTART_DELAY_S = 60.0
 
@@ -77,10 +76,11 @@ class RankingLoop:
         arrivals = self._queue.arrivals
         while arrivals and not arrivals[0].waiting:  # admitted already: needs no score
             arrivals.popleft()
-        if not left_waiting or not self._ready or len(self._in_flight) >= MAX_IN_FLIGHT or not arrivals:
+        room = self._runtime.max_in_flight - len(self._in_flight)
+        if not left_waiting or not self._ready or room <= 0 or not arrivals:
             return
         batch: list[Entry] = []
-        while arrivals and len(self._in_flight) + len(batch) < MAX_IN_FLIGHT:
+        while arrivals and len(batch) < room:
             # Newest first: when the ranker cannot keep up, the oldest are admitted before their score comes.
             entry = arrivals.pop()
             if not entry.waiting or entry.key is not None:

@@ -25,7 +25,14 @@ READY: Scored = (-1, 0.0)
 
 
 class RankerRuntime(Protocol):
-    """What `RankingLoop` needs. `poll` gives READY once when the ranker can take prompts."""
+    """What `RankingLoop` needs. `poll` gives READY once when the ranker can take prompts.
+
+    Attributes:
+        max_in_flight: prompts it should hold at a time: few, so that no work goes into requests that are
+            admitted meanwhile; enough to keep it busy from one step to the next.
+    """
+
+    max_in_flight: int
 
     def start(self) -> None:
         """Begin anew, whatever state it is in."""
@@ -51,6 +58,8 @@ class RankerRuntime(Protocol):
 
 class ProcessRuntime:
     """The ranker as a process on the CPU, at idle priority (`ranker_process.py`)."""
+
+    max_in_flight = 4
 
     def __init__(self, ranker: str, tokenizer: str, revision: str | None, threads: int) -> None:
         self._arguments = ["--ranker", ranker, "--tokenizer", tokenizer, "--threads", str(threads)]
@@ -132,6 +141,8 @@ class Scorer(Protocol):
 
 class ThreadRuntime:
     """The ranker as a daemon thread on the engine's GPU; `make_scorer` loads it, inside the thread."""
+
+    max_in_flight = 64  # one batch, scored long before the next step
 
     def __init__(self, make_scorer: Callable[[], Scorer]) -> None:
         self._make_scorer = make_scorer

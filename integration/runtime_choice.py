@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, ThreadRuntime
+from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, Scorer, ThreadRuntime
+from pars_fast.packaged import serving_ranker
 from pars_fast.settings import Settings
 
 
@@ -16,10 +17,14 @@ def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
     if settings.device == "cuda" or (settings.device == "auto" and _owns_a_gpu(parallel)):
         from pars_fast.integration.gpu_scoring import make_gpu_scorer
 
-        return ThreadRuntime(
-            lambda: make_gpu_scorer(settings.ranker, model.tokenizer, model.tokenizer_revision)
-        )
-    return ProcessRuntime(settings.ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads)
+        def load() -> Scorer:
+            ranker = serving_ranker(settings.ranker, "cuda")
+            sms = settings.gpu_sms or None
+            return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision, max_programs=sms)
+
+        return ThreadRuntime(load)
+    ranker = serving_ranker(settings.ranker, "cpu")
+    return ProcessRuntime(ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads)
 
 
 def _owns_a_gpu(parallel_config: Any) -> bool:

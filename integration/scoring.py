@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from pars_fast.errors import CheckpointError
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.ranker import Ranker
+from pars_fast.tokenization import PackedBatch, encode, pack
 
 
 class PromptScorer:
@@ -24,7 +25,7 @@ class PromptScorer:
         if ranker.token_map is None:
             raise CheckpointError("the ranker has no score-to-token map; train it with `pars-fast train`")
         self._ranker = ranker
-        self._token_map = ranker.token_map
+        self.token_map = ranker.token_map
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
@@ -35,9 +36,15 @@ class PromptScorer:
                 return [(prompts[0][0], math.nan)]
             return [scored for prompt in prompts for scored in self([prompt])]
 
+    def pack(self, prompts: Sequence[Prompt]) -> PackedBatch:
+        """The ranker's batch of these prompts. Raises: PromptError: if one is empty or no text."""
+        return pack(encode(self._ranker.tokenizer, self._texts(prompts), self._ranker.max_tokens))
+
+    def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        return [self._tokenizer.decode(ids, skip_special_tokens=True) for _, ids in prompts]
+
     def _score(self, prompts: Sequence[Prompt]) -> list[Scored]:
-        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for _, ids in prompts]
-        expected = self._token_map(self._ranker.score(texts).numpy())
+        expected = self.token_map(self._ranker.score(self._texts(prompts)).numpy())
         return [(seq, float(tokens)) for (seq, _), tokens in zip(prompts, expected, strict=True)]
 
 

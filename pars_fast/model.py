@@ -16,7 +16,11 @@ Pooling = Literal["cls", "mean"]
 
 
 class ScoreModel(PackedBertEncoder):
-    """Scores packed prompts; a larger score means a longer expected answer. Scores have no unit."""
+    """Scores packed prompts; a larger score means a longer expected answer. Scores have no unit.
+
+    In PyTorch alone: for training, for the CPU, and as the reference of `fused_encoder.score_packed`, which
+    scores on a GPU.
+    """
 
     def __init__(self, config: BertConfig, pooling: Pooling) -> None:
         super().__init__(config)
@@ -26,11 +30,6 @@ class ScoreModel(PackedBertEncoder):
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T,) int32 ids and (B + 1,) int32 offsets -> (B,) float32 scores."""
         hidden = super().forward(input_ids, cu_seqlens)
-        if hidden.is_cuda and not torch.is_grad_enabled():
-            from pars_fast.kernels.pool_score import pool_score
-
-            weight, bias = self.score_head.weight[0], self.score_head.bias
-            return pool_score(hidden, weight, bias, cu_seqlens, pooling=self.pooling)
         return self.score_head(self.pool(hidden, cu_seqlens))[:, 0].float()
 
     def pool(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -20,12 +20,11 @@ from transformers import BertConfig, BertTokenizerFast
 from pars_fast.calibration import TokenMap
 from pars_fast.errors import CheckpointError, PromptError
 from pars_fast.model import Pooling, ScoreModel
+from pars_fast.packaged import checkpoint_directory
+from pars_fast.packed_weights import ACTIVATION, PackedWeights
 from pars_fast.tokenization import PackedBatch, encode, pack
 
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "default"
 MAX_TOKENS = 128  # PARS's window
-# What the CPU runtime reads: a third less work; tau 0.590 against 0.601 on 100 of the demo's prompts.
-SERVING_WINDOW_CPU = 64
 SUPPORTED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
 
@@ -57,6 +56,7 @@ class Ranker:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.token_map = token_map
+        self._packed: PackedWeights | None = None
         tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()
 
@@ -64,26 +64,33 @@ class Ranker:
     def device(self) -> torch.device:
         return self.model.score_head.weight.device
 
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether scores come from the project's kernels: on a GPU, for models with BERT's own activation."""
+        return self.device.type == "cuda" and self.config.hidden_act == ACTIVATION
+
+    def packed_weights(self) -> PackedWeights:
+        """The model's weights as the kernels read them: its own memory, packed when first asked for."""
+        if self._packed is None or not self._packed.is_shared_with(self.model):
+            with torch.inference_mode(False):  # the model must stay trainable
+                self._packed = PackedWeights.sharing(self.model)
+        return self._packed
+
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path = "default",
-        *,
-        device: str | torch.device | None = None,
-        window: int | None = None,
+        cls, path: str | Path = "default", *, device: str | torch.device | None = None
     ) -> "Ranker":
-        """Load a ranker directory; `default` is the one in the package.
+        """Load a ranker directory, or one in the package: `default`, or `small`, its student for the CPU.
 
         Weights are copied to private memory, float32 on the CPU and float16 on a GPU.
 
         Args:
-            path: a directory written by `save_pretrained` or `pars-fast train`, or `default`.
+            path: a directory written by `save_pretrained` or `pars-fast train`, `default` or `small`.
             device: where to run; None takes the GPU where there is one.
-            window: read at most so many tokens of a prompt, if that is less than the checkpoint's own window.
         Raises: CheckpointError: if the directory is missing, damaged, of another architecture, or holds
             weights that are not finite.
         """
-        directory = DEFAULT_CHECKPOINT if str(path) == "default" else Path(path)
+        directory = checkpoint_directory(path)
         settings = _read_config(directory)
         section = settings.get("pars_fast")
         if not isinstance(section, dict) or section.get("pooling") not in get_args(Pooling):
@@ -102,7 +109,7 @@ class Ranker:
             model.to(target, torch.float16 if target.type == "cuda" else torch.float32),
             config,
             _read_tokenizer(directory, config),
-            max_tokens=max_tokens if window is None else min(max_tokens, window),
+            max_tokens=max_tokens,
             token_map=token_map,
         )
 
@@ -154,12 +161,18 @@ class Ranker:
         Raises: PromptError: if an id lies outside the vocabulary, or a prompt has no token or more than the
             encoder has positions (checked for batches in host memory; on a GPU a check would wait for it).
         """
+        max_seqlen = self.config.max_position_embeddings
         if batch.input_ids.device.type == "cpu":
-            self._check(batch)
+            max_seqlen = self._check(batch)
         batch = batch.to(self.device)
-        return self.model(batch.input_ids, batch.cu_seqlens)
+        if not self.uses_kernels:
+            return self.model(batch.input_ids, batch.cu_seqlens)
+        from pars_fast.fused_encoder import score_packed  # Triton is not there on every platform
 
-    def _check(self, batch: PackedBatch) -> None:
+        return score_packed(self.packed_weights(), batch.input_ids, batch.cu_seqlens, max_seqlen=max_seqlen)
+
+    def _check(self, batch: PackedBatch) -> int:
+        """The longest prompt's tokens. Raises: PromptError: as `score_ids`."""
         bounds, positions = batch.cu_seqlens, self.config.max_position_embeddings
         lengths = bounds.diff()
         if not len(lengths) or bounds[0] != 0 or bounds[-1] != len(batch.input_ids) or lengths.min() < 1:
@@ -173,6 +186,7 @@ class Ranker:
             raise PromptError(
                 f"token ids must be in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}"
             )
+        return longest
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the directory that `from_pretrained` reads; weights as float16.

@@ -9,6 +9,7 @@ from typing import Any
 
 from pars_fast.errors import SettingsError
 from pars_fast.guards import Guard, OvertakingBudget, parse_guard
+from pars_fast.packaged import AUTO, PACKAGED
 from pars_fast.policies import POLICIES, Policy
 
 
@@ -59,7 +60,8 @@ class Settings:
 
     Attributes:
         enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
-        ranker: PARS_RANKER. Ranker directory, or `default` for the one in the package.
+        ranker: PARS_RANKER. Ranker directory, or `default` or `small`, which are in the package; `auto`
+            (default) is `default` on a GPU and `small` on a CPU.
         policy: PARS_POLICY. `pars_fast` (default), `pars`, `prompt_length`, `fcfs`, or `oracle` (reads
             `max_tokens`; for replays).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
@@ -73,13 +75,14 @@ class Settings:
         trust_caller: PARS_TRUST_CALLER. 1 takes `vllm_xargs: {"pars_score": tokens}` of a request.
         device: PARS_DEVICE. `auto` (default): the GPU when one process has it alone, else the CPU.
         cpu_threads: PARS_CPU_THREADS. Threads of the ranker's process on the CPU.
+        gpu_sms: PARS_GPU_SMS. SMs that the ranker takes at most, on a GPU shared with decode; 0: all.
         stale_after_s: PARS_STALE_AFTER_S. A ranker silent for so long with work in hand counts as hung;
             the order falls back to arrival and the ranker is started anew.
         force: PARS_FORCE. 1 ranks on a vLLM version that was not tested, too.
     """
 
     enable: bool = _setting("PARS_ENABLE", False, _flag)
-    ranker: str = _setting("PARS_RANKER", "default", str)
+    ranker: str = _setting("PARS_RANKER", AUTO, str)
     policy: str = _setting("PARS_POLICY", "pars_fast", _choice(*POLICIES))
     mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
     guard: Guard | None = _setting("PARS_GUARD", None, parse_guard)  # noqa: RUF009
@@ -88,6 +91,7 @@ class Settings:
     trust_caller: bool = _setting("PARS_TRUST_CALLER", False, _flag)
     device: str = _setting("PARS_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
     cpu_threads: int = _setting("PARS_CPU_THREADS", 1, _whole(1, "a number of threads"))
+    gpu_sms: int = _setting("PARS_GPU_SMS", 16, _whole(0, "a number of SMs"))
     stale_after_s: float = _setting("PARS_STALE_AFTER_S", 5.0, _number(0.1, "seconds"))
     force: bool = _setting("PARS_FORCE", False, _flag)
 
@@ -116,9 +120,11 @@ class Settings:
             raise SettingsError(f"{both[0]} is a setting of the default guard, and PARS_GUARD names one: "
                                 "give it there, as in overtaking_budget:beta=0.5,floor_tokens=2000")
         settings = cls(**values)
-        if settings.ranker != "default" and not Path(settings.ranker).is_dir():
-            raise SettingsError(f"PARS_RANKER={settings.ranker!r} is not allowed: expected `default` or an "
-                                "existing ranker directory")
+        if settings.ranker not in (AUTO, *PACKAGED) and not Path(settings.ranker).is_dir():
+            names = ", ".join((AUTO, *PACKAGED))
+            raise SettingsError(
+                f"PARS_RANKER={settings.ranker!r} is not allowed: expected {names} or an existing directory"
+            )
         return settings
 
     def guard_of(self, policy: Policy) -> Guard:

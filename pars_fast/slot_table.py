@@ -1,23 +1,32 @@
 """The waiting queue on the device: one slot a request, ordered by `queue_topk`, no tensor read by the host.
 
-Structure of arrays, preallocated, addresses fixed for life (captured graphs hold them). A slot carries a
-generation, raised each time it is taken, so that a score which comes back after its request has left and the
-slot has a new owner is recognised and dropped, on the device, without a synchronisation.
+Structure of arrays, preallocated, addresses fixed for life (captured graphs hold them); nothing is allocated
+after construction. A slot carries a generation, raised each time it is taken, so that a score which comes
+back after its request has left and the slot has a new owner is recognised and dropped, on the device, without
+a synchronisation.
 
 Two sides, which may live in two threads as long as the device side sees events in the order they happened:
-the owner of the queue calls `acquire` and `release` (host only, no tensor); whoever owns the stream calls
-the rest.
+the owner of the queue calls `acquire` and `release` (host only, no tensor); whoever owns the stream calls the
+rest. Changes are kept on the host, the last state of each slot, until `upload` or `order` sends them in one
+transfer and writes them in one launch.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pars_fast.kernels.queue_topk import MAX_RANKS, MAX_SEQ_SPAN, queue_topk
+from pars_fast.calibration import TokenMap
+from pars_fast.kernels.publish_score import ScoreDestination, map_knots, publish_score
+from pars_fast.kernels.queue_topk import MAX_K, MAX_RANKS, MAX_SEQ_SPAN, TopkWorkspace, queue_topk
+from pars_fast.kernels.slot_update import FREE, WORDS, slot_update
 
 DEFAULT_CAPACITY = 1 << 18
+MAX_BATCH = 64  # scores published at a time
+MAX_COMMANDS = 1024  # slots changed by one transfer, of 35 KB then
 PREEMPTED_LANE, NORMAL_LANE = 0, 1
 
 # seq_base moves in steps of this many seqs, so the host counts a handful of blocks instead of sorting seqs.
@@ -25,46 +34,76 @@ _SEQ_BLOCK_BITS = 16
 
 
 class SlotTable:
-    """Slots for `capacity` waiting requests on `device`; 29 bytes a slot.
+    """Slots for `capacity` waiting requests on `device`; 29 bytes a slot, and those of `TopkWorkspace`.
 
-    On CPU tensors the kernel needs Triton's interpreter, which is for tests.
+    Args:
+        token_map: from scores to expected tokens, which are the keys.
+        max_order: largest k that `order` will be asked for.
+    On CPU tensors the kernels need Triton's interpreter, which is for tests.
 
-    Raises: ValueError: if `capacity` is not positive.
+    Raises: ValueError: if `capacity` is not positive or `max_order` is outside the kernel's range.
     """
 
-    def __init__(self, capacity: int = DEFAULT_CAPACITY, device: torch.device | str = "cuda") -> None:
+    def __init__(
+        self,
+        token_map: TokenMap,
+        capacity: int = DEFAULT_CAPACITY,
+        device: torch.device | str = "cuda",
+        *,
+        max_order: int = MAX_K,
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity
         self.device = torch.device(device)
-        # The row past the end is a bin: writes that must not happen go there, so a dropped score can never
-        # race with the write that replaced it, and no mask has to come back to the host.
-        rows = capacity + 1
-        self._priority_rank = torch.zeros(rows, dtype=torch.int32, device=self.device)
-        self._lane = torch.zeros(rows, dtype=torch.int32, device=self.device)
-        self._key = torch.full((rows,), torch.nan, dtype=torch.float32, device=self.device)
-        self._seq = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._occupied = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self._generation = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._median_key = torch.zeros(1, dtype=torch.float32, device=self.device)
-        self._seq_base = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+        def column(dtype: torch.dtype, rows: int = capacity) -> Tensor:
+            return torch.zeros(rows, dtype=dtype, device=self.device)
+
+        self._table = {
+            "priority_rank": column(torch.int32),
+            "lane": column(torch.int32),
+            "key": column(torch.float32),
+            "seq": column(torch.int64),
+            "occupied": column(torch.bool),
+            "median_key": column(torch.float32, 1),
+            "seq_base": column(torch.int64, 1),
+        }
+        self._generation = column(torch.int64)
+        self._workspace = TopkWorkspace(capacity, max_order, self.device)
+        self._uploads = _Uploads(1 + MAX_BATCH + MAX_COMMANDS, self.device)
+        self._header, destinations, self._commands = self._uploads.words.split([1, MAX_BATCH, MAX_COMMANDS])
+        map_scores, map_tokens = map_knots(token_map, self.device)
+        self._destination = ScoreDestination(
+            slot=destinations[:, 0],
+            generation=destinations[:, 1],
+            key=self._table["key"],
+            slot_generation=self._generation,
+            dirty=self._workspace.dirty,
+            tile_size=self._workspace.tile_size,
+            map_scores=map_scores,
+            map_tokens=map_tokens,
+            tokens=column(torch.float32, MAX_BATCH),
+        )
 
         # Owner's side. Lowest slots first and last freed first reused: the used part stays short and warm.
         self._free = list(range(capacity - 1, -1, -1))
         self._taken = bytearray(capacity)
         self._next_generation = [1] * capacity
 
-        # Stream's side: what tells, without asking the device, whether the live fields fit the packed key.
-        self._packed_fields: dict[int, tuple[int, int]] = {}  # slot -> (priority rank, seq)
+        # Stream's side: what the device holds or is about to, and whether it fits the packed key.
+        self._live: dict[int, _Request] = {}  # slot -> its request
+        self._pending: dict[int, tuple[int, int, int]] = {}  # slot -> generation, group, seq
         self._live_blocks: Counter[int] = Counter()  # seq block -> live requests
         self._unpackable_ranks = 0
         self._newest_seq = 0
-        self._host_seq_base = 0
-        self._used = 0  # slots at or past this were never inserted
+        self._median_bits = 0
+        self._seq_base = 0
+        self._sent = (0, 0)  # seq_base and bits of the median that the device has
 
     def __len__(self) -> int:
         """Requests inserted and not freed."""
-        return len(self._packed_fields)
+        return len(self._live)
 
     # -- owner's side --
 
@@ -79,7 +118,7 @@ class SlotTable:
         return slot, generation
 
     def release(self, slot: int) -> None:
-        """Give a slot back. Its `free` must reach the device before the `insert` of whoever takes it next.
+        """Give a slot back. Its `free` must be called before the `insert` of whoever takes it next.
 
         Raises: ValueError: if the slot is not taken.
         """
@@ -88,7 +127,7 @@ class SlotTable:
         self._taken[slot] = 0
         self._free.append(slot)
 
-    # -- stream's side --
+    # -- stream's side: changes, host only --
 
     def insert(
         self,
@@ -110,20 +149,12 @@ class SlotTable:
             raise ValueError(
                 f"priority ranks and seqs must not be negative, got {min(priority_ranks)} and {min(seqs)}"
             )
-        live = [slot for slot in slots if slot in self._packed_fields]
+        live = [slot for slot in slots if slot in self._live]
         if live or len(set(slots)) < len(slots):
             raise ValueError(f"each slot takes one request; live already: {live}, inserted: {list(slots)}")
-        for slot, rank, seq in zip(slots, priority_ranks, seqs, strict=True):
-            self._track(slot, rank, seq)
+        for slot, *fields in zip(slots, generations, priority_ranks, seqs, strict=True):
+            self._put(slot, _Request(*fields))
         self._newest_seq = max(self._newest_seq, *seqs)
-        self._used = max(self._used, 1 + max(slots))
-        at, generation, rank_column, seq_column = self._upload(slots, generations, priority_ranks, seqs)
-        self._generation[at] = generation
-        self._priority_rank[at] = rank_column.int()
-        self._seq[at] = seq_column
-        self._lane[at] = NORMAL_LANE
-        self._key[at] = torch.nan  # orders as the median until scored
-        self._occupied[at] = True
 
     def set_priority_ranks(self, slots: Sequence[int], priority_ranks: Sequence[int]) -> None:
         """New ranks of live requests: a priority that nobody had yet came in between.
@@ -131,16 +162,11 @@ class SlotTable:
         Raises: ValueError: as `insert`; or if a slot is not live.
         """
         self._check(slots, priority_ranks=priority_ranks)
-        if not slots:
-            return
-        if min(priority_ranks) < 0:
+        if slots and min(priority_ranks) < 0:
             raise ValueError(f"priority ranks must not be negative, got {min(priority_ranks)}")
         self._check_live(slots)
         for slot, rank in zip(slots, priority_ranks, strict=True):
-            seq = self._untrack(slot)
-            self._track(slot, rank, seq)
-        at, rank_column = self._upload(slots, priority_ranks)
-        self._priority_rank[at] = rank_column.int()
+            self._put(slot, replace(self._take(slot), priority_rank=rank))
 
     def set_lane(self, slots: Sequence[int], lane: int) -> None:
         """Move live requests to PREEMPTED_LANE or NORMAL_LANE.
@@ -151,31 +177,8 @@ class SlotTable:
             raise ValueError(f"lane must be {PREEMPTED_LANE} (preempted) or {NORMAL_LANE}, got {lane}")
         self._check(slots)
         self._check_live(slots)
-        if slots:
-            self._lane[self._upload(slots)[0]] = lane
-
-    def set_keys(self, slots: Sequence[int], generations: Sequence[int], keys: Tensor) -> None:
-        """Keys of scored requests; those whose slot has changed hands since are dropped on the device.
-
-        Args:
-            slots, generations: as `acquire` gave them when scoring began.
-            keys: (len(slots),) float32 on the table's device, smaller runs first; not finite = unscored.
-        Raises: ValueError: if lengths, dtype or device do not match, or a slot is outside the table.
-        """
-        self._check(slots, generations=generations)
-        if keys.shape != (len(slots),) or keys.dtype != torch.float32 or keys.device.type != self.device.type:
-            raise ValueError(
-                f"keys must be ({len(slots)},) torch.float32 on {self.device}, "
-                f"got {tuple(keys.shape)} {keys.dtype} on {keys.device}"
-            )
-        if not slots:
-            return
-        at, generation = self._upload(slots, generations)
-        self._key[torch.where(self._generation[at] == generation, at, self.capacity)] = keys
-
-    def set_median_key(self, median_key: float) -> None:
-        """The key of a request that has none: the running median."""
-        self._median_key.fill_(median_key)
+        for slot in slots:
+            self._put(slot, replace(self._take(slot), lane=lane))
 
     def free(self, slots: Sequence[int]) -> None:
         """Live requests stop to wait (admitted, aborted). Their slots stay taken until `release`.
@@ -184,62 +187,100 @@ class SlotTable:
         """
         self._check(slots)
         self._check_live(slots)
-        if not slots:
-            return
         for slot in slots:
-            self._untrack(slot)
-        self._occupied[self._upload(slots)[0]] = False
+            self._pending[slot] = (self._take(slot).generation, FREE, 0)
+
+    def set_median_key(self, median_key: float) -> None:
+        """The key of a request that has none: the running median."""
+        self._median_bits = int(np.float32(median_key).view(np.int32))
+
+    # -- stream's side: the device --
+
+    def upload(self, scoring: Sequence[tuple[int, int]] = ()) -> None:
+        """Bring all changes to the device, and tell it where the next scores go.
+
+        One transfer and one launch, or more for more than MAX_COMMANDS slots. Waits only if the transfer
+        before the last has not ended.
+
+        Args:
+            scoring: slot and generation of each request that is going to be scored, in the batch's order, as
+                `acquire` gave them; slot -1 for one that has none.
+        Raises: ValueError: if there are more than MAX_BATCH, or a slot is outside the table.
+        """
+        if len(scoring) > MAX_BATCH:
+            raise ValueError(f"at most {MAX_BATCH} requests are scored at a time, got {len(scoring)}")
+        self._check([slot for slot, _ in scoring if slot != -1])
+        self._seq_base = self._fitting_seq_base()
+        commands = [(slot, *state) for slot, state in self._pending.items()]
+        for first in range(0, max(1, len(commands)), MAX_COMMANDS):
+            part = commands[first : first + MAX_COMMANDS]
+            words = self._uploads.next_words()
+            words[0] = len(part), self._seq_base, self._median_bits, 0
+            words[1 : 1 + MAX_BATCH, 0] = -1
+            if scoring:
+                words[1 : 1 + len(scoring), :2] = scoring
+            if part:
+                words[1 + MAX_BATCH : 1 + MAX_BATCH + len(part)] = part
+            self._uploads.send(1 + MAX_BATCH + len(part))
+            slot_update(
+                self._header[0],
+                self._commands,
+                **self._table,
+                generation=self._generation,
+                dirty=self._workspace.dirty,
+                tile_size=self._workspace.tile_size,
+            )
+        self._pending.clear()
+        self._sent = (self._seq_base, self._median_bits)
+
+    def publish(self, scores: Tensor) -> Tensor:
+        """Keys of scored requests; those whose slot has changed hands since are dropped on the device.
+
+        Args: scores: (B,) float32 on the device, in the order of the last `upload`'s requests.
+        Returns: (B,) float32 expected tokens on the device, NaN for a score that is not finite; overwritten
+            by
+            the next call.
+        Raises: ValueError: if shape, dtype or device are not as above.
+        """
+        return publish_score(scores, self._destination)
 
     def order(self, k: int) -> Tensor | None:
-        """The k requests that run first.
+        """The k requests that run first, all changes counted.
 
-        Returns: (k,) int32 slot ids on the device, -1 where there are fewer requests; or None when live ranks
-            or seqs are past what the packed key holds: then the host index orders.
-        Raises: ValueError: if k is outside the kernel's range.
+        Returns: (k,) int32 slot ids on the device, -1 where there are fewer requests, overwritten by the next
+            call; or None when live ranks or seqs are past what the packed key holds: then the host index
+            orders.
+        Raises: ValueError: if k is not 1 to `max_order`.
         """
-        seq_base = min(self._live_blocks, default=self._newest_seq >> _SEQ_BLOCK_BITS) << _SEQ_BLOCK_BITS
+        seq_base = self._fitting_seq_base()
         if self._unpackable_ranks or self._newest_seq - seq_base >= MAX_SEQ_SPAN:
             return None
-        if seq_base != self._host_seq_base:
-            self._seq_base.fill_(seq_base)
-            self._host_seq_base = seq_base
-        scanned = self._scanned()
-        return queue_topk(
-            self._priority_rank[:scanned],
-            self._lane[:scanned],
-            self._key[:scanned],
-            self._seq[:scanned],
-            self._occupied[:scanned],
-            self._median_key,
-            self._seq_base,
-            k=k,
-        )
+        if self._pending or self._sent != (seq_base, self._median_bits):
+            self.upload()
+        return queue_topk(**self._table, k=k, workspace=self._workspace)
 
     # -- helpers --
 
-    def _scanned(self) -> int:
-        """Slots the kernel looks at: the used part, in few distinct sizes (a graph or a compilation each)."""
-        return min(self.capacity, max(1024, 1 << (self._used - 1).bit_length() if self._used else 1))
+    def _fitting_seq_base(self) -> int:
+        """The present one as long as it serves, since a new one re-keys every request."""
+        oldest = min(self._live_blocks, default=self._newest_seq >> _SEQ_BLOCK_BITS) << _SEQ_BLOCK_BITS
+        serves = self._seq_base <= oldest and self._newest_seq - self._seq_base < MAX_SEQ_SPAN
+        return self._seq_base if serves else oldest
 
-    def _track(self, slot: int, rank: int, seq: int) -> None:
-        self._packed_fields[slot] = (rank, seq)
-        self._live_blocks[seq >> _SEQ_BLOCK_BITS] += 1
-        self._unpackable_ranks += rank >= MAX_RANKS
+    def _put(self, slot: int, request: "_Request") -> None:
+        self._live[slot] = request
+        self._live_blocks[request.seq >> _SEQ_BLOCK_BITS] += 1
+        self._unpackable_ranks += request.priority_rank >= MAX_RANKS
+        self._pending[slot] = (request.generation, 2 * request.priority_rank + request.lane, request.seq)
 
-    def _untrack(self, slot: int) -> int:
-        rank, seq = self._packed_fields.pop(slot)
-        block = seq >> _SEQ_BLOCK_BITS
+    def _take(self, slot: int) -> "_Request":
+        request = self._live.pop(slot)
+        block = request.seq >> _SEQ_BLOCK_BITS
         self._live_blocks[block] -= 1
         if not self._live_blocks[block]:
             del self._live_blocks[block]
-        self._unpackable_ranks -= rank >= MAX_RANKS
-        return seq
-
-    def _upload(self, *columns: Sequence[int]) -> Tensor:
-        """One transfer for all columns, from pinned memory where that lets it run behind the host's back."""
-        on_gpu = self.device.type == "cuda"
-        host = torch.tensor([list(column) for column in columns], dtype=torch.int64, pin_memory=on_gpu)
-        return host.to(self.device, non_blocking=True)
+        self._unpackable_ranks -= request.priority_rank >= MAX_RANKS
+        return request
 
     def _check(self, slots: Sequence[int], **columns: Sequence[int]) -> None:
         for name, column in columns.items():
@@ -249,6 +290,40 @@ class SlotTable:
             raise ValueError(f"slots must be in [0, {self.capacity}), got {min(slots)} to {max(slots)}")
 
     def _check_live(self, slots: Sequence[int]) -> None:
-        missing = [slot for slot in slots if slot not in self._packed_fields]
+        missing = [slot for slot in slots if slot not in self._live]
         if missing or len(set(slots)) < len(slots):
             raise ValueError(f"slots must be live and given once; not live: {missing}, given: {list(slots)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    generation: int
+    priority_rank: int
+    seq: int
+    lane: int = NORMAL_LANE
+
+
+class _Uploads:
+    """(rows, 4) int64 on the device, filled from two host buffers in turn: pinned, so that a transfer runs
+    behind the host's back while the next one is written."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.words = torch.zeros((rows, WORDS), dtype=torch.int64, device=device)
+        self._hosts = [torch.zeros((rows, WORDS), dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+        self._arrays = [host.numpy() for host in self._hosts]
+        self._sent = [torch.cuda.Event() for _ in range(2)] if on_gpu else None
+        self._turn = 0
+
+    def next_words(self) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """The buffer to fill, once its last transfer has ended."""
+        self._turn ^= 1
+        if self._sent is not None:
+            self._sent[self._turn].synchronize()
+        return self._arrays[self._turn]
+
+    def send(self, rows: int) -> None:
+        """Transfer the first rows of the buffer that `next_words` gave, on the current stream."""
+        self.words[:rows].copy_(self._hosts[self._turn][:rows], non_blocking=True)
+        if self._sent is not None:
+            self._sent[self._turn].record()

@@ -32,12 +32,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
-from pars_fast.integration.ranking_loop import MAX_IN_FLIGHT
-from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 
 SEATS = 16  # admitted, and finished, in each step
-SCORED_A_STEP = min(SEATS, MAX_IN_FLIGHT)
+SCORED_A_STEP = min(SEATS, ProcessRuntime.max_in_flight)
 MIN_WAITING = 2 * SEATS  # enough to admit and to abort
 PROMPT_TOKENS = 128
 WARM_UP_STEPS = 50
@@ -63,6 +62,8 @@ class FakeRuntime:
 
     Packs and unpacks messages as the runtime of the ranker's process does, since a step pays for that.
     """
+
+    max_in_flight = ProcessRuntime.max_in_flight
 
     def __init__(self) -> None:
         self._encode = msgspec.msgpack.Encoder().encode

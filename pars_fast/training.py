@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from pars_fast.errors import CheckpointError, ParsFastError, make_writable, requ
 from pars_fast.losses import LOSSES
 from pars_fast.metrics import pair_accuracies
 from pars_fast.model import Pooling
-from pars_fast.ranker import DEFAULT_CHECKPOINT, MAX_TOKENS, Ranker, is_ranker
+from pars_fast.packaged import PACKAGED, checkpoint_directory
+from pars_fast.ranker import MAX_TOKENS, Ranker, is_ranker
 from pars_fast.tokenization import encode, pack
 
 CHECKPOINT_EVERY_S = 240.0
@@ -121,6 +122,9 @@ def train(
     forbidden |= distinct_prompts(files, "val")
     training = label_prompts(files, "train", recipe.model_column, forbidden=forbidden)
     training = training.at_most(recipe.max_prompts_per_file, recipe.seed)
+    if recipe.teacher is not None:
+        taught = Ranker.from_pretrained(recipe.teacher, device=accelerator.device).score(training.prompts)
+        training = replace(training, log_length=(training.log_length + taught.numpy()) / 2)
     ranker = _start(init, recipe, float(training.log_length.mean()))
     run = _Run(accelerator, ranker, recipe, out, training, validation)
     run.fit()
@@ -130,7 +134,7 @@ def train(
 def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     """The ranker to train: a trained one goes on, an encoder gets a head that starts at the mean label."""
     torch.manual_seed(recipe.seed)
-    directory = DEFAULT_CHECKPOINT if init == "default" else resolve_encoder(init)
+    directory = checkpoint_directory(init) if init in PACKAGED else resolve_encoder(init)
     if is_ranker(directory):
         ranker = Ranker.from_pretrained(directory, device="cpu")
         ranker = Ranker(ranker.model, ranker.config, ranker.tokenizer, max_tokens=recipe.max_tokens)
@@ -158,10 +162,6 @@ class _Run:
         self.accelerator, self.ranker, self.recipe, self.out = accelerator, ranker, recipe, out
         self.training, self.validation = training, validation
         self.ids = encode(ranker.tokenizer, training.prompts, recipe.max_tokens)
-        self.labels = training.log_length
-        if recipe.teacher is not None:
-            teacher = Ranker.from_pretrained(recipe.teacher, device=accelerator.device)
-            self.labels = (self.labels + teacher.score(training.prompts).numpy()) / 2
         share = recipe.batch_prompts * accelerator.num_processes
         self.steps_per_epoch = max(1, len(self.ids) // share)
         self.total_steps = self.steps_per_epoch * recipe.epochs
@@ -214,7 +214,7 @@ class _Run:
             group["lr"] = recipe.learning_rate * self._schedule(step)
         self.model.train()
         batch = pack([self.ids[i] for i in indices]).to(self.accelerator.device)
-        labels = torch.tensor(self.labels[indices], dtype=torch.float32)
+        labels = torch.tensor(self.training.log_length[indices], dtype=torch.float32)
         scores = self.model(batch.input_ids, batch.cu_seqlens)
         loss = LOSSES[recipe.loss](scores, labels.to(scores.device))
         self.accelerator.backward(loss)

@@ -71,8 +71,12 @@ async def _serve_arrivals(
             done()
             complete = answer.tokens == sample[index].output_tokens
             return ServedRequest(
-                index=index, source=sample[index].source, prompt_tokens=answer.prompt_tokens,
-                output_tokens=sample[index].output_tokens, received_tokens=answer.tokens, arrival_s=due,
+                index=index,
+                source=sample[index].source,
+                prompt_tokens=answer.prompt_tokens,
+                output_tokens=sample[index].output_tokens,
+                received_tokens=answer.tokens,
+                arrival_s=due,
                 first_token_s=answer.chunks[0][0] - start if answer.chunks else None,
                 finish_s=answer.chunks[-1][0] - start if complete else None,
             )
@@ -100,9 +104,9 @@ async def _closed_loop_capacity(
 
 
 def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-    )
+    # A connection each: the server closes idle ones after 5 s, and a request sent just then is lost.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S))
 
 
 async def _stream(session: aiohttp.ClientSession, url: str, model: str, prompt: SamplePrompt) -> _Answer:

@@ -24,7 +24,8 @@ from pars_fast.demo.sample import SOURCES, SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
 from pars_fast.demo.server import read_metrics, vllm_server
 from pars_fast.metrics import kendall_tau
-from pars_fast.ranker import SERVING_WINDOW_CPU, Ranker
+from pars_fast.packaged import serving_ranker
+from pars_fast.ranker import Ranker
 
 MAX_NUM_SEQS = 16
 SEED = 1203
@@ -64,7 +65,7 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
 
     Args:
         model: a model for vLLM to serve; None makes a tiny random one.
-        ranker: ranker directory or `default`.
+        ranker: as the setting PARS_RANKER.
         repeats: runs per policy and load, each repeat with its own arrivals, the same for all policies.
         display: shows progress.
     Raises: ServerError: if a server does not start; CheckpointError: if the ranker cannot be loaded.
@@ -83,7 +84,8 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
 
 def expected_tokens(ranker: str, sample: Sequence[SamplePrompt]) -> list[float]:
     """What the ranker expects of each answer, read as by the server."""
-    loaded = Ranker.from_pretrained(ranker, device="cpu", window=SERVING_WINDOW_CPU)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = Ranker.from_pretrained(serving_ranker(ranker, device), device=device)
     assert loaded.token_map is not None
     scores = loaded.score([prompt.prompt for prompt in sample]).numpy()
     expected: list[float] = loaded.token_map(scores).tolist()

@@ -31,7 +31,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
-from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES
 from pars_fast.settings import Settings
@@ -99,6 +99,8 @@ class VirtualClock:
 
 class DelayedRanker:
     """A `RankerRuntime` that knows its answers, by the request's number in the first token of its prompt."""
+
+    max_in_flight = ProcessRuntime.max_in_flight
 
     def __init__(self, expected_tokens: NDArray[np.float64], delay_s: float, clock: VirtualClock) -> None:
         self._expected_tokens, self._delay_s, self._clock = expected_tokens, delay_s, clock

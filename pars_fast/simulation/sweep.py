@@ -255,18 +255,18 @@ def with_gains(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Both are against FCFS and the unguarded oracle of the same workload, load, seed, fleet and router; None
     where one of them is missing or the oracle gains under 5 %.
     """
-    rows = [dict(row) for row in rows]
-    ends = {(row["policy"], _group(row)): row for row in rows
+    with_gain = [dict(row) for row in rows]
+    ends = {(row["policy"], _group(row)): row for row in with_gain
             if row["policy"] == "fcfs" or (row["policy"], row["guard"]) == ("oracle", NoGuard.name)}
-    for row in rows:
+    for row in with_gain:
         fcfs, oracle = (ends.get((policy, _group(row))) for policy in ("fcfs", "oracle"))
         for name, column in _GAINS:
-            values = [end and end[column] for end in (fcfs, row, oracle)]
+            values: list[Any] = [end and end[column] for end in (fcfs, row, oracle)]
             row[name] = None
             if all(value is not None for value in values):
                 gain = gain_captured(*values)
                 row[name] = None if gain is None else round(gain, 4)
-    return rows
+    return with_gain
 
 
 def _group(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ from pars_fast.simulation.heaps import EMPTY, meld, pop
 NO_GUARD, FIXED_THRESHOLD, RELATIVE_AGEING, UNIBOOST, IDLE_QUANTUM, OVERTAKING_BUDGET = range(6)
 INITIAL_MEDIAN = 128.0
 MEDIAN_WINDOW = 511
-MAX_IN_FLIGHT = 8  # as in `integration/ranking_loop.py`
+MAX_IN_FLIGHT = 4  # as `ProcessRuntime.max_in_flight`
 _FIRST_CAPACITY = 64  # of an engine's tree
 
 
@@ -104,8 +104,8 @@ class Queue(NamedTuple):
     engine: Records  # of ENGINE
     trees: Floats  # every engine's Fenwick tree of charges
     trees_used: Ints  # (1,) elements of `trees` given out
-    in_flight: Ints  # (engines, 8) requests that are with the ranker
-    in_flight_due_s: Floats  # (engines, 8) when their scores come
+    in_flight: Ints  # (engines, MAX_IN_FLIGHT) requests that are with the ranker
+    in_flight_due_s: Floats  # (engines, MAX_IN_FLIGHT) when their scores come
     recent: Floats  # (engines, window) last scores in order of coming
     ranked: Floats  # the same, ascending
 

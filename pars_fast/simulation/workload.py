@@ -79,13 +79,12 @@ def make_workload(name: str, arrival_s: ArrayLike, prompt_tokens: ArrayLike, out
     """
     arrivals = np.asarray(arrival_s, dtype=np.float64)
     expected = np.full(arrivals.shape, np.nan) if expected_tokens is None else expected_tokens
-    columns = (np.asarray(prompt_tokens, np.int64), np.asarray(output_tokens, np.int64),
-               np.asarray(expected, np.float64))
+    prompts, outputs = np.asarray(prompt_tokens, np.int64), np.asarray(output_tokens, np.int64)
+    scores = np.asarray(expected, np.float64)
     order = np.argsort(arrivals, kind="stable")
-    if any(column.shape != arrivals.shape for column in columns):
+    if not prompts.shape == outputs.shape == scores.shape == arrivals.shape:
         raise DataError(f"{name}: a workload needs columns of one length")
-    prompts, outputs, scores = (column[order] for column in columns)
-    return Workload(name, arrivals[order], prompts, outputs, scores)
+    return Workload(name, arrivals[order], prompts[order], outputs[order], scores[order])
 
 
 # --- Traces -------------------------------------------------------------------------------------------------

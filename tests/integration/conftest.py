@@ -126,6 +126,8 @@ class FakeRuntime:
     called. `starts` counts starts, `submitted` and `forgotten` keep all prompts and seqs.
     """
 
+    max_in_flight = 8
+
     def __init__(self, answer: Callable[[Prompt], float] | None = None) -> None:
         self.answer = answer
         self.ready_on_start = True

@@ -8,55 +8,89 @@ import numpy as np
 import pytest
 import torch
 
+from pars_fast.calibration import TokenMap
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.policies import POLICIES
-from pars_fast.slot_table import SlotTable
+from pars_fast.slot_table import MAX_BATCH, SlotTable
+from pars_fast.tokenization import PackedBatch, pack
 
+IDENTITY = TokenMap((0.0, 2048.0), (0.0, 2048.0))
 UNBOUNDED = OvertakingBudget(beta=1e9, floor_tokens=1e9)
 
 
 @pytest.fixture
 def order() -> DeviceOrder:
-    return DeviceOrder(SlotTable(capacity=64, device="cpu"))
+    return DeviceOrder(SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64), k=64)
+
+
+def add(order: DeviceOrder, scored: Sequence[Scored]) -> list[float]:
+    """Requests whose scores are their keys, by batches as large as may be."""
+    tokens: list[float] = []
+    for first in range(0, len(scored), MAX_BATCH):
+        seqs, scores = map(list, zip(*scored[first : first + MAX_BATCH], strict=True))
+        order.begin(seqs)
+        tokens += order.finish(seqs, torch.tensor(scores, dtype=torch.float32))
+    return tokens
 
 
 def test_order_is_by_key_then_arrival(order: DeviceOrder) -> None:
-    order.add([(0, 30.0), (1, 10.0), (2, 30.0), (3, 20.0)])
-    assert order.first(16) == [1, 3, 0, 2]
+    assert add(order, [(0, 30.0), (1, 10.0), (2, 30.0), (3, 20.0)]) == [30.0, 10.0, 30.0, 20.0]
+    assert order.first == [1, 3, 0, 2]
 
 
 def test_finished_requests_leave_and_their_slots_serve_others(order: DeviceOrder) -> None:
-    order.add([(seq, float(seq)) for seq in range(64)])
+    add(order, [(seq, float(seq)) for seq in range(64)])
     order.remove([0, 1, 999])
-    order.add([(64, 0.5), (65, 1000.0)])
-    assert order.first(3) == [64, 2, 3]
+    add(order, [(64, 0.5), (65, 1000.0)])
+    assert order.first is not None
+    assert order.first[:3] == [64, 2, 3]
+    assert order.first[-1] == 65
 
 
 def test_a_full_table_gives_no_order_until_it_has_emptied(order: DeviceOrder) -> None:
-    order.add([(seq, 1.0) for seq in range(65)])
-    assert order.first(4) is None
+    assert add(order, [(seq, 1.0) for seq in range(65)]) == [1.0] * 65  # scored all the same
+    assert order.first is None
     order.remove(list(range(64)))
-    order.add([(70, 2.0)])
-    assert order.first(4) == [70]
+    add(order, [(70, 2.0)])
+    assert order.first == [70]
 
 
-class _LengthScorer:
-    """Expected tokens = number of ids; an empty prompt cannot be scored."""
+def test_only_the_first_k_are_given() -> None:
+    order = DeviceOrder(SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64), k=2)
+    add(order, [(0, 30.0), (1, 10.0), (2, 20.0)])
+    assert order.first == [1, 2]
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
-        return [(seq, float(len(ids)) if ids else math.nan) for seq, ids in prompts]
+
+def pack_nonempty(prompts: Sequence[Prompt]) -> PackedBatch:
+    return pack([ids for _, ids in prompts])  # an empty prompt is an error, as it is for the real scorer
+
+
+def score_lengths(batch: PackedBatch) -> torch.Tensor:
+    lengths = batch.cu_seqlens.diff().float()
+    return torch.where(lengths == 13, torch.nan, lengths)
 
 
 def test_scorer_orders_what_it_scored(order: DeviceOrder) -> None:
-    scorer = GpuScorer(_LengthScorer(), order, torch.device("cpu"))  # type: ignore[arg-type]
-    scored = scorer([(0, [1, 2, 3]), (1, []), (2, [1])])
-    assert [seq for seq, _ in scored] == [0, 1, 2]
-    assert scorer.order() == [2, 0]
+    scorer = GpuScorer(pack_nonempty, score_lengths, order, None)
+    scored = scorer([(0, [1, 2, 3]), (1, []), (2, [1]), (3, [0] * 13), (4, [1, 2])])
+    assert [seq for seq, _ in scored] == [0, 1, 2, 3, 4]
+    assert [tokens for _, tokens in scored] == pytest.approx([3, math.nan, 1, math.nan, 2], nan_ok=True)
+    assert scorer.order() == [2, 4, 0]
     scorer.forget([2])
-    assert scorer.order() == [0]
+    scorer([(5, [1] * 9)])
+    assert scorer.order() == [4, 0, 5]
+
+
+def test_scorer_takes_any_number_of_prompts() -> None:
+    table = SlotTable(IDENTITY, capacity=2 * MAX_BATCH, device="cpu", max_order=256)
+    scorer = GpuScorer(pack_nonempty, score_lengths, DeviceOrder(table, k=256), None)
+    assert len(scorer([(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)])) == MAX_BATCH + 5
+    order = scorer.order()
+    assert order is not None
+    assert order == sorted(range(MAX_BATCH + 5), key=lambda seq: (1 + seq % 12, seq))
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
@@ -73,8 +107,8 @@ def test_host_index_admits_by_the_devices_order_as_by_its_own(order: DeviceOrder
             if entry.seq % 5:  # every fifth has no score
                 index.set_expected_tokens(entry, key)
         if use_device:
-            order.add([(entry.seq, keys[entry.seq]) for entry in entries if entry.seq % 5])
-            index.set_device_order(order.first(64) or [])
+            add(order, [(entry.seq, keys[entry.seq]) for entry in entries if entry.seq % 5])
+            index.set_device_order(order.first or [])
         if stale:  # aborted after the order was computed
             for entry in entries[::7]:
                 index.remove(entry)

@@ -13,7 +13,7 @@ from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.ranking_loop import MAX_IN_FLIGHT, MAX_PROMPT_IDS, MAX_RESTART_DELAY_S, RankingLoop
+from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS, MAX_RESTART_DELAY_S, RankingLoop
 from pars_fast.policies import POLICIES
 
 STALE_AFTER_S = 5.0
@@ -94,14 +94,14 @@ def test_nothing_is_submitted_before_the_ranker_is_ready(bench: Bench) -> None:
 
 
 def test_few_prompts_are_in_flight_at_once_newest_first(bench: Bench) -> None:
-    requests = bench.add(3 * MAX_IN_FLIGHT)
+    requests = bench.add(3 * bench.runtime.max_in_flight)
     for _ in range(3):
         bench.step()
-        assert len(bench.runtime.pending) == MAX_IN_FLIGHT
+        assert len(bench.runtime.pending) == bench.runtime.max_in_flight
     for _ in range(4):
         bench.runtime.score(descending)
         bench.step()
-    assert [seq for seq, _ in bench.runtime.submitted] == list(reversed(range(3 * MAX_IN_FLIGHT)))
+    assert [seq for seq, _ in bench.runtime.submitted] == list(reversed(range(len(requests))))
     assert None not in [bench.expected(request) for request in requests]
 
 

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from bench.aot_compile import ARCHES, RESULTS
+from bench.aot_compile import ARCHES, RESULTS, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
+    "_attention_kernel", "_embed_layer_norm_kernel", "_linear_kernel", "_linear_layer_norm_kernel",
+    "_residual_layer_norm_kernel",
     "_pool_score_kernel", "_queue_topk_tile_kernel", "_queue_topk_merge_kernel", "_queue_topk_locate_kernel",
+    "_small_batch_score_kernel",
+    "_slot_update_kernel", "_publish_score_kernel",
 }  # fmt: skip
-MAX_SHARED_BYTES = 48 * 1024  # what every GPU gives without opting in
+# What a block may ask for: 99 KB on sm_86 and sm_89, which run code made for sm_80; 227 KB from sm_90 on.
+MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -27,8 +32,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Compiled in a process of its own: in this one the interpreter may stand in for the compiler."""
     path = tmp_path_factory.mktemp("aot") / "aot_compile.csv"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.aot_compile", "--csv", str(path)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "bench.aot_compile", "--first-shapes", "--csv", str(path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     return read(path)
 
@@ -44,18 +49,17 @@ def test_no_kernel_of_the_project_is_left_out() -> None:
     assert named == KERNELS
 
 
-def test_nothing_spills_and_shared_memory_is_modest(compiled: list[dict[str, str]]) -> None:
-    for row in compiled:
+def test_nothing_spills_and_shared_memory_suffices(compiled: list[dict[str, str]]) -> None:
+    for row in [*compiled, *read(RESULTS)]:
         spilled = row["spill_store_bytes"], row["spill_load_bytes"], row["stack_bytes"]
         assert spilled == ("0", "0", "0"), row
-        assert int(row["shared_bytes"]) <= MAX_SHARED_BYTES, row
+        assert int(row["shared_bytes"]) <= MAX_SHARED_BYTES[row["arch"]], row
 
 
-def test_the_published_table_has_the_same_rows(compiled: list[dict[str, str]]) -> None:
-    def rows(table: list[dict[str, str]]) -> list[tuple[str, str, str]]:
-        return [(row["kernel"], row["shape"], row["arch"]) for row in table]
-
-    assert rows(read(RESULTS)) == rows(compiled), "remake it: python -m bench.aot_compile"
+def test_the_published_table_has_every_case() -> None:
+    published = [(row["kernel"], row["shape"], row["arch"]) for row in read(RESULTS)]
+    wanted = [(case.kernel.__name__, case.shape, arch) for case in cases() for arch in ARCHES]
+    assert published == wanted, "remake it: python -m bench.aot_compile"
 
 
 def test_the_interpreter_is_refused() -> None:

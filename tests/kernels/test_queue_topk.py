@@ -1,25 +1,37 @@
 """Queue top-k against stable sorts: the order is total, so results must be equal, not close."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
 from pars_fast.kernels import queue_topk as module
-from pars_fast.kernels.queue_topk import MAX_RANKS, MAX_SEQ_SPAN, queue_topk, queue_topk_reference
+from pars_fast.kernels.publish_score import ScoreDestination, publish_score
+from pars_fast.kernels.queue_topk import (
+    MAX_K,
+    MAX_RANKS,
+    MAX_SEQ_SPAN,
+    TopkWorkspace,
+    queue_topk,
+    queue_topk_reference,
+)
+from pars_fast.kernels.slot_update import FREE, slot_update
 
 SEQ_BASE = 10**12  # far past 32 bits: only the offset may be packed
 
 # The floats an order gets wrong: both zeros, denormals, neighbours, the largest, and what counts as unscored.
 KEYS = [0.0, -0.0, 1e-45, -1e-45, 1.0, 1.0000001, -1.0, 3.4028235e38, -3.4028235e38,
         float("nan"), float("inf"), float("-inf")]  # fmt: skip
+Table = dict[str, Any]  # of tensors; Any, since they are given by ** beside other keywords
 FIELDS = ("priority_rank", "lane", "key", "seq", "occupied", "median_key", "seq_base")
 
 
-def random_queue(num_slots: int, device: torch.device, occupied: float = 0.7) -> dict[str, Tensor]:
+def random_queue(num_slots: int, device: torch.device, occupied: float = 0.7) -> Table:
     """Many equal ranks and keys, so every field decides somewhere; seqs reach both ends of their range."""
     generator = torch.Generator().manual_seed(0)
 
@@ -40,7 +52,7 @@ def random_queue(num_slots: int, device: torch.device, occupied: float = 0.7) ->
     return {name: tensor.to(device) for name, tensor in queue.items()}
 
 
-def assert_same_order(queue: dict[str, Tensor], k: int) -> None:
+def assert_same_order(queue: Table, k: int) -> None:
     slots = queue_topk(**queue, k=k)
     assert slots.dtype == torch.int32
     assert slots.tolist() == queue_topk_reference(**queue, k=k).tolist()
@@ -69,7 +81,7 @@ def test_matches_stable_sorts_on_large_tables(num_slots: int, k: int) -> None:
     assert_same_order(random_queue(num_slots, torch.device("cuda")), k)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_small_queue(data: st.DataObject, device: torch.device) -> None:
     num_slots = data.draw(st.integers(1, 50))
@@ -93,6 +105,211 @@ def test_any_small_queue(data: st.DataObject, device: torch.device) -> None:
     assert_same_order(queue, k=data.draw(st.integers(1, 64)))
 
 
+def many_queues(count: int, generator: torch.Generator) -> tuple[Table, list[list[int]]]:
+    """`count` queues of 1 to 7 requests, told apart by priority rank, each with two keys, in random slots of
+    one table; and the slots of each queue in order, by Python's stable sort."""
+    queues: list[list[int]] = []
+    fields: list[tuple[int, int, float, bool]] = []  # rank, lane, key, occupied
+    for rank in range(count):
+        size, first, second = torch.randint(0, 1 << 20, (3,), generator=generator).tolist()
+        keys = [KEYS[first % len(KEYS)], KEYS[second % len(KEYS)]]
+        for draw in torch.randint(0, 16, (1 + size % 7,), generator=generator).tolist():
+            fields.append((rank, draw & 1, keys[draw >> 1 & 1], draw != 15))
+        queues.append([])
+    slots = torch.randperm(len(fields), generator=generator).tolist()
+    seqs = torch.randperm(len(fields), generator=generator).tolist()
+    table = {name: [0.0] * len(fields) for name in ("priority_rank", "lane", "key", "seq", "occupied")}
+    for slot, seq, (rank, lane, key, occupied) in zip(slots, seqs, fields, strict=True):
+        for name, value in (("priority_rank", rank), ("lane", lane), ("key", key), ("seq", SEQ_BASE + seq),
+                            ("occupied", occupied)):  # fmt: skip
+            table[name][slot] = value
+        if occupied:
+            queues[rank].append(slot)
+    keyed = [1.0 if not math.isfinite(key) else key + 0.0 for key in torch.tensor(table["key"]).tolist()]
+    for queue in queues:
+        queue.sort(key=lambda slot: table["seq"][slot])
+        queue.sort(key=lambda slot: (table["lane"][slot], keyed[slot]))
+    dtypes = {"priority_rank": torch.int32, "lane": torch.int32, "key": torch.float32, "seq": torch.int64,
+              "occupied": torch.bool}  # fmt: skip
+    tensors = {name: torch.tensor(table[name], dtype=dtype) for name, dtype in dtypes.items()}
+    tensors |= {"median_key": torch.tensor([1.0]), "seq_base": torch.tensor([SEQ_BASE])}
+    return tensors, queues
+
+
+@pytest.mark.parametrize(
+    ("max_tile", "at_once", "launches"),
+    [
+        (MAX_K, 220, 3),
+        (64, 40, 3),  # two to four tiles, a third of the queues ordered
+        pytest.param(
+            *(MAX_K, 220, 46),
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="a minute in the interpreter"),
+            ],
+        ),
+    ],
+    ids=["660_queues", "120_queues_merged", "10120_queues"],
+)
+def test_random_queues_with_ties_match_stable_sorts(
+    max_tile: int, at_once: int, launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch orders many at once: their ranks keep them apart."""
+    monkeypatch.setattr(module, "MAX_TILE", max_tile)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(launches):
+        table, queues = many_queues(at_once, generator)
+        slots = queue_topk(**{name: column.to(device) for name, column in table.items()}, k=max_tile).tolist()
+        expected = [slot for queue in queues for slot in queue]
+        assert slots == (expected + [-1] * max_tile)[:max_tile]
+
+
+def command_rows(commands: list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor(commands or [[0, 0, FREE, 0]], device=device)
+
+
+class IncrementalOrder(RuleBasedStateMachine):
+    """Any arrivals, departures, scores, medians and bases, by the kernels that mark tiles: the kept lists
+    give what new ones give, and what stable sorts give. Tiles of 16 slots, 3 levels of lists."""
+
+    @initialize(k=st.sampled_from([1, 5, 16]))
+    def start(self, k: int) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.k, self.num_slots = k, 16 * 5 - 3
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "MAX_TILE", 16)
+            patch.setattr(module, "MAX_FAN", 4)
+            self.workspace = TopkWorkspace(self.num_slots, k, self.device)
+        self.table = random_queue(self.num_slots, self.device, occupied=0.5)
+        self.generation = torch.ones(self.num_slots, dtype=torch.int64, device=self.device)
+        self.next_seq = SEQ_BASE + MAX_SEQ_SPAN // 2
+        self.seq_base, self.median = SEQ_BASE, 1.0
+
+    @rule(
+        slots=st.lists(st.integers(0, 76), unique=True, max_size=6),
+        group=st.sampled_from([FREE, 0, 1, 2, 2 * MAX_RANKS - 1]),
+        newer=st.integers(-1, 1),
+    )
+    def change(self, slots: list[int], group: int, newer: int) -> None:
+        commands = []
+        for slot in slots:
+            self.next_seq += 1
+            commands.append([slot, int(self.generation[slot]) + newer, group, self.next_seq])
+        self.send(commands)
+
+    @rule(median=st.sampled_from([*KEYS, 7.0]))
+    def move_median(self, median: float) -> None:
+        self.median = median
+        self.send([])
+
+    @rule(by=st.sampled_from([-1, 1, 3]))
+    def move_seq_base(self, by: int) -> None:
+        self.seq_base = min(SEQ_BASE, self.seq_base + by)  # offsets stay within the packed field
+        self.send([])
+
+    def send(self, commands: list[list[int]]) -> None:
+        bits = int(torch.tensor([self.median]).view(torch.int32))
+        header = torch.tensor([len(commands), self.seq_base, bits, 0], device=self.device)
+        slot_update(header, command_rows(commands, self.device), **self.table, generation=self.generation,
+                    dirty=self.workspace.dirty, tile_size=self.workspace.tile_size)  # fmt: skip
+
+    @rule(
+        slots=st.lists(st.integers(-1, 76), min_size=1, max_size=6, unique=True),
+        scores=st.lists(st.sampled_from(KEYS), min_size=6, max_size=6),
+        late=st.booleans(),
+    )
+    def publish(self, slots: list[int], scores: list[float], late: bool) -> None:
+        at = torch.tensor(slots, device=self.device)
+        knots = torch.tensor([0.0, 1.0], device=self.device)
+        destination = ScoreDestination(
+            slot=at, generation=self.generation[at] - int(late), key=self.table["key"],
+            slot_generation=self.generation, dirty=self.workspace.dirty,
+            tile_size=self.workspace.tile_size, map_scores=knots, map_tokens=knots,
+            tokens=torch.zeros(len(slots), device=self.device),
+        )  # fmt: skip
+        publish_score(torch.tensor(scores[: len(slots)], device=self.device), destination)
+
+    @invariant()
+    def same_order(self) -> None:
+        offsets = self.table["seq"] - self.seq_base
+        assert bool((offsets < MAX_SEQ_SPAN).all())
+        kept = queue_topk(**self.table, k=self.k, workspace=self.workspace).tolist()
+        assert kept == queue_topk_reference(**self.table, k=self.k).tolist()
+        assert not self.workspace.dirty.any()
+
+    def teardown(self) -> None:
+        kept = queue_topk(**self.table, k=self.k, workspace=self.workspace)
+        assert kept.tolist() == queue_topk(**self.table, k=self.k).tolist()
+
+
+TestIncrementalOrder = IncrementalOrder.TestCase
+TestIncrementalOrder.settings = settings(max_examples=4, stateful_step_count=8, deadline=None)
+
+
+def test_only_what_changed_is_built_anew(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TILE", 16)
+    monkeypatch.setattr(module, "MAX_FAN", 4)
+    table = random_queue(16 * 17, device)
+    table["key"][:32] = 2.0  # two tiles without an unscored request
+    workspace = TopkWorkspace(16 * 17, 16, device)
+
+    def rebuilt() -> list[list[int]]:
+        slots = queue_topk(**table, k=16, workspace=workspace)
+        assert slots.tolist() == queue_topk_reference(**table, k=16).tolist()
+        return [flags.nonzero()[:, 0].tolist() for flags in workspace.rebuilt]
+
+    assert rebuilt() == [list(range(17)), list(range(5)), [0, 1], [0]]
+    assert rebuilt() == [[], [], [], []]
+    table["occupied"][16 * 6 + 3] ^= True
+    workspace.dirty[6] = 1
+    assert rebuilt() == [[6], [1], [0], [0]]
+    unscored = (table["occupied"] & ~table["key"].isfinite()).view(17, 16).any(dim=1)
+    assert 0 < int(unscored.sum()) < 17
+    table["median_key"].fill_(0.5)
+    assert rebuilt()[0] == unscored.nonzero()[:, 0].tolist()
+    table["seq_base"] -= 1
+    table["seq"].clamp_(max=SEQ_BASE + MAX_SEQ_SPAN - 2)
+    assert rebuilt()[0] == list(range(17))
+
+
+def test_a_workspace_serves_smaller_orders_and_allocates_nothing(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = random_queue(300, device)
+    workspace = TopkWorkspace(300, 64, device)
+    expected = queue_topk_reference(**table, k=64).tolist()
+    for name in ("empty", "zeros", "ones", "full"):
+        monkeypatch.setattr(torch, name, None)
+    for k in (64, 3, 64, 1):
+        slots = queue_topk(**table, k=k, workspace=workspace)
+        assert slots.tolist() == expected[:k]
+        assert slots.data_ptr() == workspace.slot.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU only")
+def test_a_captured_graph_serves_both_forms() -> None:
+    table = random_queue(2**16, torch.device("cuda"))
+    workspace = TopkWorkspace(2**16, 256, "cuda")
+    queue_topk(**table, k=256, workspace=workspace)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        slots = queue_topk(**table, k=256, workspace=workspace)
+    for slot in (5, 2**15, 2**16 - 1):
+        table["occupied"][slot] ^= True
+        workspace.dirty[slot // workspace.tile_size] = 1
+        graph.replay()
+        assert slots.tolist() == queue_topk_reference(**table, k=256).tolist()
+
+
+def test_the_workspace_counts_launches_and_bytes() -> None:
+    workspace = TopkWorkspace(2**12, 1024, "cpu")
+    assert workspace.num_launches == 3  # 4 lists of 1024 are merged at once
+    full = 4 * (21 * 1024 + 12 * 1024) + 4 * 24 + 8 * 1024 * (4 + 1) + 4 * 8 * 32 + 8 * 1024
+    assert workspace.bytes_moved(4) == full
+    assert workspace.bytes_moved(0) == 4 * 24 + 4 * 8 * 32 + 8 * 1024
+
+
 def test_an_empty_queue_is_all_padding(device: torch.device) -> None:
     assert queue_topk(**random_queue(40, device, occupied=0.0), k=3).tolist() == [-1, -1, -1]
 
@@ -108,7 +325,7 @@ def test_each_field_outranks_those_after_it(device: torch.device) -> None:
     """Slot 0 loses on one field and wins on all the later ones."""
     worse = {"priority_rank": 1, "lane": 1, "key": 2.0, "seq": 5}
     for position, name in enumerate(worse):
-        queue = {
+        queue: Table = {
             field: torch.tensor([value, value], device=device)
             for field, value in {"priority_rank": 0, "lane": 0, "key": 1.0, "seq": 3}.items()
         }
@@ -151,6 +368,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "seq_base": ({"seq_base": torch.zeros(2).long()}, r"seq_base must be contiguous \(1,\)"),
     "stride": ({"seq": torch.zeros(10).long()[::2]}, "seq must be contiguous"),
     "device": ({"lane": torch.zeros(5, device="meta").int()}, "lane must lie on cpu like key, got meta"),
+    "other table": ({"workspace": TopkWorkspace(6, 2, "cpu")}, "workspace is for 6 slots .*not for 5 slots"),
+    "large k": ({"workspace": TopkWorkspace(5, 16, "cpu"), "k": 17}, "k up to 16 on cpu, not for .* k = 17"),
 }
 
 
@@ -161,3 +380,10 @@ def test_errors_name_what_is_wrong(case: str) -> None:
     assert set(arguments) == {*FIELDS, "k"}
     with pytest.raises(ValueError, match=message):
         queue_topk(**(arguments | change))
+
+
+def test_a_workspace_for_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_slots must be at least 1, got 0"):
+        TopkWorkspace(0, 1, "cpu")
+    with pytest.raises(ValueError, match="k must be 1 to 1024, got 1025"):
+        TopkWorkspace(5, 1025, "cpu")

@@ -78,7 +78,9 @@ DEFINITIONS: list[tuple[Guard, Callable[..., Entry]]] = [
 ]
 
 
-@pytest.mark.parametrize(("guard", "definition"), DEFINITIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("guard", "definition"), DEFINITIONS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 @settings(max_examples=15)
 @given(seed=SEEDS)
 def test_a_guard_equals_its_definition(guard: Guard, definition: Callable[..., Entry], seed: int) -> None:

@@ -14,7 +14,7 @@ from pars_fast.settings import INTERNAL_VARIABLES, Settings
 def test_defaults() -> None:
     assert Settings.from_environ({}) == Settings(
         enable=False,
-        ranker="default",
+        ranker="auto",
         policy="pars_fast",
         mode="on",
         guard=None,
@@ -23,6 +23,7 @@ def test_defaults() -> None:
         trust_caller=False,
         device="auto",
         cpu_threads=1,
+        gpu_sms=16,
         stale_after_s=5.0,
         force=False,
     )
@@ -39,12 +40,13 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_TRUST_CALLER": "1",
         "PARS_DEVICE": "cpu",
         "PARS_CPU_THREADS": "3",
+        "PARS_GPU_SMS": "0",
         "PARS_STALE_AFTER_S": "0.5",
         "PARS_FORCE": "1",
     }
     assert environ.keys() | {"PARS_GUARD"} == {f.metadata["variable"] for f in fields(Settings)}
     assert Settings.from_environ(environ) == Settings(
-        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0.5, True
+        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0, 0.5, True
     )
 
 
@@ -74,7 +76,7 @@ def test_settings_of_the_default_guard_beside_another_are_refused(variable: str)
     ("variable", "value", "allowed"),
     [
         ("PARS_ENABLE", "yes", "0 or 1"),
-        ("PARS_RANKER", "/no/such/folder", "`default` or an existing ranker directory"),
+        ("PARS_RANKER", "/no/such/folder", "auto, default, small or an existing directory"),
         ("PARS_POLICY", "sjf", "one of fcfs, prompt_length, oracle, pars, pars_fast"),
         ("PARS_MODE", "off", "one of on, shadow"),
         ("PARS_GUARD", "patience", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, "),
@@ -90,6 +92,7 @@ def test_settings_of_the_default_guard_beside_another_are_refused(variable: str)
         ("PARS_DEVICE", "tpu", "one of auto, cpu, cuda"),
         ("PARS_CPU_THREADS", "0", "a number of threads, a whole number >= 1"),
         ("PARS_CPU_THREADS", "1.5", "a number of threads, a whole number >= 1"),
+        ("PARS_GPU_SMS", "-1", "a number of SMs, a whole number >= 0"),
         ("PARS_STALE_AFTER_S", "0", "seconds >= 0.1"),
         ("PARS_FORCE", "2", "0 or 1"),
     ],

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,38 @@ def test_a_learnable_order_is_learnt(
     assert report["validation_pair_accuracy"] > 0.75
     expected = ranker.token_map(ranker.score(["a", "a b c d e f g h i j a b c d e f g h i"]))  # type: ignore[misc]
     assert expected[0] < expected[1]
+
+
+def test_a_student_keeps_fewer_layers_and_learns_from_its_teacher_too(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(loss="huber", epochs=3, batch_prompts=16, learning_rate=3e-3, max_tokens=32)
+    teacher = train([toy], str(tiny_encoder), recipe, tmp_path / "teacher")
+    student_recipe = replace(recipe, layers=1, teacher=str(tmp_path / "teacher"))
+    student = train([toy], str(tmp_path / "teacher"), student_recipe, tmp_path / "student")
+    assert len(student.model.encoder.layer) == student.config.num_hidden_layers == 1
+    assert evaluate(student, toy, "val")["mean_kendall_tau"] > 0.5
+
+    learnt: list[Any] = []
+
+    def stop(_: Any, __: Any, ___: Any, ____: Any, training_split: Any, validation: Any) -> None:
+        learnt.append(training_split.log_length)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_Run", stop)
+    for variant in (recipe, student_recipe):
+        with pytest.raises(KeyboardInterrupt):
+            train([toy], str(tmp_path / "teacher"), variant, tmp_path / "out")
+    recorded, taught = learnt
+    scores = teacher.score([row.prompt for row in toy.select("train").rows]).numpy()
+    np.testing.assert_allclose(taught, (recorded + scores) / 2, atol=1e-3)  # saved in float16
+
+
+def test_a_student_cannot_have_more_layers_than_its_start(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"layers must be in 1\.\.2, got 3"):
+        train([toy], str(tiny_encoder), replace(QUICK, layers=3), tmp_path / "out")
 
 
 def test_the_seed_decides_the_weights(tiny_encoder: Path, toy: LengthFile, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def overload(count: int = 120, *, seed: int = 0, tau: float = 1.0) -> Workload:
     return with_noisy_scores(workload, tau, seed=seed)
 
 
-class Recorder(Scheduler):
+class Recorder(Scheduler):  # type: ignore[misc]
     """Stock vLLM's scheduler, with a note of every plan and every token."""
 
     plans: list[dict[str, int]]

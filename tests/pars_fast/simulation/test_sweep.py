@@ -66,7 +66,7 @@ def test_rows_have_what_remakes_them() -> None:
 
 
 def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, ran = tmp_path / "rows.jsonl", []
+    kept, ran = tmp_path / "rows.jsonl", list[Case]()
     real = sweep.run_case
 
     def counted(setup: Setup, case: Case) -> dict[str, Any]:

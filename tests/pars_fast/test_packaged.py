@@ -1,19 +1,26 @@
-"""The ranker in the package: it loads, it is small, and it orders what anybody would."""
+"""The rankers in the package: they load, they are small, and they order what anybody would."""
 
 import pytest
 
 from pars_fast import Ranker
-from pars_fast.ranker import DEFAULT_CHECKPOINT
+from pars_fast.packaged import PACKAGED, checkpoint_directory, serving_ranker
 
 
-@pytest.fixture(scope="module")
-def ranker() -> Ranker:
-    return Ranker.from_pretrained(device="cpu")
+@pytest.fixture(scope="module", params=PACKAGED)
+def ranker(request: pytest.FixtureRequest) -> Ranker:
+    return Ranker.from_pretrained(request.param, device="cpu")
 
 
-def test_it_fits_the_wheel_and_says_what_it_is() -> None:
-    assert (DEFAULT_CHECKPOINT / "model.safetensors").stat().st_size <= 48 * 2**20
-    assert "licen" in (DEFAULT_CHECKPOINT / "README.md").read_text().lower()
+@pytest.mark.parametrize("name", PACKAGED)
+def test_it_fits_the_wheel_and_says_what_it_is(name: str) -> None:
+    assert (checkpoint_directory(name) / "model.safetensors").stat().st_size <= 48 * 2**20
+    assert "licen" in (checkpoint_directory(name) / "README.md").read_text().lower()
+
+
+def test_auto_takes_what_the_device_can_carry() -> None:
+    assert serving_ranker("auto", "cuda") == "default"
+    assert serving_ranker("auto", "cpu") == "small"
+    assert serving_ranker("/some/folder", "cpu") == "/some/folder"
 
 
 @pytest.mark.parametrize(

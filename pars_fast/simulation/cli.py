@@ -1,0 +1,135 @@
+"""`pars-fast simulate`, `profile` and `live-check`: heavy imports inside the commands."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from pars_fast.errors import make_writable, require_extra
+from pars_fast.output import write_json
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(item) for item in text.split(",")]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(item) for item in text.split(",")]
+
+
+def add_simulate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    one_of = source.add_argument
+    one_of("--trace", type=Path, metavar="F", help="arrival_s,prompt_tokens,output_tokens[,score][,app]")
+    one_of("--lengths", type=Path, metavar="F", help="length file: real prompts, which a ranker scores")
+    add("--model-column", help="--lengths: whose answers (the first column)")
+    add("--ranker", default="default", help="--lengths: ranker directory, or none (%(default)s)")
+    add("--arrivals", type=Path, metavar="TRACE", help="--lengths: arrive at its times; else Poisson")
+    add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
+    add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
+    add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
+    add("--policies", default="all", help="by comma, or all (%(default)s)")
+    guards = "own, all, frontier, or by comma, as in none,overtaking_budget:beta=1 (%(default)s)"
+    add("--guards", default="own", help=guards)
+    add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")
+    add("--tau", type=_numbers, metavar="T", help="noisy scores of these Kendall taus instead of real ones")
+    add("--ranker-delay", type=_numbers, default=[0.0], metavar="S", help="seconds from prompt to score (0)")
+    add("--unscored", type=_numbers, default=[0.0], metavar="SHARE", help="of the requests, never scored (0)")
+    add("--fleet", type=_whole_numbers, default=[1], metavar="N", help="engines, at equal load each (1)")
+    add("--router", default="round_robin", help="or least_loaded, predicted_work; by comma (%(default)s)")
+    add("--engine", default="fast", choices=["fast", "faithful"], help="which simulator (%(default)s)")
+    add("--profile", default="h100_llama_3_1_8b", metavar="NAME|F", help="time of a step (%(default)s)")
+    for name in ("max-num-seqs", "max-num-batched-tokens", "kv-cache-tokens", "max-model-len"):
+        add(f"--{name}", type=int, default=argparse.SUPPRESS, metavar="N")
+    add("--seed", type=_whole_numbers, default=[0], help="seeds, by comma (0)")
+    add("--workers", type=int, metavar="N", help="processes (all cores)")
+    add("--json", type=Path, metavar="F", help="write all rows there; F.rows.jsonl keeps them as they come")
+    add("--report", type=Path, metavar="F.html", help="write a self-contained page there")
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    require_extra("numba", "simulate")
+    if arguments.engine == "faithful":
+        require_extra("vllm", "vllm")
+    for path in filter(None, (arguments.json, arguments.report)):
+        make_writable(path.parent)  # minutes before it is written
+    from pars_fast.simulation.command import simulate
+    from pars_fast.simulation.report import write_report
+
+    result = simulate(arguments)
+    if arguments.json:
+        write_json(arguments.json, result)
+    if arguments.report:
+        write_report(arguments.report, result)
+        print(f"page written to {arguments.report}")
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, required=True, metavar="F", help="write the profile there")
+    parser.add_argument("--model", help="model to serve; by default a tiny random one is made")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    require_extra("vllm", "cpu")
+    make_writable(arguments.json.parent)  # a minute before it is written
+    from pars_fast.simulation.profile import measure_profile
+
+    print("serving by vLLM and measuring its steps: about a minute and a half", flush=True)
+    profile = measure_profile(arguments.model)
+    write_json(arguments.json, profile.to_json())
+    step, fit = profile.step_time, profile.fit
+    print(f"a step takes {step.base_s * 1e3:.3g} ms + {step.prefill_token_s * 1e6:.3g} us a prefill token + "
+          f"{step.decode_seq_s * 1e6:.3g} us a decoding request + {step.kv_token_s * 1e9:.3g} ns a KV token")
+    print(f"{fit.steps:,} steps of {fit.mean_step_s * 1e3:.3g} ms: r2 {fit.r2:.3f}, "
+          f"median error {fit.median_relative_error:.1%}")
+    print(f"profile written to {arguments.json}")
+
+
+def add_live_check(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--demo", type=Path, required=True, metavar="F", help="what `pars-fast demo --json F` wrote")
+    add("--profile", required=True, metavar="F", help="what `pars-fast profile --json F` wrote, same machine")
+    add("--ranker", default="auto", help="the demo's ranker (%(default)s)")
+    delay = "seconds to score the prompts in flight"
+    add("--ranker-delay", type=float, default=argparse.SUPPRESS, metavar="S", help=delay)
+    add("--json", type=Path, metavar="F", help="write the comparison there")
+    parser.set_defaults(run=_live_check)
+
+
+def _live_check(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    require_extra("vllm", "cpu")
+    if arguments.json:
+        make_writable(arguments.json.parent)
+    from pars_fast.simulation.live_check import BATCH_DELAY_S, TOLERANCE, live_check, read_demo
+    from pars_fast.simulation.step_time import load_profile
+
+    step_time, engine = load_profile(arguments.profile)
+    delay = getattr(arguments, "ranker_delay", BATCH_DELAY_S)
+    demo = read_demo(arguments.demo)
+    result = live_check(demo, step_time, engine, ranker=arguments.ranker, ranker_delay_s=delay)
+    _print_live_check(result)
+    print(f"worst error of a mean {result['worst_mean_error']:.1%}, of a ratio to fcfs "
+          f"{result['worst_ratio_error']:.1%}: {'within' if result['agrees'] else 'beyond'} {TOLERANCE:.0%}")
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _print_live_check(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    headers = ("policy", "load", "end-to-end s, live", "simulated", "error", "s per token, live", "simulated",
+               "error", "error of the ratios to fcfs")
+    table = Table(*headers, title="Real server and faithful simulator, means")
+    for row in result["rows"]:
+        cells = [row["policy"], row["load"]]
+        for column in ("mean_e2e_s", "mean_latency_per_token_s"):
+            cells += [f"{row[f'live_{column}']:.4g}", f"{row[f'simulated_{column}']:.4g}",
+                      f"{row[f'{column}_error']:+.1%}"]
+        ratios = (row[f"{column}_ratio_error"] for column in ("mean_e2e_s", "mean_latency_per_token_s"))
+        table.add_row(*cells, ", ".join(f"{error:+.1%}" for error in ratios))
+    Console().print(table)
