@@ -1,5 +1,6 @@
 """What a policy decides: the key of a request in the waiting queue."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
 from pars_fast.guards import Guard, NoGuard
@@ -14,7 +15,7 @@ class QueuedRequest(Protocol):
     max_tokens: int
 
 
-class Policy:
+class Policy(ABC):
     """A lower key runs first, within one priority and lane; equal keys run in order of arrival.
 
     Attributes:
@@ -28,9 +29,9 @@ class Policy:
     knows_lengths: ClassVar[bool] = False
     default_guard: ClassVar[Guard] = NoGuard()
 
+    @abstractmethod
     def key_on_arrival(self, request: QueuedRequest) -> float | None:
         """The key known at arrival, or None for one that waits for a score."""
-        raise NotImplementedError
 
     def key(self, expected_tokens: float) -> float:
         """The key of a scored request; `expected_tokens` is finite and positive."""

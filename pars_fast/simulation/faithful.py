@@ -51,7 +51,6 @@ def simulate(
     step_time: StepTime,
     *,
     ranker_delay_s: float = 0.0,
-    seed: int = 0,
 ) -> Served:
     """Serve a workload by one engine, as vLLM's scheduler and this project's queue would.
 
@@ -61,8 +60,7 @@ def simulate(
         guard: bounds the order; None is the policy's own guard.
         engine: room of the engine; a request that an empty one could not hold is refused.
         step_time: how long a step takes.
-        ranker_delay_s: from handing prompts over (at most 8 are out at once) to having their scores.
-        seed: not used, since nothing here is random; both simulators are called alike.
+        ranker_delay_s: from handing prompts over (`ProcessRuntime.max_in_flight` at once) to their scores.
     Raises: ParsFastError: if there is no such policy, or the delay is negative.
     """
     if policy not in POLICIES:

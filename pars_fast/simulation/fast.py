@@ -25,12 +25,8 @@ def simulate(
     step_time: StepTime,
     *,
     ranker_delay_s: float = 0.0,
-    seed: int = 0,
 ) -> Served:
-    """Serve a workload on one engine; arguments and errors as `simulate_fleet`.
-
-    Nothing here is random: `seed` is there because the faithful simulator has it.
-    """
+    """Serve a workload on one engine; arguments and errors as `simulate_fleet`."""
     return simulate_fleet(workload, policy, guard, engine, step_time, ranker_delay_s=ranker_delay_s)
 
 

@@ -151,10 +151,10 @@ def _lead(rows: Sequence[_Row]) -> str:
         ("mean_e2e_s", "mean end-to-end latency"), ("p99_e2e_s", "its 99th percentile"),
         ("max_wait_s", "the longest wait")) if (ratio := _ratio(rows, row, column)) is not None]
     said = [f"pars_fast with {row['guard']}, against arrival order: {', '.join(ratios) or DASH}."]
-    if row["gain_captured"] is not None:
-        said.append("Of what an oracle without a guard gains, it keeps "
-                    f"{percent(row['gain_captured'])} per token and "
-                    f"{percent(row['gain_captured_e2e'])} end to end.")
+    kept = [f"{percent(row[column])} {where}" for column, where in (
+        ("gain_captured", "per token"), ("gain_captured_e2e", "end to end")) if row[column] is not None]
+    if kept:
+        said.append(f"Of what an oracle without a guard gains, it keeps {' and '.join(kept)}.")
     return " ".join(said)
 
 

@@ -97,5 +97,5 @@ def test_what_a_policy_needs(policy: str, uses_ranker: bool, guard: str) -> None
 
 
 def test_a_policy_must_say_its_key() -> None:
-    with pytest.raises(NotImplementedError):
-        Policy().key_on_arrival(request(0, max_tokens=1))
+    with pytest.raises(TypeError, match="key_on_arrival"):
+        Policy()  # type: ignore[abstract]
