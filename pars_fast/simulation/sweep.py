@@ -148,7 +148,7 @@ def run_case(setup: Setup, case: Case) -> dict[str, Any]:
         from pars_fast.simulation import faithful
 
         served = faithful.simulate(workload, case.policy, guard, setup.engine, setup.step_time,
-                                   ranker_delay_s=case.ranker_delay_s, seed=case.seed)
+                                   ranker_delay_s=case.ranker_delay_s)
     else:
         served = simulate_fleet(workload, case.policy, guard, setup.engine, setup.step_time,
                                 engines=case.engines, router=case.router, ranker_delay_s=case.ranker_delay_s)

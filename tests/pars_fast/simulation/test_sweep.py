@@ -107,6 +107,17 @@ def test_gains_are_null_without_an_oracle_that_gains() -> None:
     assert [row["gain_captured_e2e"] for row in rows] == [0, 1]
 
 
+def test_a_case_by_either_simulator_has_the_same_columns() -> None:
+    pytest.importorskip("vllm", reason="the faithful simulator drives vLLM's scheduler")
+    fast = setup()
+    faithful = Setup(fast.workloads, fast.capacity_tok_s, ENGINE, STEP_TIME, "faithful")
+    case = Case("pars_fast", "none", 1.2)
+    row, other = sweep.run_case(faithful, case), sweep.run_case(fast, case)
+    assert row.keys() == other.keys()
+    assert row["completed"] == row["requests"] == other["requests"]
+    assert (row["simulator"], other["simulator"]) == ("faithful", "fast")
+
+
 def test_the_faithful_simulator_is_one_engine() -> None:
     faithful = Setup(setup().workloads, {0: 1.0}, ENGINE, STEP_TIME, "faithful")
     with pytest.raises(ParsFastError, match="the faithful simulator runs one engine"):
