@@ -36,9 +36,11 @@ def vllm_server(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("wb") as output:
-        # A session of its own, so that the engine's child processes can be ended with it.
+        # A process group of its own, so that the engine's child processes can be ended with it. Not a session:
+        # Linux would schedule it as a group against this one (autogroup), and the engine's loops on sched_yield
+        # then keep the client off the cores for seconds.
         process = subprocess.Popen(command, env={**inherited, **environment}, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+                                   stderr=subprocess.STDOUT, process_group=0)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, process, log)
