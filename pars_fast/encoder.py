@@ -53,6 +53,23 @@ class SelfAttention(nn.Module):
         ]
         return torch.cat(context, dim=1).transpose(0, 1).reshape(hidden.shape)
 
+    def of_first_tokens(self, first: Tensor, hidden: Tensor, lengths: list[int]) -> Tensor:
+        """(B, H) first tokens, (T, H) all tokens -> (B, H), what `forward` gives for the first tokens.
+
+        Keys and values are not computed: q . (W_k x) = (W_k' q) . x, the bias of keys shifts all scores of a
+        query alike, and sum a (W_v x + b) = W_v (sum a x) + b. With one query a prompt that is far less work.
+        """
+        by_head = (self.num_heads, -1, self.key.in_features)
+        query = self.query(first).view(len(first), self.num_heads, -1)
+        query = torch.einsum("bnd,ndh->bnh", query, self.key.weight.view(by_head)) / query.shape[-1] ** 0.5
+        dropout_p = self.dropout_p if self.training else 0.0
+        attended = torch.stack([
+            F.dropout((q @ tokens.T).softmax(-1), dropout_p) @ tokens
+            for q, tokens in zip(query, hidden.split(lengths), strict=True)
+        ])
+        context = torch.einsum("bnh,ndh->bnd", attended, self.value.weight.view(by_head))
+        return context.reshape(first.shape) + self.value.bias
+
 
 class ResidualOutput(nn.Module):
     """LayerNorm(residual + dense(x)), which closes both halves of a layer."""
@@ -73,8 +90,10 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, hidden: Tensor, lengths: list[int]) -> Tensor:
-        return self.output(self.self(hidden, lengths), hidden)
+    def forward(self, hidden: Tensor, lengths: list[int], first: Tensor | None) -> Tensor:
+        if first is None:
+            return self.output(self.self(hidden, lengths), hidden)
+        return self.output(self.self.of_first_tokens(first, hidden, lengths), first)
 
 
 class Intermediate(nn.Module):
@@ -94,9 +113,10 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, lengths: list[int]) -> Tensor:
-        hidden = self.attention(hidden, lengths)
-        return self.output(self.intermediate(hidden), hidden)
+    def forward(self, hidden: Tensor, lengths: list[int], first: Tensor | None = None) -> Tensor:
+        """(T, H) -> (T, H), or for the prompts' first tokens alone, `first` (B, H) -> (B, H)."""
+        attended = self.attention(hidden, lengths, first)
+        return self.output(self.intermediate(attended), attended)
 
 
 class LayerStack(nn.Module):
@@ -114,18 +134,22 @@ class PackedBertEncoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = LayerStack(config)
 
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Hidden states of the last layer.
+    def hidden_states(
+        self, input_ids: Tensor, cu_seqlens: Tensor, *, first_tokens: bool = False
+    ) -> Tensor:
+        """Those of the last layer.
 
         Args:
             input_ids: (T,) int32, the prompts' token ids end to end.
             cu_seqlens: (B + 1,) int32; prompt i owns input_ids[cu_seqlens[i]:cu_seqlens[i + 1]].
-        Returns: (T, H) in the dtype of the weights.
+            first_tokens: only those of each prompt's first token; the last layer then computes no other row.
+        Returns: (T, H), or (B, H), in the dtype of the weights.
         """
         lengths = cu_seqlens.diff()
         starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=len(input_ids))
         position_ids = torch.arange(len(input_ids), device=input_ids.device) - starts
         hidden = self.embeddings(input_ids, position_ids)
-        for layer in self.encoder.layer:
+        *layers, last = self.encoder.layer
+        for layer in layers:
             hidden = layer(hidden, lengths.tolist())
-        return hidden
+        return last(hidden, lengths.tolist(), hidden[cu_seqlens[:-1]] if first_tokens else None)

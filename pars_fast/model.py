@@ -29,13 +29,13 @@ class ScoreModel(PackedBertEncoder):
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T,) int32 ids and (B + 1,) int32 offsets -> (B,) float32 scores."""
-        hidden = super().forward(input_ids, cu_seqlens)
-        return self.score_head(self.pool(hidden, cu_seqlens))[:, 0].float()
+        return self.score_head(self.pooled(input_ids, cu_seqlens))[:, 0].float()
 
-    def pool(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """(T, H) -> (B, H): the first token of each prompt, or the mean of its tokens."""
+    def pooled(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(B, H): the last hidden state of each prompt's first token, or the mean over its tokens."""
         if self.pooling == "cls":
-            return hidden[cu_seqlens[:-1]]
+            return self.hidden_states(input_ids, cu_seqlens, first_tokens=True)
+        hidden = self.hidden_states(input_ids, cu_seqlens)
         return torch.segment_reduce(hidden, "mean", lengths=cu_seqlens.diff().long(), axis=0)
 
     def set_dropout(self, probability: float) -> None:

@@ -38,6 +38,7 @@ CHECKPOINT_EVERY_S = 240.0
 class Recipe:
     """What a run depends on, besides its data. Defaults: PARS.
 
+    `pooling` is the starting ranker's own if None, of a mere encoder `cls` (PARS).
     `batch_prompts` 16 gives 120 pairs a step (PARS: 128); a pointwise loss may want more. `max_tokens` is
     the prompt window in WordPiece tokens. `max_prompts_per_file` keeps one large file from drowning the
     others; None takes all. `layers` keeps only the first so many of the starting encoder. With a `teacher`
@@ -46,7 +47,7 @@ class Recipe:
     """
 
     loss: str = "margin"
-    pooling: Pooling = "cls"
+    pooling: Pooling | None = None
     model_column: str = CONSENSUS
     epochs: int = 3
     batch_prompts: int = 16
@@ -138,8 +139,9 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     if is_ranker(directory):
         ranker = Ranker.from_pretrained(directory, device="cpu")
         ranker = Ranker(ranker.model, ranker.config, ranker.tokenizer, max_tokens=recipe.max_tokens)
+        ranker.model.pooling = recipe.pooling or ranker.model.pooling
     else:
-        ranker = Ranker.from_encoder(directory, pooling=recipe.pooling, max_tokens=recipe.max_tokens)
+        ranker = Ranker.from_encoder(directory, pooling=recipe.pooling or "cls", max_tokens=recipe.max_tokens)
         torch.nn.init.constant_(ranker.model.score_head.bias, mean_log_length)
     if recipe.layers is not None:
         ranker.keep_layers(recipe.layers)

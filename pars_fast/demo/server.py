@@ -36,9 +36,9 @@ def vllm_server(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("wb") as output:
-        # A process group of its own, so that the engine's child processes can be ended with it. Not a session:
-        # Linux would schedule it as a group against this one (autogroup), and the engine's loops on sched_yield
-        # then keep the client off the cores for seconds.
+        # A process group of its own, so that the engine's child processes can be ended with it. Not a
+        # session: Linux would schedule that as a group against ours (autogroup), and the
+        # engine's loops on sched_yield were then seen to keep the client off the cores for seconds.
         process = subprocess.Popen(command, env={**inherited, **environment}, stdout=output,
                                    stderr=subprocess.STDOUT, process_group=0)
     try:

@@ -64,8 +64,9 @@ def test_a_student_keeps_fewer_layers_and_learns_from_its_teacher_too(
 ) -> None:
     recipe = Recipe(loss="huber", epochs=3, batch_prompts=16, learning_rate=3e-3, max_tokens=32)
     teacher = train([toy], str(tiny_encoder), recipe, tmp_path / "teacher")
-    student_recipe = replace(recipe, layers=1, teacher=str(tmp_path / "teacher"))
+    student_recipe = replace(recipe, pooling="mean", layers=1, teacher=str(tmp_path / "teacher"))
     student = train([toy], str(tmp_path / "teacher"), student_recipe, tmp_path / "student")
+    assert (student.model.pooling, teacher.model.pooling) == ("mean", "cls")
     assert len(student.model.encoder.layer) == student.config.num_hidden_layers == 1
     assert evaluate(student, toy, "val")["mean_kendall_tau"] > 0.5
 
