@@ -99,7 +99,7 @@ class RankedRequestQueue(RequestQueue):
         self.index.remove(entry)
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """Forget those of `requests` that wait here, which vLLM asks when they end; the others are not ours."""
+        """Forget those of `requests` that wait here: vLLM asks it when they end. The others are not ours."""
         for request in requests:
             entry = self.entries.get(request.request_id)
             if entry is not None and entry.waiting:

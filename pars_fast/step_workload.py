@@ -3,8 +3,8 @@
 N requests wait at every step. A step is `schedule()` and `update_from_output()`: it admits `SEATS` requests
 and finishes them all. Between steps, untimed, `SEATS` of the waiting are aborted and twice as many arrive:
 as many without a score as the ranker takes in a step, the others with a caller's estimate. With N = 0 as many
-arrive as there are seats, none is aborted and nobody is left waiting: the load gate stays shut. Needs vLLM; loads
-no model, so it runs on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests
+arrive as there are seats, none is aborted and nobody is left waiting: the load gate stays shut. Needs vLLM;
+loads no model, so it runs on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests
 (tests/v1/core/utils.py), 0.32.
 """
 

@@ -1,7 +1,7 @@
 """The wait bound of docs/wait_bound.md on vLLM's own scheduler, whatever the scores.
 
-Only the model's output and the ranker are made up. Requests come in bursts with prompts up to nearly the whole
-KV cache, are preempted, aborted and of several priorities; the bound is checked for every one of them.
+Only the model's output and the ranker are made up. Requests come in bursts with prompts up to nearly the
+whole KV cache, are preempted, aborted and of several priorities; the bound is checked for every one of them.
 """
 
 import math
@@ -27,11 +27,17 @@ from pars_fast.simulation.faithful import make_scheduler
 
 SEATS, LONGEST, KV_TOKENS = 4, 60, 320
 ENGINE = EngineSettings(
-    max_num_seqs=SEATS, max_num_batched_tokens=128, kv_cache_tokens=KV_TOKENS, block_size=16, max_model_len=320
+    max_num_seqs=SEATS,
+    max_num_batched_tokens=128,
+    kv_cache_tokens=KV_TOKENS,
+    block_size=16,
+    max_model_len=320,
 )
 TOKEN = 0
 
-Score = Callable[[random.Random, int], float]  # of a request by its real answer, to a ranker's expected tokens
+Score = Callable[
+    [random.Random, int], float
+]  # of a request by its real answer, to a ranker's expected tokens
 SCORES: dict[str, Score] = {
     "inverted": lambda rng, answer: 2.0 * LONGEST - answer,
     "all_shortest": lambda rng, answer: 1.0,
@@ -90,7 +96,9 @@ class Arrival:
 class Run:
     """Serves `count` requests and keeps what the bound speaks of."""
 
-    def __init__(self, seed: int, score: str, guard: OvertakingBudget, *, count: int, priorities: int) -> None:
+    def __init__(
+        self, seed: int, score: str, guard: OvertakingBudget, *, count: int, priorities: int
+    ) -> None:
         self.rng = random.Random(seed)
         self.guard, self.count, self.priorities = guard, count, priorities
         self.answers = [self._answer() for _ in range(count)]
@@ -177,8 +185,11 @@ class Run:
         unknown = SEATS * (LONGEST - 1)
         order = {i: place for place, i in enumerate(self.arrivals)}
         for request_id, arrival in self.arrivals.items():
-            same = [i for i in self.admitted[: arrival.left]
-                    if self.arrivals[i].request.priority == arrival.request.priority]
+            same = [
+                i
+                for i in self.admitted[: arrival.left]
+                if self.arrivals[i].request.priority == arrival.request.priority
+            ]
             passed_by = sum(made[i] for i in same if order[i] > order[request_id])
             tolerated = self.guard.floor_tokens + self.guard.beta * arrival.expected_ahead
             assert passed_by <= tolerated + unknown + 1e-6
@@ -188,7 +199,7 @@ class Run:
 
 
 @pytest.mark.parametrize("score", SCORES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     beta=st.sampled_from([0.0, 0.5, 2.0]),

@@ -2,7 +2,7 @@
 
 The reference keeps the waiting requests in a sorted list of keys and a list by arrival, and every remaining
 budget in an array that each charge changes at once; it shares no code with the queue. Tokens are whole and
-beta is a half, so that floats compare exactly.
+beta is an eighth, so that floats compare exactly.
 """
 
 import random
@@ -15,7 +15,7 @@ from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
-BETA, FLOOR = 0.5, 400.0
+BETA, FLOOR = 0.125, 100.0
 INITIAL = 128.0
 WINDOW = 511
 WAITING = 120  # about so many
@@ -65,7 +65,8 @@ class ReferenceQueue:
         self.oldest = self.waiting[0]
 
     def charge(self, seq: int, tokens: float) -> None:
-        self.charged[self.oldest : seq] += tokens  # what is popped after an arrival comes back before the next
+        # What is popped after an arrival comes back before the next one, if at all.
+        self.charged[self.oldest : seq] += tokens
 
     def head(self) -> int:
         for lane in (0, 1):
@@ -73,7 +74,7 @@ class ReferenceQueue:
             if not scored and not unscored:
                 continue
             if not self.ranking:
-                return min(seq for seq in [*(seq for _, seq in scored), *unscored])
+                return min([*(seq for _, seq in scored), *unscored])
             seq = min([*scored[:1], *((self.median, seq) for seq in unscored[:1])])[1]
             return seq if lane == 0 else self._first_that_cannot_be_passed(seq)
         raise IndexError
@@ -124,7 +125,7 @@ class Player:
         entry = self._any(self.waiting if self.rng.random() < 0.8 else self.running)
         if entry is None:
             return False
-        tokens = float(2 * self.rng.randint(1, 60) if self.rng.random() < 0.9 else 2 * self.rng.randint(1, 900))
+        tokens = float(2 * self.rng.randint(1, 60 if self.rng.random() < 0.9 else 900))
         if entry.waiting:
             self.reference.take(entry.seq, entry.lane)
         self.reference.expected[entry.seq] = tokens
