@@ -4,6 +4,7 @@ Only the model's output and the ranker are made up. Requests come in bursts with
 whole KV cache, are preempted, aborted and of several priorities; the bound is checked for every one of them.
 """
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from pars_fast.integration.runtime import READY, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.settings import Settings
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.faithful import make_scheduler
+from pars_fast.simulation.faithful import _new_block_hashes, make_scheduler
 
 SEATS, LONGEST, KV_TOKENS = 4, 60, 320
 ENGINE = EngineSettings(
@@ -144,6 +145,7 @@ class Run:
             SamplingParams(max_tokens=answer, ignore_eos=True),
             None,
             priority=self.rng.randrange(self.priorities),
+            block_hasher=functools.partial(_new_block_hashes, ENGINE.block_size),
         )
         index = self.scheduler.waiting.index
         ahead = [entry for entry in index if entry.priority == request.priority]
