@@ -22,10 +22,11 @@ class RankedRequestQueue(RequestQueue):
 
     Attributes:
         index: the order itself.
-        entries: by request id, every request that was added and has not finished, waiting or running.
+        entries: by request id, every request that was added and has not been forgotten, waiting or running.
         arrivals: new entries without a key, oldest first, for whoever scores them to take.
         finished: seqs of scored requests that finished or were aborted, for a device with its own order.
-        spent_ns: time spent in this queue since it was last set to 0.
+        timed: whether to add the time spent in `peek_request` and `pop_request` to `spent_ns`; reading the
+            clock takes as long as either.
     """
 
     def __init__(
@@ -37,46 +38,45 @@ class RankedRequestQueue(RequestQueue):
         self.entries: dict[str, Entry] = {}
         self.arrivals: deque[Entry] = deque()
         self.finished: list[int] = []
+        self.timed = False
         self.spent_ns = 0
+        self._step_s = 0.0
         self._next_seq = 0
-        self._head: Entry | None = None  # what peek_request showed and pop_request must return
 
     def begin_step(self) -> None:
         """A scheduling step begins, and with it what the guard takes for the present."""
-        self._head = None
-        self.index.begin_step(self._clock())
+        self._step_s = self._clock()
+        self.index.begin_step(self._step_s)
 
     def add_request(self, request: Request) -> None:
         """Put in a new request, or one that comes back (a streaming session's next turn)."""
-        if request.request_id in self.entries:
-            self.prepend_request(request)
-            return
+        request_id = request.request_id
+        if request_id in self.entries:
+            if self.entries[request_id].payload is request:
+                self.prepend_request(request)
+                return
+            self.finish(request_id)  # an id that is used again
         entry = Entry(self._next_seq, request.priority, request, arrival_s=self._clock())
         self._next_seq += 1
         if self._trust_caller and (estimate := _callers_estimate(request)) is not None:
             self.index.set_expected_tokens(entry, estimate)
-        self._head = None
-        self.entries[request.request_id] = entry
+        self.entries[request_id] = entry
         self.index.add(entry)
         if entry.key is None:
             self.arrivals.append(entry)
 
     def pop_request(self) -> Request:
-        started = time.perf_counter_ns()
-        self._head = None
-        entry = self.index.pop()
-        entry.admitted_s = self._clock()
-        request: Request = entry.payload
-        self.spent_ns += time.perf_counter_ns() - started
-        return request
+        if self.timed:
+            return self._timed(self._pop)
+        return self._pop()
 
     def peek_request(self) -> Request:
-        started = time.perf_counter_ns()
-        if self._head is None:
-            self._head = self.index.head()
-        self.spent_ns += time.perf_counter_ns() - started
-        request: Request = self._head.payload
-        return request
+        entry = self.index.peeked
+        if entry is not None:
+            return entry.payload
+        if self.timed:
+            return self._timed(self._peek)
+        return self.index.head().payload
 
     def prepend_request(self, request: Request) -> None:
         """Take back a request that was popped: skipped in this step, or preempted while running."""
@@ -85,7 +85,6 @@ class RankedRequestQueue(RequestQueue):
             self.add_request(request)
             return
         entry.lane = 0 if request.status == RequestStatus.PREEMPTED else 1
-        self._head = None
         self.index.put_back(entry)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
@@ -97,53 +96,63 @@ class RankedRequestQueue(RequestQueue):
         entry = self.entries.get(request.request_id)
         if entry is None or not entry.waiting:
             raise ValueError(f"{request.request_id} is not in the queue")
-        self._head = None
         self.index.remove(entry)
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """Remove those of `requests` that wait here; the others are somebody else's."""
-        self._head = None
+        """Forget those of `requests` that wait here: vLLM asks it when they end. The others are not ours."""
         for request in requests:
             entry = self.entries.get(request.request_id)
             if entry is not None and entry.waiting:
                 self.index.remove(entry)
+                self.finish(request.request_id)
 
     def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
         """Give a request its score, in expected output tokens."""
-        self._head = None
         self.index.set_expected_tokens(entry, expected_tokens)
 
     def set_device_order(self, seqs: Sequence[int]) -> None:
         """Give the index a new hint; see `HostIndex.set_device_order`."""
-        self._head = None
         self.index.set_device_order(seqs)
 
     def set_ranking(self, active: bool) -> None:
         """Ranked order, or arrival order."""
-        self._head = None
         self.index.ranking = active
 
     def finish(self, request_id: str) -> Entry | None:
         """Forget a finished or aborted request; its charge is corrected to the tokens it really made."""
         entry = self.entries.pop(request_id, None)
         if entry is not None:
-            self._head = None  # the guard may now decide otherwise
-            self.index.finish(entry, entry.payload.num_output_tokens)
+            if entry.charged_tokens is not None:
+                self.index.finish(entry, entry.payload.num_output_tokens)
             if entry.expected_tokens is not None:
                 self.finished.append(entry.seq)
         return entry
 
     def __bool__(self) -> bool:
-        return len(self.index) > 0
+        return self.index.size > 0
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.index.size
 
     def __iter__(self) -> Iterator[Request]:
         return (entry.payload for entry in self.index)
 
     def __getitem__(self, position: int) -> Request:
         return list(self)[position]
+
+    def _peek(self) -> Request:
+        return self.index.head().payload
+
+    def _pop(self) -> Request:
+        entry = self.index.pop()
+        entry.admitted_s = self._step_s
+        return entry.payload
+
+    def _timed(self, operation: Callable[[], Request]) -> Request:
+        started = time.perf_counter_ns()
+        request = operation()
+        self.spent_ns += time.perf_counter_ns() - started
+        return request
 
 
 def _callers_estimate(request: Request) -> float | None:

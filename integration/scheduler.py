@@ -1,8 +1,8 @@
 """vLLM's scheduler with a ranked waiting queue.
 
-Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule`,
-`update_from_output`, `finish_requests` and `shutdown`, each around `super()`; no line of vLLM's loop is
-copied. Source: vllm/v1/core/sched/scheduler.py, 0.32.
+Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule` and `shutdown`
+around `super()`; no line of vLLM's loop is copied. Who has finished since the last step is what the scheduler
+is about to tell the workers, `finished_req_ids`. Source: vllm/v1/core/sched/scheduler.py, 0.32.
 """
 
 import functools
@@ -10,13 +10,13 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
 from pars_fast.guards import guard_text
 from pars_fast.host_index import HostIndex
@@ -32,7 +32,7 @@ from pars_fast.settings import Settings
 
 logger = logging.getLogger("vllm.pars_fast")
 
-OVERHEAD_EVERY_STEPS = 64  # the median is looked up this often
+TIMED_EVERY_STEPS = 16  # the overhead of one step in so many is measured
 
 
 class RankingMixin:
@@ -82,7 +82,17 @@ class RankingMixin:
         return make_runtime(settings, self.vllm_config)  # type: ignore[attr-defined]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self.waiting.spent_ns = 0
+        self._steps += 1
+        if self._steps % TIMED_EVERY_STEPS:
+            self._guarded(self._before_step)
+            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            self._guarded(self._after_step)
+            return output
+        return self._timed_schedule(*args, **kwargs)
+
+    def _timed_schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """A step whose overhead is taken; reading the clock would double that of every step."""
+        self.waiting.spent_ns, self.waiting.timed = 0, True
         started = time.perf_counter_ns()
         self._guarded(self._before_step)
         spent_ns = time.perf_counter_ns() - started
@@ -90,23 +100,9 @@ class RankingMixin:
         started = time.perf_counter_ns()
         self._guarded(self._after_step)
         self._overhead.add(spent_ns + self.waiting.spent_ns + time.perf_counter_ns() - started)
+        self.waiting.timed = False
+        self._counters.values["pars_step_overhead_us_p50"] = self._overhead.median_us()
         return output
-
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
-        for engine_outputs in outputs.values():
-            for output in engine_outputs.outputs:
-                if output.finish_reason is not None and self._is_gone(output.request_id):
-                    self._finished(output.request_id)
-        return outputs
-
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
-        aborted: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
-        for request in aborted:
-            self.waiting.finish(request.request_id)
-        return aborted
 
     def shutdown(self) -> None:
         if self._ranking_loop is not None:
@@ -114,6 +110,8 @@ class RankingMixin:
         super().shutdown()  # type: ignore[misc]
 
     def _before_step(self) -> None:
+        if self.finished_req_ids:  # type: ignore[attr-defined]
+            self._forget_finished()
         self.waiting.begin_step()
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
@@ -130,20 +128,18 @@ class RankingMixin:
         values["pars_waiting"] = float(len(index))
         values["pars_overtakes"] = float(index.overtakes)
         values["pars_guard_promotions"] = float(index.promotions)
-        self._steps += 1
-        if self._steps % OVERHEAD_EVERY_STEPS == 0:
-            values["pars_step_overhead_us_p50"] = self._overhead.median_us()
         self._counters.write()
 
-    def _is_gone(self, request_id: str) -> bool:
-        """False between the turns of a streaming session, each of which has a finish reason."""
-        request: Request | None = self.requests.get(request_id)  # type: ignore[attr-defined]
-        return request is None or request.is_finished()
-
-    def _finished(self, request_id: str) -> None:
-        entry = self.waiting.finish(request_id)
-        if self._shadow is not None and entry is not None:
-            self._shadow.add(entry, entry.payload.num_output_tokens)
+    def _forget_finished(self) -> None:
+        """Those that ended since the last step, aborted ones among them."""
+        entries = self.waiting.entries
+        for request_id in self.finished_req_ids:  # type: ignore[attr-defined]
+            entry = entries.get(request_id)
+            if entry is None or not entry.payload.is_finished():  # the id may be in use again
+                continue
+            self.waiting.finish(request_id)
+            if self._shadow is not None and entry.payload.status != RequestStatus.FINISHED_ABORTED:
+                self._shadow.add(entry, entry.payload.num_output_tokens)
 
     def _guarded(self, hook: Callable[[], None]) -> None:
         """Run one of our own hooks; if it fails, serve on in arrival order without the ranker."""

@@ -28,6 +28,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     step = commands.add_parser("step", help="time the scheduling step alone, ranked against stock vLLM")
     step.add_argument("--waiting", type=int, default=10_000, help="requests in the queue (%(default)s)")
     step.add_argument("--steps", type=int, default=5_000, help="paired steps to time (%(default)s)")
+    step.add_argument("--async-scheduling", action="store_true", help="of vLLM's AsyncScheduler")
     step.add_argument("--json", type=Path, metavar="F", help="write the figures there")
     step.set_defaults(run=_step)
 
@@ -80,9 +81,13 @@ def _step(arguments: argparse.Namespace) -> None:
         raise ParsFastError(f"--steps must be at least 1, got {arguments.steps}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     require_extra("vllm", "vllm")
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
     from pars_fast.step_workload import measure_step
 
-    times = asdict(measure_step(arguments.waiting, arguments.steps))
+    scheduler_cls = AsyncScheduler if arguments.async_scheduling else Scheduler
+    times = asdict(measure_step(arguments.waiting, arguments.steps, scheduler_cls))
     for name, value in times.items():
         print(f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}")
     if arguments.json:

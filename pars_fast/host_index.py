@@ -1,26 +1,29 @@
-"""The waiting queue's order on the host: who runs next, in O(log n) a step.
+"""The waiting queue's order on the host: who runs next, in O(log n) an admission.
 
 Order: `(priority, lane, key, seq)`, lower first (`docs/design.md`). Lane 0 holds preempted requests.
 A request without a score has the running median key, so being unscored is no advantage; since all such
-requests share one key, they need no place among the keys, only their own heap in order of arrival.
-Heaps are cleaned lazily: an item counts only while its stamp is its entry's.
+requests share one key, they need no place among the keys, only their own order of arrival.
+
+Keys are kept in tuples of numbers, compared in C and not tracked by the garbage collector, and are cleaned
+lazily: one counts only while its request waits in that lane with that key. What was found for `head` is kept
+until something changes.
 """
 
-import heapq
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pars_fast.arrival_order import ArrivalOrder
 from pars_fast.guards import Guard, Moment, Watch
 from pars_fast.policies import Policy
+from pars_fast.sorted_blocks import SortedBlocks
 
 Lane = Literal[0, 1]
 MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long" louder
 DEVICE_ORDER_MIN_WAITING = 65536  # where a GPU's order should begin to pay; a guess, not measured
 _MEDIAN_WINDOW = 511
-_Heap = list[tuple[int, float, int, int, "Entry"]]  # (lane, key, seq, stamp, entry)
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +31,8 @@ class Entry:
     """One waiting (or admitted, unfinished) request.
 
     `expected_tokens` and `key` are None until a score comes; `charged_tokens` is what its admission cost
-    the requests it passed, None while it has not been admitted. Stamps are monotonic seconds; `budget` is the
-    guard's.
+    the requests it passed, None while it has not been admitted, and `charged_by` the watch that knows of it.
+    Stamps are monotonic seconds; `budget` is the guard's. `waiting` is the queue's to write.
     """
 
     seq: int
@@ -43,8 +46,8 @@ class Entry:
     admitted_s: float = 0.0
     budget: float = 0.0
     charged_tokens: float | None = None
+    charged_by: Watch | None = None
     waiting: bool = False
-    stamp: int = 0
 
 
 class RunningMedian:
@@ -67,8 +70,11 @@ class RunningMedian:
 class HostIndex:
     """All waiting requests. `ranking` False gives arrival order at once, and keeps scores for later.
 
-    Counters: `promotions`, admissions that the guard decided; `overtakes`, admissions ahead of an older
-    waiting request.
+    Attributes:
+        promotions: admissions that the guard decided.
+        overtakes: admissions ahead of an older waiting request.
+        size: number of waiting requests.
+        peeked: what `head` found, until something changes.
     """
 
     def __init__(
@@ -79,12 +85,14 @@ class HostIndex:
         initial_expected_tokens: float = 128.0,
         device_order_min_waiting: int = DEVICE_ORDER_MIN_WAITING,
     ) -> None:
-        self.ranking = True
+        self._ranking = True
         self.promotions = 0
         self.overtakes = 0
+        self.peeked: Entry | None = None
+        self._peeked_by_guard = False
         self._median = RunningMedian(initial_expected_tokens)
         self._now = Moment(typical_tokens=initial_expected_tokens)
-        self._size = 0
+        self.size = 0
         self._device_order: deque[int] = deque()
         self._device_order_min_waiting = device_order_min_waiting
         self.set_policy(policy, guard)
@@ -94,20 +102,32 @@ class HostIndex:
 
         Raises: ValueError: if a request waits.
         """
-        if self._size:
+        if self.size:
             raise ValueError("the policy can change only while nothing waits")
         self.policy = policy
         self.guard = guard or policy.default_guard
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []
 
+    @property
+    def ranking(self) -> bool:
+        return self._ranking
+
+    @ranking.setter
+    def ranking(self, active: bool) -> None:
+        self._ranking = active
+        self.peeked = None
+
     def begin_step(self, time_s: float) -> None:
         """A scheduling step begins: the moment that the guard goes by until the next one."""
         self._now.time_s = time_s
         self._now.step += 1
+        self.peeked = None
+        if len(self._classes) > 1:
+            self._drop_empty_classes()
 
     def __len__(self) -> int:
-        return self._size
+        return self.size
 
     def add(self, entry: Entry) -> None:
         """Put in a new request; its key comes from the policy."""
@@ -117,39 +137,44 @@ class HostIndex:
                 self._expect(entry, entry.key)
         entry.arrival_step = self._now.step
         group = self._class_of(entry.priority)
-        tokens_ahead = group.expected_tokens + group.unscored * self._median.value
+        tokens_ahead = group.scored_tokens + group.num_unscored * self._median.value
         group.watch.arrive(entry, tokens_ahead, self._now)
         group.put(entry)
-        self._size += 1
+        self.size += 1
+        self.peeked = None
 
     def put_back(self, entry: Entry) -> None:
         """Take back a request that was popped: skipped in this step, or preempted (`lane` 0)."""
         group = self._class_of(entry.priority)
-        if entry.lane == 1 and entry.charged_tokens is not None:
-            group.watch.charge(entry.seq, -entry.charged_tokens)
-            entry.charged_tokens = None
-        group.watch.rejoin(entry, self._now)
+        if entry.lane == 1:
+            if entry.charged_tokens is not None:
+                if entry.charged_by is group.watch:
+                    group.watch.charge(entry.seq, -entry.charged_tokens)
+                entry.charged_tokens = None
+            group.watch.rejoin(entry, self._now)
         group.put(entry)
-        self._size += 1
+        self.size += 1
+        self.peeked = None
 
     def remove(self, entry: Entry) -> None:
         """Take out an aborted request."""
-        group = self._classes[entry.priority]
-        group.take(entry)
-        group.watch.leave(entry.seq)
-        self._size -= 1
+        self._take(self._classes[entry.priority], entry)
 
     def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
         """Give a request its score, in expected output tokens (finite); waiting or not."""
-        group = self._classes.get(entry.priority) if entry.waiting else None
-        if group is not None:
-            group.take(entry)
-        expected_tokens = self._expect(entry, expected_tokens)
-        if self.policy.uses_ranker:  # else the key is known from the start
-            entry.key = self.policy.key(expected_tokens)
-        if group is not None:
-            group.put(entry)
+        if not entry.waiting:
+            self._expect(entry, expected_tokens)
+            return
+        group = self._classes[entry.priority]
+        had_no_key = entry.key is None
+        group.account(entry, -1)
+        self._expect(entry, expected_tokens)
+        group.account(entry, 1)
+        if self.policy.uses_ranker:
+            (group.fresh if entry.lane else group.preempted).rekey(entry, had_no_key)
+        if entry.lane == 1:
             group.watch.scored(entry, self._now)
+        self.peeked = None
 
     def set_device_order(self, seqs: Sequence[int]) -> None:
         """The newest order of the scored requests that a GPU computed, next first: a hint.
@@ -158,6 +183,7 @@ class HostIndex:
         Each entry is checked before use; when it is used up, the host's own heap decides.
         """
         self._device_order = deque(seqs)
+        self.peeked = None
 
     def expected(self, entry: Entry) -> float:
         """Expected output tokens of a request, the running median if it has no score."""
@@ -165,35 +191,39 @@ class HostIndex:
 
     def head(self) -> Entry:
         """Who runs next. Raises: IndexError: if nothing waits."""
-        for priority in self._priorities:
-            if group := self._classes[priority]:
-                return self._head_of(group)[0]
-        raise IndexError("peek from an empty queue")
+        entry = self.peeked
+        if entry is None:
+            if not self.size:
+                raise IndexError("peek from an empty queue")
+            entry = self.peeked = self._next(self._first_class())
+        return entry
 
     def pop(self) -> Entry:
         """Admit who runs next and charge those it passes. Raises: IndexError: if nothing waits."""
-        for priority in self._priorities:
-            if group := self._classes[priority]:
-                break
-        else:
+        if not self.size:
             raise IndexError("pop from an empty queue")
-        entry, promoted = self._head_of(group)
-        group.take(entry)
-        group.watch.leave(entry.seq)
-        self._size -= 1
+        entry = self.peeked or self.head()
+        group = self._classes[entry.priority]
+        self.promotions += self._peeked_by_guard
+        self._take(group, entry)
         if entry.charged_tokens is None:  # a preempted request was charged when it was first admitted
-            entry.charged_tokens = self.expected(entry)
-            group.watch.charge(entry.seq, entry.charged_tokens)
-        self.promotions += promoted
-        self.overtakes += group.oldest_seq() < entry.seq
+            entry.charged_tokens = tokens = self.expected(entry)
+            entry.charged_by = group.watch
+            group.watch.charge(entry.seq, tokens)
+        oldest = group.fresh.arrivals.first()
+        if oldest is not None and oldest < entry.seq:
+            self.overtakes += 1
         return entry
 
     def finish(self, entry: Entry, output_tokens: int) -> None:
         """Correct the charge of an admitted request to the tokens it really made."""
+        if entry.charged_tokens is None:
+            return
         group = self._classes.get(entry.priority)
-        if group is not None and entry.charged_tokens is not None:
+        if group is not None and group.watch is entry.charged_by:
             group.watch.charge(entry.seq, output_tokens - entry.charged_tokens)
-            entry.charged_tokens = None
+            self.peeked = None  # the guard may now decide otherwise
+        entry.charged_tokens = entry.charged_by = None
 
     def __iter__(self) -> Iterator[Entry]:
         """Waiting entries by `(priority, lane, key, seq)`; the guard may admit in another order."""
@@ -201,14 +231,22 @@ class HostIndex:
         for priority in self._priorities:
             yield from sorted(
                 self._classes[priority].entries(),
-                key=lambda e: (e.lane, (median if e.key is None else e.key) if self.ranking else 0.0, e.seq),
+                key=lambda e: (e.lane, (median if e.key is None else e.key) if self._ranking else 0.0, e.seq),
             )
 
-    def _expect(self, entry: Entry, tokens: float) -> float:
+    def _expect(self, entry: Entry, tokens: float) -> None:
         entry.expected_tokens = tokens = min(max(tokens, 1.0), MAX_EXPECTED_TOKENS)
         self._median.add(tokens)
         self._now.typical_tokens = self._median.value
-        return tokens
+        if self.policy.uses_ranker:  # else the key is known from the start
+            entry.key = self.policy.key(tokens)
+
+    def _take(self, group: "_PriorityClass", entry: Entry) -> None:
+        group.take(entry)
+        if entry.lane == 1:
+            group.watch.leave(entry.seq)
+        self.size -= 1
+        self.peeked = None
 
     def _class_of(self, priority: int) -> "_PriorityClass":
         group = self._classes.get(priority)
@@ -217,110 +255,151 @@ class HostIndex:
             insort(self._priorities, priority)
         return group
 
+    def _first_class(self) -> "_PriorityClass":
+        """The class that runs next; one waits."""
+        for priority in self._priorities:
+            if group := self._classes[priority]:
+                return group
+        raise AssertionError("nothing waits")
+
+    def _drop_empty_classes(self) -> None:
+        """Not within a step, where an empty class may get back what was popped, and needs its charges."""
+        self._classes = {priority: group for priority, group in self._classes.items() if group}
+        self._priorities = sorted(self._classes)
+
     def _hint(self, group: "_PriorityClass") -> Entry | None:
         """The scored request of `group` that the device put first, None if the host is to look itself."""
-        if self._size < self._device_order_min_waiting or len(group.by_seq) < self._size or group.preempted:
+        waiting = group.fresh.arrivals.members
+        if self.size < self._device_order_min_waiting or len(waiting) < self.size:
             return None
         while self._device_order:
-            entry = group.by_seq.get(self._device_order[0])
+            entry = waiting.get(self._device_order[0])
             if entry is not None and entry.key is not None:
                 return entry
             self._device_order.popleft()  # admitted or aborted meanwhile
         return None
 
-    def _head_of(self, group: "_PriorityClass") -> tuple[Entry, bool]:
-        """(next entry of a class, whether the guard chose it)."""
-        if not self.ranking:
-            return group.first(group.arrivals), False
-        entry = group.shortest(self.policy.key(self._median.value), self._hint(group))
-        if entry.lane == 0:
-            return entry, False
-        promoted = False
-        while (first := group.watch.ahead_of(entry.seq, self.expected(entry), self._now)) is not None:
-            entry, promoted = group.by_seq[first], True
-        return entry, promoted
+    def _next(self, group: "_PriorityClass") -> Entry:
+        """Next entry of a class that is not empty."""
+        self._peeked_by_guard = False
+        lane = group.preempted if group.preempted.arrivals.members else group.fresh
+        if not self._ranking:
+            return lane.oldest()
+        median = self._median.value
+        if lane is group.preempted:
+            return lane.shortest(self.policy.key(median))
+        entry = lane.shortest(self.policy.key(median), self._hint(group) if self._device_order else None)
+        ahead_of, waiting = group.watch.ahead_of, lane.arrivals.members
+        while True:
+            tokens = entry.expected_tokens
+            first = ahead_of(entry.seq, median if tokens is None else tokens, self._now)
+            if first is None:
+                return entry
+            entry = waiting[first]
+            self._peeked_by_guard = True
 
 
 class _PriorityClass:
-    """Waiting requests of one priority: three lazy heaps, the guard's watch, and the expected work in sum."""
+    """Waiting requests of one priority: two lanes, the guard's watch over the second, the expected work.
+
+    Attributes:
+        scored_tokens: expected tokens of the waiting requests that have a score.
+        num_unscored: number of the others.
+    """
+
+    __slots__ = ("fresh", "num_unscored", "preempted", "scored_tokens", "watch")
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.by_seq: dict[int, Entry] = {}
-        self.expected_tokens = 0.0  # of the scored
-        self.unscored = 0
-        self.preempted = 0
-        self.arrivals: _Heap = []
-        self._keyed: _Heap = []
-        self._unscored: _Heap = []
+        self.preempted, self.fresh = _Lane(), _Lane()
+        self.scored_tokens = 0.0
+        self.num_unscored = 0
 
     def __bool__(self) -> bool:
-        return bool(self.by_seq)
+        return bool(self.fresh.arrivals.members or self.preempted.arrivals.members)
 
     def entries(self) -> list[Entry]:
-        return list(self.by_seq.values())
+        return [*self.preempted.arrivals.members.values(), *self.fresh.arrivals.members.values()]
 
     def put(self, entry: Entry) -> None:
         entry.waiting = True
-        entry.stamp += 1
-        self.by_seq[entry.seq] = entry
-        heapq.heappush(self.arrivals, (entry.lane, 0.0, entry.seq, entry.stamp, entry))
-        if entry.key is None:
-            heapq.heappush(self._unscored, (entry.lane, 0.0, entry.seq, entry.stamp, entry))
-        else:
-            heapq.heappush(self._keyed, (entry.lane, entry.key, entry.seq, entry.stamp, entry))
-        self._account(entry, 1)
+        (self.fresh if entry.lane else self.preempted).put(entry)
+        self.account(entry, 1)
 
     def take(self, entry: Entry) -> None:
         entry.waiting = False
-        del self.by_seq[entry.seq]
-        self._account(entry, -1)
-        self._compact()
+        (self.fresh if entry.lane else self.preempted).take(entry)
+        self.account(entry, -1)
+
+    def account(self, entry: Entry, sign: Literal[1, -1]) -> None:
+        if entry.expected_tokens is None:
+            self.num_unscored += sign
+        else:
+            self.scored_tokens += sign * entry.expected_tokens
+
+
+class _Lane:
+    """Waiting requests by key, those without one by arrival; and all of them by arrival."""
+
+    __slots__ = ("_keyed", "_unkeyed", "arrivals")
+
+    def __init__(self) -> None:
+        self.arrivals: ArrivalOrder[Entry] = ArrivalOrder()
+        self._unkeyed: ArrivalOrder[Entry] = ArrivalOrder()
+        self._keyed: SortedBlocks[tuple[float, int]] = SortedBlocks()  # of (key, seq)
+
+    def put(self, entry: Entry) -> None:
+        self.arrivals.add(entry.seq, entry)
+        if entry.key is None:
+            self._unkeyed.add(entry.seq, entry)
+        else:
+            self._push(entry.key, entry.seq)
+
+    def rekey(self, entry: Entry, had_no_key: bool) -> None:
+        """The key of a waiting request has changed."""
+        if had_no_key:
+            del self._unkeyed.members[entry.seq]
+        assert entry.key is not None
+        self._push(entry.key, entry.seq)
+
+    def _push(self, key: float, seq: int) -> None:
+        self._keyed.add((key, seq))
+        if len(self._keyed) > 2 * len(self.arrivals.members) + 64:
+            waiting = self.arrivals.members.values()
+            self._keyed = SortedBlocks((e.key, e.seq) for e in waiting if e.key is not None)
+
+    def take(self, entry: Entry) -> None:
+        del self.arrivals.members[entry.seq]
+        if entry.key is None:
+            del self._unkeyed.members[entry.seq]
+
+    def oldest(self) -> Entry:
+        first = self.arrivals.first()
+        assert first is not None
+        return self.arrivals.members[first]
 
     def shortest(self, median_key: float, hint: Entry | None = None) -> Entry:
-        """The entry of lowest (lane, key, seq), `median_key` standing in for a missing key.
+        """The entry of lowest (key, seq), `median_key` standing in for a missing key.
 
         `hint`, if given, is the keyed entry to take instead of looking for it.
         """
-        keyed = hint or self._top(self._keyed)
-        unscored = self._top(self._unscored)
-        if keyed is None or unscored is None:
-            entry = keyed or unscored
-            assert entry is not None
-            return entry
-        assert keyed.key is not None
-        waits_longer = (unscored.lane, median_key, unscored.seq) < (keyed.lane, keyed.key, keyed.seq)
-        return unscored if waits_longer else keyed
+        keyed = hint or self._shortest_keyed()
+        first = self._unkeyed.first() if self._unkeyed.members else None
+        if first is None:
+            assert keyed is not None
+            return keyed
+        if keyed is not None:
+            assert keyed.key is not None
+            if (keyed.key, keyed.seq) < (median_key, first):
+                return keyed
+        return self._unkeyed.members[first]
 
-    def first(self, heap: _Heap) -> Entry:
-        return self._clean(heap)[0][4]
-
-    def _top(self, heap: _Heap) -> Entry | None:
-        return self._clean(heap)[0][4] if self._clean(heap) else None
-
-    def oldest_seq(self) -> int:
-        """Lowest `seq` of lane 1; a large number if nobody waits there."""
-        heap = self._clean(self.arrivals)
-        return heap[0][2] if heap else 1 << 62
-
-    def _account(self, entry: Entry, sign: Literal[1, -1]) -> None:
-        self.preempted += sign * (entry.lane == 0)
-        if entry.expected_tokens is None:
-            self.unscored += sign
-        else:
-            self.expected_tokens += sign * entry.expected_tokens
-
-    @staticmethod
-    def _clean(heap: _Heap) -> _Heap:
-        """Drop stale items from the top."""
-        while heap and not (heap[0][4].waiting and heap[0][4].stamp == heap[0][3]):
-            heapq.heappop(heap)
-        return heap
-
-    def _compact(self) -> None:
-        """Rebuild a heap that is mostly stale; amortised O(1) an operation."""
-        limit = 2 * len(self.by_seq) + 64
-        for heap in (self.arrivals, self._keyed, self._unscored):
-            if len(heap) > limit:
-                heap[:] = [item for item in heap if item[4].waiting and item[4].stamp == item[3]]
-                heapq.heapify(heap)
+    def _shortest_keyed(self) -> Entry | None:
+        waiting, blocks = self.arrivals.members, self._keyed.blocks
+        while blocks:
+            key, seq = blocks[0][0]
+            entry = waiting.get(seq)
+            if entry is not None and entry.key == key:
+                return entry
+            self._keyed.pop_first()
+        return None

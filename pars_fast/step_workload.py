@@ -2,8 +2,9 @@
 
 N requests wait at every step. A step is `schedule()` and `update_from_output()`: it admits `SEATS` requests
 and finishes them all. Between steps, untimed, `SEATS` of the waiting are aborted and twice as many arrive:
-as many without a score as the ranker takes in a step, the others with a caller's estimate. Needs vLLM; loads
-no model, so it runs on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests
+as many without a score as the ranker takes in a step, the others with a caller's estimate. With N = 0 as many
+arrive as there are seats, none is aborted and nobody is left waiting: the load gate stays shut. Needs vLLM;
+loads no model, so it runs on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests
 (tests/v1/core/utils.py), 0.32.
 """
 
@@ -107,7 +108,9 @@ class StepWorkload:
         self._random = random.Random(seed)
         self.arrived = 0
         self._waiting: dict[str, None] = {}  # a set that keeps its order, for the seed's sake
-        self._arrive(waiting - SEATS, estimated=True)  # the first refill brings the rest
+        self._idle = not waiting
+        self.add_ns = self.abort_ns = 0  # of the last refill, a request
+        self._arrive(max(0, waiting - SEATS), estimated=True)  # the first refill brings the rest
 
     def step(self) -> list[str]:
         """One scheduling step; the ids of the requests it admitted, which have finished when it returns."""
@@ -127,8 +130,13 @@ class StepWorkload:
 
     def refill(self) -> None:
         """What happens between two steps: aborts, and arrivals that make up for all who left."""
+        if self._idle:
+            self._arrive(SEATS, estimated=False)
+            return
         aborted = self._random.sample(list(self._waiting), SEATS)
+        started = time.perf_counter_ns()
         self.scheduler.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
+        self.abort_ns = (time.perf_counter_ns() - started) // SEATS
         self.forget(aborted)
         self._arrive(2 * SEATS - SCORED_A_STEP, estimated=True)
         self._arrive(SCORED_A_STEP, estimated=False)
@@ -139,26 +147,35 @@ class StepWorkload:
             del self._waiting[request_id]
 
     def _arrive(self, count: int, *, estimated: bool) -> None:
+        requests = []
         for _ in range(count):
             expected_tokens, answer_tokens = draw_lengths(self._random)
             extra_args = {"pars_score": expected_tokens} if estimated else None
             sampling_params = SamplingParams(max_tokens=answer_tokens, ignore_eos=True, extra_args=extra_args)
             prompt_token_ids = [expected_tokens, *range(1, PROMPT_TOKENS)]
-            request = WholeAnswer(f"{self.arrived}", prompt_token_ids, sampling_params, None)
-            self.scheduler.add_request(request)
-            self._waiting[request.request_id] = None
+            requests.append(WholeAnswer(f"{self.arrived}", prompt_token_ids, sampling_params, None))
             self.arrived += 1
+        started = time.perf_counter_ns()
+        for request in requests:
+            self.scheduler.add_request(request)
+        self.add_ns = (time.perf_counter_ns() - started) // max(1, count)
+        self._waiting |= dict.fromkeys(request.request_id for request in requests)
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """What `pars-fast bench step` reports; `added` is ranked less stock, of the same step number."""
+    """What `pars-fast bench step` reports; `added` is ranked less stock, of the same step number.
+
+    `add` and `abort` are for one request, between steps.
+    """
 
     waiting: int
     stock_us_p50: float
     ranked_us_p50: float
     added_us_p50: float
     added_us_p99: float
+    add_added_us_p50: float
+    abort_added_us_p50: float
 
 
 class StepPair:
@@ -168,25 +185,29 @@ class StepPair:
     rounds and after it in odd ones, so that neither always finds the caches warm. The garbage collector is
     on and, as in EngineCore, what was alive before the first request is frozen.
 
-    Raises: ParsFastError: if `waiting` is under `MIN_WAITING`.
+    Raises: ParsFastError: if `waiting` is neither 0 nor at least `MIN_WAITING`.
     """
 
     def __init__(self, waiting: int, scheduler_cls: type[Scheduler] = Scheduler) -> None:
-        if waiting < MIN_WAITING:
-            raise ParsFastError(f"waiting must be at least {MIN_WAITING}, got {waiting}")
+        if waiting < MIN_WAITING and waiting != 0:
+            raise ParsFastError(f"waiting must be 0 or at least {MIN_WAITING}, got {waiting}")
         self.waiting = waiting
         schedulers = [make_scheduler(scheduler_cls), make_ranked_scheduler(scheduler_cls)]
         freeze_gc_heap()
         self.stock, self.ranked = (StepWorkload(scheduler, waiting) for scheduler in schedulers)
         self.stock_ns: list[int] = []
         self.ranked_ns: list[int] = []
+        self._added_between_ns: list[tuple[int, int]] = []  # (add, abort)
         self.run(WARM_UP_STEPS)
-        self.stock_ns.clear()
-        self.ranked_ns.clear()
+        for measured in (self.stock_ns, self.ranked_ns, self._added_between_ns):
+            measured.clear()
 
     def prepare(self) -> None:
         self.stock.refill()
         self.ranked.refill()
+        self._added_between_ns.append(
+            (self.ranked.add_ns - self.stock.add_ns, self.ranked.abort_ns - self.stock.abort_ns)
+        )
         if len(self.ranked_ns) % 2 == 0:
             self.stock_ns.append(self.stock.timed_step())
 
@@ -206,8 +227,9 @@ class StepPair:
     def times(self) -> StepTimes:
         stock, ranked = np.array(self.stock_ns) / 1e3, np.array(self.ranked_ns) / 1e3
         added_p50, added_p99 = np.quantile(ranked - stock, [0.5, 0.99]).tolist()
+        add, abort = (np.median(self._added_between_ns, axis=0) / 1e3).tolist()
         return StepTimes(
-            self.waiting, float(np.median(stock)), float(np.median(ranked)), added_p50, added_p99
+            self.waiting, float(np.median(stock)), float(np.median(ranked)), added_p50, added_p99, add, abort
         )
 
     def close(self) -> None:
@@ -216,12 +238,12 @@ class StepPair:
         self.ranked.scheduler.shutdown()
 
 
-def measure_step(waiting: int, rounds: int) -> StepTimes:
-    """Times of `rounds` paired steps with `waiting` requests in the queue.
+def measure_step(waiting: int, rounds: int, scheduler_cls: type[Scheduler] = Scheduler) -> StepTimes:
+    """Times of `rounds` paired steps with `waiting` requests in the queue, of a vLLM scheduler class.
 
     Raises: ParsFastError: as `StepPair`.
     """
-    pair = StepPair(waiting)
+    pair = StepPair(waiting, scheduler_cls)
     pair.run(rounds)
     pair.close()
     return pair.times()

@@ -61,7 +61,8 @@ def test_steps_are_paired(pair: StepPair) -> None:
     pair.run(7)
     assert len(pair.stock_ns) == len(pair.ranked_ns) == 7
     times = asdict(pair.times())
-    assert list(times) == ["waiting", "stock_us_p50", "ranked_us_p50", "added_us_p50", "added_us_p99"]
+    assert list(times) == ["waiting", "stock_us_p50", "ranked_us_p50", "added_us_p50", "added_us_p99",
+                           "add_added_us_p50", "abort_added_us_p50"]
     assert times["waiting"] == WAITING
 
 
@@ -73,13 +74,23 @@ def test_settings_from_outside_do_not_reach_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_too_few_waiting_are_refused() -> None:
-    with pytest.raises(ParsFastError, match=f"waiting must be at least {MIN_WAITING}, got 3"):
+    with pytest.raises(ParsFastError, match=f"waiting must be 0 or at least {MIN_WAITING}, got 3"):
         StepPair(3)
+
+
+def test_below_saturation_nothing_is_scored() -> None:
+    pair = StepPair(0)
+    pair.run(5)
+    pair.close()
+    assert not pair.ranked.scheduler.waiting
+    assert pair.ranked.scheduler._counters.values["pars_submitted"] == 0
+    assert len(pair.ranked_ns) == 5
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"
-    assert main(["bench", "step", "--waiting", str(WAITING), "--steps", "5", "--json", str(out)]) == 0
+    command = ["bench", "step", "--waiting", str(WAITING), "--steps", "5", "--json", str(out)]
+    assert main([*command, "--async-scheduling"]) == 0
     assert "added_us_p99: " in capsys.readouterr().out
     assert json.loads(out.read_text())["waiting"] == WAITING
 

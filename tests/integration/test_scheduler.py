@@ -64,7 +64,7 @@ class Engine:
 
     def run(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):
-            if not self.scheduler.has_unfinished_requests() and not self.in_flight:
+            if not self.scheduler.has_requests() and not self.in_flight:
                 return
             self.step()
         raise AssertionError(f"{self.scheduler.get_num_unfinished_requests()} requests never finished")
@@ -299,11 +299,30 @@ def test_all_requests_can_be_aborted_at_once(
     aborted = engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
     assert {request.request_id for request in aborted} == {f"r{i}" for i in range(8)}
     assert not engine.scheduler.waiting
+    engine.step()
     assert not engine.scheduler.waiting.entries
     runtime.score(lambda prompt: 7.0)  # late: they are gone
     engine.add([make_request("r0", max_tokens=3)])
     engine.run()
     assert engine.finished >= {"r0"}
+
+
+def test_an_id_can_be_used_again_before_the_next_step(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """The step that follows hears that the first one ended, and must not take the second for it."""
+    use_policy("pars_fast")
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    engine.add([make_request("running", max_tokens=30), make_request("waiting", max_tokens=3)])
+    engine.step()
+    for request_id in ("running", "waiting"):
+        engine.abort(request_id)
+        engine.add([make_request(request_id, max_tokens=3)])
+    engine.step()
+    assert set(engine.scheduler.waiting.entries) == {"running", "waiting"}
+    engine.run()
+    assert engine.finished == {"running", "waiting"}
+    assert not engine.scheduler.waiting.entries
 
 
 def test_a_client_may_abort_what_is_not_there(make_engine: Any, use_policy: Any) -> None:
@@ -356,6 +375,7 @@ def test_a_streaming_session_outlives_its_turns(
         engine.step()
     assert len(engine.tokens["session"]) == 6
     engine.abort("session")
+    engine.step()
     assert not engine.scheduler.waiting.entries
 
 
@@ -391,7 +411,7 @@ def test_counters_tell_the_overhead(make_engine: Any, make_request: MakeRequest,
     engine.add([make_request(max_tokens=30) for _ in range(10)])
     engine.run()
     values = engine.scheduler._counters.values
-    assert len(engine.steps) > scheduler_module.OVERHEAD_EVERY_STEPS
+    assert len(engine.steps) > scheduler_module.TIMED_EVERY_STEPS
     assert 0 < values["pars_step_overhead_us_p50"] < math.inf
     assert values["pars_waiting"] == 0
 

@@ -81,7 +81,7 @@ DEFINITIONS: list[tuple[Guard, Callable[..., Entry]]] = [
 @pytest.mark.parametrize(
     ("guard", "definition"), DEFINITIONS, ids=lambda value: getattr(value, "__name__", str(value))
 )
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(seed=SEEDS)
 def test_a_guard_equals_its_definition(guard: Guard, definition: Callable[..., Entry], seed: int) -> None:
     """Arrivals, scores, admissions, skips and aborts at random, in steps of random length; many ties.
@@ -151,7 +151,7 @@ def test_each_guard_goes_with_each_policy(name: str, policy: str) -> None:
     assert sorted(out) == list(range(40))
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, guard=st.sampled_from([FixedThreshold(3.0), RelativeAgeing(0.02)]))
 def test_a_threshold_bounds_every_wait(seed: int, guard: Guard) -> None:
     """One request a second comes and goes, so nobody waits longer than the threshold and the queue it met."""

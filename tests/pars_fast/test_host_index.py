@@ -246,9 +246,11 @@ def test_stale_heap_items_are_cleaned_up() -> None:
     entry = _add(index, 0)
     for score in range(2000):
         index.set_expected_tokens(entry, float(score + 1))
-    group = index._classes[0]
-    assert len(group.arrivals) < 200
-    assert len(group._keyed) < 200
+    for _ in range(2000):
+        index.put_back(index.pop())
+    lane = index._classes[0].fresh
+    assert len(lane._keyed) < 200
+    assert len(lane.arrivals._arrived) + len(lane.arrivals._returned) < 200
 
 
 @settings(max_examples=50, deadline=None)
@@ -271,3 +273,31 @@ def _add(index: HostIndex, seq: int, *, priority: int = 0, expected: float | Non
 
 def _drain(index: HostIndex) -> list[int]:
     return [index.pop().seq for _ in range(len(index))]
+
+
+def test_priorities_that_nobody_has_any_more_are_forgotten() -> None:
+    """Only between steps: what was popped and is put back within one finds its charges."""
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
+    for seq in range(1000):
+        _add(index, seq, priority=seq, expected=5.0)
+        index.begin_step(0.0)
+        index.pop()
+    assert len(index._classes) <= 2
+    assert len(index._priorities) <= 2
+
+
+def test_a_charge_of_a_forgotten_class_changes_nothing() -> None:
+    """A request that runs outlives its class; what it makes then concerns nobody in the new one."""
+    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
+    _add(index, 0, priority=1, expected=100.0)
+    _add(index, 1, priority=1, expected=10.0)
+    short, long = index.pop(), index.pop()
+    assert (short.seq, long.seq) == (1, 0)
+    _add(index, 2)
+    index.begin_step(0.0)  # priority 1 is forgotten, 0 is not
+    index.put_back(long)  # a session's next turn, with the budget it had
+    index.finish(short, 0)  # would give back 10 tokens that its new watch never took
+    assert index._classes[1].watch.remaining(0) == 10.0  # type: ignore[attr-defined]
+    short.lane = 0
+    index.put_back(short)
+    assert _drain(index) == [2, 1, 0]

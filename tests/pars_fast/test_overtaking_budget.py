@@ -130,7 +130,7 @@ def test_a_request_skipped_in_every_step_leaves_nothing_behind() -> None:
         assert budget.ahead_of(1, 5.0, NOW) == 0
         budget.leave(0)
         budget.rejoin(skipped, NOW)
-    assert len(budget._tight) <= 2
+    assert len(budget._near) <= 2
 
 
 @settings(max_examples=30, deadline=None)
