@@ -12,11 +12,13 @@ from pars_fast.guards.relative_ageing import RelativeAgeing
 from pars_fast.guards.uniboost import UniBoost
 
 __all__ = ["GUARDS", "FixedThreshold", "Guard", "IdleQuantum", "Moment", "NoGuard", "OvertakingBudget",
-           "PassingLimit", "RelativeAgeing", "UniBoost", "WaitingRequest", "Watch", "guard_text", "parse_guard"]
+           "PassingLimit", "RelativeAgeing", "UniBoost", "WaitingRequest", "Watch", "guard_text",
+           "parse_guard"]
 
 GUARDS: dict[str, type[Guard]] = {
     guard.name: guard
-    for guard in (NoGuard, FixedThreshold, IdleQuantum, RelativeAgeing, UniBoost, OvertakingBudget, PassingLimit)
+    for guard in (NoGuard, FixedThreshold, IdleQuantum, RelativeAgeing, UniBoost, OvertakingBudget,
+                  PassingLimit)
 }
 
 

@@ -5,17 +5,17 @@ While request i waits, at most
     (1 + beta) * (most requests that waited before any arrival since i, i itself included) + floor
 
 requests go ahead of it, those that were there before it and those that came later together. In order of
-arrival the unluckiest of these arrivals has that queue ahead of it, so that the longest wait of a rush is about
-(1 + beta) times that of arrival order, if those who pass take no longer than others; they are passing because
-they are expected to take less. So for each request that waits, the number of later arrivals that may still
-leave the queue before it is
+arrival the unluckiest of these arrivals has that queue ahead of it, so the longest wait of a rush is about
+(1 + beta) times that of arrival order, if those who pass take no longer than others; they pass because they
+are expected to take less. So the number of later arrivals that may still leave the queue before i is
 
-    floor + (1 + beta) * longest queue since - requests before it at its arrival - later arrivals that have left
+    floor + (1 + beta) * longest queue since - requests before it at its arrival - later arrivals that left
 
-Nobody passes a request for which this is below 1: the oldest such request runs instead. Against the overtaking
-budget: it counts requests, not output tokens, because where prompts are long the output is the smaller part
-of the work (`docs/simulator.md`), and because a count is exact whatever the scores; and its limit grows while
-the queue does, because those who come later in a rush wait longer in any order. It reads no clock.
+Nobody passes a request for which this is below 1: the oldest such request runs instead. Against the
+overtaking budget: it counts requests, not output tokens, because where prompts are long the output is the
+smaller part of the work (`docs/simulator.md`), and because a count is exact whatever the scores; and its
+limit grows while the queue does, because those who come later in a rush wait longer in any order. It reads no
+clock.
 
 A request that is aborted while it waits counts as having gone ahead of those before it.
 """
@@ -64,7 +64,7 @@ class Passes(Watch):
         self._looks_due = 0  # departures, never taken off, so that no look is late
         self._peak_seqs: list[int] = []  # arrivals since which no queue was as long, ascending
         self._peaks: list[int] = []  # requests that waited before them, descending
-        self._looks: list[tuple[float, int]] = []  # heap of (`_looks_due` at which seq may be at its limit, seq)
+        self._looks: list[tuple[float, int]] = []  # heap of (`_looks_due` when to look, seq)
         self._at_limit: list[int] = []  # seqs found there, ascending
 
     def arrive(self, request: WaitingRequest, tokens_ahead: float, now: Moment) -> None:

@@ -1,6 +1,6 @@
 """The tables behind `docs/simulator.md`: what is simulated for each, on every trace of a folder.
 
-A table is a tidy CSV of what the page and the defaults are read from. Rows as they come are kept beside it, so
+A table is a tidy CSV, from which the page is made and defaults are chosen. Rows are kept as they come, so
 that a study that was interrupted runs only what is missing.
 """
 
@@ -19,7 +19,6 @@ from pars_fast import __version__
 from pars_fast.bench_results import commit
 from pars_fast.errors import DataError, make_writable
 from pars_fast.guards import NoGuard
-from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fleet import ROUTERS
 from pars_fast.simulation.step_time import load_profile
 from pars_fast.simulation.sweep import FRONTIER, Case, Simulator, grid, make_setup, run_sweep
@@ -37,7 +36,6 @@ TAU = 0.5  # of the noisy scores where nothing else is said: a good ranker on a 
 LATENCIES = ("mean_latency_per_token_s", "mean_e2e_s", "p99_e2e_s", "max_wait_s")
 PROFILE = "h100_llama_3_1_8b"
 
-_REQUESTS = 6000  # of each trace: the first ones
 _LOADS = (0.8, 1.0, 1.2, 1.3)
 _BURST, _BURST_LOAD = 0.3, 0.8  # share of a trace's requests that come at once half-way, and load with them
 _PIECES = 8  # of each trace, for the intervals of no_harm
@@ -57,11 +55,14 @@ _Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What a table is made from. `on_progress` is told a line at a time."""
+    """What a table is made from: traces, whole or the first `requests` of each.
+
+    `kept` holds rows as they come; `on_progress` is told a line at a time.
+    """
 
     traces: Sequence[Path]
     kept: Path
-    requests: int | None = _REQUESTS
+    requests: int | None = None
     workers: int | None = None
     on_progress: Callable[[str], None] = lambda line: None
 
@@ -81,7 +82,8 @@ def find_traces(folder: Path) -> list[Path]:
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV, each with what one needs to repeat it."""
     make_writable(path.parent)
-    given = {"profile": PROFILE, "version": __version__, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    date = time.strftime("%Y-%m-%d")
+    given = {"profile": PROFILE, "version": __version__, "commit": commit(), "date": date}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *given], lineterminator="\n")
         writer.writeheader()
@@ -93,10 +95,12 @@ def read_table(path: Path) -> list[_Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
+    if name in ("arrivals_sha256", "commit"):
+        return text  # which may look like a number
     try:
         return float(text) if text else None
     except ValueError:
@@ -142,7 +146,7 @@ def _run(study: Study, workloads: Mapping[int, Workload], cases: Sequence[Case],
 
 
 def _frontier(study: Study) -> list[_Row]:
-    """Every guard's settings, for an oracle's order and a ranker's, on every trace, with and without a burst."""
+    """Every guard at every setting, for the order of an oracle and of a ranker, with and without a burst."""
     rows: list[_Row] = []
     for path in study.traces:
         workload = _read(path, study.requests)
@@ -180,7 +184,8 @@ def _no_harm(study: Study) -> list[_Row]:
     for path in study.traces:
         ran = _run(study, _pieces(_read(path, None), _PIECES), cases)
         base = {(row["load"], row["seed"]): row for row in ran if row["policy"] == BASELINE}
-        ours = sorted((row for row in ran if row["policy"] == OURS), key=lambda row: (row["load"], row["tau"]))
+        ours = [row for row in ran if row["policy"] == OURS]
+        ours.sort(key=lambda row: (row["load"], row["tau"]))
         for (load, tau), group in groupby(ours, key=lambda row: (row["load"], row["tau"])):
             pairs = [(base[load, row["seed"]], row) for row in group]
             rows += [{"workload": pairs[0][0]["workload"], "load": load, "tau": tau, "column": column,
@@ -199,16 +204,18 @@ def _paired(before: Sequence[float], after: Sequence[float]) -> _Row:
 
 
 def _fleet(study: Study) -> list[_Row]:
-    """Equal load per engine from 1 engine to 1,000, by each router, on the lengths of the first trace."""
+    """Equal load per engine from 1 engine to 1,000, by each router, on lengths of one trace."""
     rows: list[_Row] = []
     trace = next((path for path in study.traces if "conv" in path.name), study.traces[0])
     lengths = _read(trace, None)
     for engines in _ENGINES:
-        cases = [*grid([BASELINE, ORACLE], [NoGuard()], (1.2,), taus=[TAU], engines=[engines], routers=ROUTERS),
+        cases = [*grid([BASELINE, ORACLE], [NoGuard()], (1.2,), taus=[TAU], engines=[engines],
+                       routers=ROUTERS),
                  *grid([OURS], None, (1.2,), taus=[TAU], engines=[engines], routers=ROUTERS)]
         workload = _drawn(lengths, _REQUESTS_PER_ENGINE * engines)
         rows += _run(study, {0: workload}, cases, max_num_seqs=_FLEET_SEATS)
-    return [_short(row, "load", "engines", "router", "policy", "guard") for row in rows]
+    return [_short(row, "load", "engines", "router", "policy", "guard", "gain_captured", "gain_captured_e2e")
+            for row in rows]
 
 
 def _agreement(study: Study) -> list[_Row]:
@@ -217,7 +224,8 @@ def _agreement(study: Study) -> list[_Row]:
     rows: list[_Row] = []
     for path in study.traces:
         workload = _read(path, study.requests)
-        both = [_run(study, {0: workload}, cases, simulator=simulator) for simulator in ("faithful", "fast")]  # type: ignore[arg-type]
+        simulators: tuple[Simulator, Simulator] = ("faithful", "fast")
+        both = [_run(study, {0: workload}, cases, simulator=simulator) for simulator in simulators]
         for faithful, fast in zip(*both, strict=True):
             rows += [{"workload": workload.name, "policy": faithful["policy"], "guard": faithful["guard"],
                       "load": faithful["load"], "requests": len(workload), "column": column,
@@ -236,10 +244,11 @@ TABLES: dict[str, Callable[[Study], list[_Row]]] = {
 
 
 def _short(row: Mapping[str, Any], *names: str) -> _Row:
-    """The columns that a table needs, latencies to four digits."""
+    """What a table needs of a row."""
     kept = {name: row[name] for name in ("workload", *names)}
     return {**kept, "tau": row["tau"], "seed": row["seed"], "requests": row["completed"],
-            **{name: _rounded(row[name], 4) for name in LATENCIES}, "arrivals_sha256": row["arrivals_sha256"][:12]}
+            **{name: _rounded(row[name]) for name in LATENCIES},
+            "arrivals_sha256": row["arrivals_sha256"][:12]}
 
 
 def _rounded(value: float, digits: int = 4) -> float:

@@ -11,7 +11,7 @@ A guard keeps each waiting request in one of two heaps, `later` and `urgent`, wh
 |---|---|---|
 | fixed_threshold, relative_ageing, uniboost | time at which it goes first | |
 | idle_quantum | step of its next promotion | promoted, by expected tokens |
-| overtaking_budget, passing_limit | total charge at which it must be looked at | short of budget, by arrival |
+| overtaking_budget, passing_limit | total charge at which to look at it | short of budget, by arrival |
 
 The guards by time keep requests without a score in a heap of their own, `unscored_later`, since a score moves
 them. Where this differs from the live guards: under idle_quantum a score that comes during a promotion counts
