@@ -52,7 +52,7 @@ def test_tables_are_read_as_they_were_written(traces: Path, tmp_path: Path) -> N
     assert {row["pieces"] for row in tables["no_harm"]} == {4}
     assert all(row["low"] <= row["change"] <= row["high"] for row in tables["no_harm"])
     assert {row["requests"] for row in tables["fleet"]} == {100, 300}
-    page = render_page({**tables, "agreement": []})
+    page = render_page({name: read_table(tmp_path / f"{name}.csv") for name in study.TABLES})
     for heading in ("One setting for every trace", "Quality of the ranking", "Requests without a score",
                     "Below saturation", "Many engines behind one router", "Provenance"):
         assert heading in page
