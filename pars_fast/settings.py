@@ -87,7 +87,7 @@ class Settings:
     mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
     guard: Guard | None = _setting("PARS_GUARD", None, parse_guard)  # noqa: RUF009
     guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
-    guard_floor_requests: float = _setting("PARS_GUARD_FLOOR_REQUESTS", 16.0, _number(0, "a number"))
+    guard_floor_requests: float = _setting("PARS_GUARD_FLOOR_REQUESTS", 0.0, _number(0, "a number"))
     trust_caller: bool = _setting("PARS_TRUST_CALLER", False, _flag)
     device: str = _setting("PARS_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
     cpu_threads: int = _setting("PARS_CPU_THREADS", 1, _whole(1, "a number of threads"))
@@ -118,7 +118,7 @@ class Settings:
                 raise SettingsError(f"{variable}={text!r} is not allowed: expected {error}") from None
         if "guard" in values and (both := [name for name in _DEFAULT_GUARD if environ.get(name)]):
             raise SettingsError(f"{both[0]} is a setting of the default guard, and PARS_GUARD names one: "
-                                "give it there, as in passing_limit:beta=0.5,floor_requests=16")
+                                "give it there, as in passing_limit:beta=0.5,floor_requests=0")
         settings = cls(**values)
         if settings.ranker not in (AUTO, *PACKAGED) and not Path(settings.ranker).is_dir():
             names = ", ".join((AUTO, *PACKAGED))

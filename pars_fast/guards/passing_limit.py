@@ -34,7 +34,7 @@ class PassingLimit:
     """`beta`: passing tolerated per request of the longest queue, a ratio; `floor_requests`: in any case."""
 
     beta: float = 0.5
-    floor_requests: float = 16.0
+    floor_requests: float = 0.0
     name: ClassVar[str] = "passing_limit"
 
     def __post_init__(self) -> None:

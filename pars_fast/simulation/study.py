@@ -29,6 +29,7 @@ from pars_fast.simulation.workload import (
     read_trace,
     with_burst,
     with_noisy_scores,
+    with_ties_shuffled,
 )
 
 OURS, BASELINE, ORACLE = "pars_fast", "fcfs", "oracle"
@@ -114,6 +115,8 @@ def _read(path: Path, requests: int | None) -> Workload:
     workload = read_trace(path)
     if workload.arrival_s[-1] == 0:
         workload = poisson(workload, seed=0)
+    else:
+        workload = with_ties_shuffled(workload, seed=0)
     return workload if requests is None else workload.take(np.arange(min(requests, len(workload))))
 
 

@@ -19,7 +19,7 @@ def test_defaults() -> None:
         mode="on",
         guard=None,
         guard_beta=0.5,
-        guard_floor_requests=16.0,
+        guard_floor_requests=0.0,
         trust_caller=False,
         device="auto",
         cpu_threads=1,
