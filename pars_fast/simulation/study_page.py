@@ -129,8 +129,8 @@ def _lead(rows: Sequence[_Row]) -> str:
 
 
 def _strip_section(rows: Sequence[_Row]) -> Markup:
-    """Of each guard, the setting that keeps most among those tight enough on the median trace."""
-    compared = [row for row in _compared(rows) if row["guard"] != "none"]
+    """Of each guard, the setting that keeps most among those tight enough in the median of all runs."""
+    compared = [row for row in rows if row["policy"] == OURS and row["guard"] != "none"]
     best: dict[str, list[_Row]] = {}
     for setting in _values(compared, "guard"):
         of_it = [row for row in compared if row["guard"] == setting]
@@ -139,8 +139,8 @@ def _strip_section(rows: Sequence[_Row]) -> Markup:
             best[_guard(of_it[0])] = of_it
     if not best:
         return Markup("")
-    lead = ("Each dot is a trace; each row one guard, with the one setting that keeps most while the median "
-            f"trace's longest wait stays within {_LOOSEST:g} times that of arrival order. A setting is worth "
+    lead = ("Each dot is a trace at one load, bursts included; each row one guard, with the setting that keeps "
+            f"most while the median longest wait is within {_LOOSEST:g} times arrival order's. A setting is worth "
             "having if its dots lie close together: it then means the same on a trace that nobody tuned it "
             "for.")
     strip = _strip(sorted(best.values(), key=_kept, reverse=True))
