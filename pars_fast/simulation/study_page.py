@@ -139,10 +139,10 @@ def _strip_section(rows: Sequence[_Row]) -> Markup:
             best[_guard(of_it[0])] = of_it
     if not best:
         return Markup("")
-    lead = ("Each dot is a trace at one load, bursts included; each row one guard, with the setting that keeps "
-            f"most while the median longest wait is within {_LOOSEST:g} times arrival order's. A setting is worth "
-            "having if its dots lie close together: it then means the same on a trace that nobody tuned it "
-            "for.")
+    lead = ("Each dot is a trace at one load, bursts included; each row one guard, with the setting that "
+            f"keeps most while the median longest wait is within {_LOOSEST:g} times arrival order's. A "
+            "setting is worth having if its dots lie close together: it then means the same on a trace that "
+            "nobody tuned it for.")
     strip = _strip(sorted(best.values(), key=_kept, reverse=True))
     return tag("section", tag("h2", "One setting for every trace", id="strip"), tag("p", lead),
                tag("div", strip, class_="card"), aria_labelledby="strip")

@@ -227,7 +227,7 @@ def poisson(workload: Workload, *, seed: int) -> Workload:
 
 
 def with_ties_shuffled(workload: Workload, *, seed: int) -> Workload:
-    """Requests of equal arrival in random order: a log that sorts them by length says nothing of their order."""
+    """Requests of equal arrival in random order: some logs sort them by length, which no server could."""
     rng = np.random.default_rng((seed, 4))
     order = np.lexsort((rng.permutation(len(workload)), workload.arrival_s))
     return workload.take(order)
