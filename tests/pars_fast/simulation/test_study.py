@@ -1,6 +1,7 @@
 """The study: its tables have what they promise, are written and read whole, and make a page."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make(table: str, traces: Path, kept: Path) -> list[dict[str, object]]:
+def make(table: str, traces: Path, kept: Path) -> list[dict[str, Any]]:
     return run_study(table, Study(find_traces(traces), kept, workers=1))
 
 
