@@ -21,7 +21,7 @@ METRICS: tuple[tuple[str, str, str], ...] = (
     ("pars_fallback_ranker", "counter", "Times the ranker failed or hung and the order fell back to arrival"),
     ("pars_fallback_error", "counter", "Exceptions in the integration, answered with arrival order"),
     ("pars_overtakes", "counter", "Admissions ahead of an older waiting request"),
-    ("pars_guard_promotions", "counter", "Admissions decided by the overtaking budget"),
+    ("pars_guard_promotions", "counter", "Admissions decided by the guard"),
     ("pars_active", "gauge", "1 while the queue is ranked, 0 while it is in arrival order"),
     ("pars_waiting", "gauge", "Requests in the ranked waiting queue"),
     ("pars_step_overhead_us_p50", "gauge", "Median time that ranking adds to a scheduling step, in us"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast.errors import SettingsError
-from pars_fast.guards import Guard, OvertakingBudget, parse_guard
+from pars_fast.guards import Guard, PassingLimit, parse_guard
 from pars_fast.packaged import AUTO, PACKAGED
 from pars_fast.policies import POLICIES, Policy
 
@@ -66,12 +66,12 @@ class Settings:
             `max_tokens`; for replays).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
-            `idle_quantum`, `relative_ageing`, `uniboost` or `overtaking_budget`, each with its settings, such
-            as `fixed_threshold:seconds=60` (see `pars_fast.guards`).
-        guard_beta: PARS_GUARD_BETA. Of the default guard, the overtaking budget: overtaking tolerated per
-            token ahead at arrival, ratio.
-        guard_floor_tokens: PARS_GUARD_FLOOR_TOKENS. Of the default guard: overtaking tolerated by every
-            request, tokens.
+            `idle_quantum`, `relative_ageing`, `uniboost`, `overtaking_budget` or `passing_limit`, each with
+            its settings, such as `fixed_threshold:seconds=60` (see `pars_fast.guards`).
+        guard_beta: PARS_GUARD_BETA. Of the default guard, the passing limit: passing tolerated per request
+            of the longest queue since, ratio.
+        guard_floor_requests: PARS_GUARD_FLOOR_REQUESTS. Of the default guard: requests by which every one
+            may be passed in any case.
         trust_caller: PARS_TRUST_CALLER. 1 takes `vllm_xargs: {"pars_score": tokens}` of a request.
         device: PARS_DEVICE. `auto` (default): the GPU when one process has it alone, else the CPU.
         cpu_threads: PARS_CPU_THREADS. Threads of the ranker's process on the CPU.
@@ -87,7 +87,7 @@ class Settings:
     mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
     guard: Guard | None = _setting("PARS_GUARD", None, parse_guard)  # noqa: RUF009
     guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
-    guard_floor_tokens: float = _setting("PARS_GUARD_FLOOR_TOKENS", 2000.0, _number(0, "a number of tokens"))
+    guard_floor_requests: float = _setting("PARS_GUARD_FLOOR_REQUESTS", 0.0, _number(0, "a number"))
     trust_caller: bool = _setting("PARS_TRUST_CALLER", False, _flag)
     device: str = _setting("PARS_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
     cpu_threads: int = _setting("PARS_CPU_THREADS", 1, _whole(1, "a number of threads"))
@@ -118,7 +118,7 @@ class Settings:
                 raise SettingsError(f"{variable}={text!r} is not allowed: expected {error}") from None
         if "guard" in values and (both := [name for name in _DEFAULT_GUARD if environ.get(name)]):
             raise SettingsError(f"{both[0]} is a setting of the default guard, and PARS_GUARD names one: "
-                                "give it there, as in overtaking_budget:beta=0.5,floor_tokens=2000")
+                                "give it there, as in passing_limit:beta=0.5,floor_requests=0")
         settings = cls(**values)
         if settings.ranker not in (AUTO, *PACKAGED) and not Path(settings.ranker).is_dir():
             names = ", ".join((AUTO, *PACKAGED))
@@ -131,11 +131,11 @@ class Settings:
         """The guard that bounds `policy`: the one asked for, or the policy's own."""
         if self.guard is not None:
             return self.guard
-        if isinstance(policy.default_guard, OvertakingBudget):
-            return OvertakingBudget(self.guard_beta, self.guard_floor_tokens)
+        if isinstance(policy.default_guard, PassingLimit):
+            return PassingLimit(self.guard_beta, self.guard_floor_requests)
         return policy.default_guard
 
 
-_DEFAULT_GUARD = ("PARS_GUARD_BETA", "PARS_GUARD_FLOOR_TOKENS")
+_DEFAULT_GUARD = ("PARS_GUARD_BETA", "PARS_GUARD_FLOOR_REQUESTS")
 # Not for users.
 INTERNAL_VARIABLES = frozenset({"PARS_METRICS_DIR", "PARS_DEMO_POLICY_FILE", "PARS_PROFILE_FILE"})

@@ -7,15 +7,18 @@ from pars_fast.guards.fixed_threshold import FixedThreshold
 from pars_fast.guards.idle_quantum import IdleQuantum
 from pars_fast.guards.none import NoGuard
 from pars_fast.guards.overtaking_budget import OvertakingBudget
+from pars_fast.guards.passing_limit import PassingLimit
 from pars_fast.guards.relative_ageing import RelativeAgeing
 from pars_fast.guards.uniboost import UniBoost
 
 __all__ = ["GUARDS", "FixedThreshold", "Guard", "IdleQuantum", "Moment", "NoGuard", "OvertakingBudget",
-           "RelativeAgeing", "UniBoost", "WaitingRequest", "Watch", "guard_text", "parse_guard"]
+           "PassingLimit", "RelativeAgeing", "UniBoost", "WaitingRequest", "Watch", "guard_text",
+           "parse_guard"]
 
 GUARDS: dict[str, type[Guard]] = {
     guard.name: guard
-    for guard in (NoGuard, FixedThreshold, IdleQuantum, RelativeAgeing, UniBoost, OvertakingBudget)
+    for guard in (NoGuard, FixedThreshold, IdleQuantum, RelativeAgeing, UniBoost, OvertakingBudget,
+                  PassingLimit)
 }
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pars_fast.errors import make_writable, require_extra
+from pars_fast.errors import ParsFastError, make_writable, require_extra
 from pars_fast.output import write_json
 
 
@@ -64,6 +64,42 @@ def _simulate(arguments: argparse.Namespace) -> None:
     if arguments.report:
         write_report(arguments.report, result)
         print(f"page written to {arguments.report}")
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    tables = "frontier, robustness, no_harm, fleet or agreement; or page: draw those of --out"
+    add("table", choices=["frontier", "robustness", "no_harm", "fleet", "agreement", "page"], help=tables)
+    add("--traces", type=Path, metavar="DIR", help="trace_*.csv[.gz]: arrival_s,prompt_tokens,output_tokens")
+    add("--out", type=Path, required=True, metavar="DIR", help="its CSV; rows as they come beside it")
+    add("--requests", type=int, default=argparse.SUPPRESS, metavar="N", help="only the first N of a trace")
+    add("--workers", type=int, metavar="N", help="processes (all cores)")
+    add("--report", type=Path, metavar="F.html", help="page: write it there")
+    parser.set_defaults(run=_study)
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    require_extra("numba", "simulate")
+    if arguments.table == "page":
+        from pars_fast.simulation.study_page import write_page
+
+        if arguments.report is None:
+            raise ParsFastError("page needs --report F.html")
+        make_writable(arguments.report.parent)
+        write_page(arguments.report, arguments.out)
+        print(f"page written to {arguments.report}")
+        return
+    if arguments.traces is None:
+        raise ParsFastError(f"{arguments.table} needs --traces DIR")
+    make_writable(arguments.out)  # minutes before it is written
+    from pars_fast.simulation.study import Study, find_traces, run_study, write_table
+
+    path = arguments.out / f"{arguments.table}.csv"
+    given = {"requests": arguments.requests} if hasattr(arguments, "requests") else {}
+    study = Study(find_traces(arguments.traces), path.with_suffix(".rows.jsonl"), workers=arguments.workers,
+                  on_progress=lambda line: print(line, end="\r", flush=True), **given)
+    write_table(path, run_study(arguments.table, study))
+    print(f"table written to {path}")
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:

@@ -160,7 +160,7 @@ def _compiled(sources: int) -> Callable[..., None]:
     """The loop over events. Numba keeps compiled code by this file alone and by what a function closes over,
     so a checksum of all files that are compiled into it stands there too."""
 
-    @njit(cache=True, error_model="numpy")
+    @njit(cache=True, error_model="numpy", _nrt=False)  # as `compiled`
     def serve(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, router: int,
               load: Floats) -> None:
         _ = sources

@@ -4,8 +4,7 @@ What is relative is relative to arrival order (fcfs) on the same requests at the
 over seeds. The look is the demo's, by its own style sheet; the same rows give the same bytes.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -13,16 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pars_fast.page import DASH, Axis, Markup, escape, join, number, percent, svg, tag, text, x_axis, y_axis
+from pars_fast.guards import guard_text
+from pars_fast.page import DASH, Markup, escape, join, number, percent, tag
+from pars_fast.policies import POLICIES
+from pars_fast.simulation.charts import Point, figure, line_chart, section
 
 _Row = Mapping[str, Any]
-_Point = tuple[float, float]
-_BASELINE, _OURS, _ORACLE, _UNGUARDED = "fcfs", "pars_fast", "oracle", "none"
-_STYLES = {  # one colour for each guard, router and measure on the whole page
-    "overtaking_budget": "pars_fast", "none": "oracle", "fixed_threshold": "s1", "idle_quantum": "s2",
-    "relative_ageing": "s3", "uniboost": "s5", "round_robin": "fcfs", "least_loaded": "s1",
-    "predicted_work": "pars_fast", "per token": "pars_fast", "end to end": "s1",
-}
+_BASELINE, _OURS, _ORACLE = "fcfs", "pars_fast", "oracle"
 _FRONTIERS = (  # title, column across, its name, column up, its name
     ("End to end: mean against p99", "p99_e2e_s", "p99", "mean_e2e_s", "mean"),
     ("Per token, against the longest wait", "max_wait_s", "longest wait", "mean_latency_per_token_s", "mean"),
@@ -37,7 +33,6 @@ _TABLE = (  # column, title
     ("p99_e2e_s", "p99 e2e"), ("max_wait_s", "max wait"), ("throughput_tok_s", "tok/s"),
     ("preemptions", "preempted"), ("completed", "completed"),
 )
-_WIDTH, _HEIGHT, _NAMES = 500, 290.0, 132.0  # of one chart; room for the names of its lines
 
 
 def write_report(path: Path, result: Mapping[str, Any]) -> None:
@@ -132,15 +127,10 @@ def _headline(rows: Sequence[_Row]) -> tuple[str, str, str]:
 
 
 def _shown(rows: Sequence[_Row]) -> _Row | None:
-    """pars_fast with its own guard at the load nearest to 1.2."""
+    """pars_fast at the load nearest to 1.2, with its own guard if it was run."""
     ours = [row for row in _one(rows) if row["policy"] == _OURS and row["tau"] == _best_tau(rows)]
-    guarded = [row for row in ours if _guard(row) == "overtaking_budget"]
-    return min(guarded or ours, key=lambda row: (abs(row["load"] - 1.2), abs(_beta(row) - 0.5)), default=None)
-
-
-def _beta(row: _Row) -> float:
-    _, _, settings = str(row["guard"]).partition("beta=")
-    return float(settings.split(",")[0]) if settings else math.inf
+    own = guard_text(POLICIES[_OURS].default_guard)
+    return min(ours, key=lambda row: (abs(row["load"] - 1.2), row["guard"] != own), default=None)
 
 
 def _lead(rows: Sequence[_Row]) -> str:
@@ -161,15 +151,6 @@ def _lead(rows: Sequence[_Row]) -> str:
 # --- Sections -----------------------------------------------------------------------------------------------
 
 
-def _section(name: str, title: str, lead: str, *figures: Markup) -> Markup:
-    return tag("section", tag("h2", title, id=name), tag("p", lead), tag("div", *figures, class_="pair"),
-               aria_labelledby=name)
-
-
-def _figure(caption: str, chart: Markup) -> Markup:
-    return tag("figure", tag("figcaption", caption), chart, class_="card")
-
-
 def _frontier_sections(rows: Sequence[_Row]) -> list[Markup]:
     single, tau = _one(rows), _best_tau(rows)
     sections = []
@@ -183,24 +164,24 @@ def _frontier_sections(rows: Sequence[_Row]) -> list[Markup]:
                    for frontier in _FRONTIERS]
         lead = ("Each line is one guard from tight to loose; a point is one setting. 1 is arrival order. "
                 "Lower is faster on average, further left is kinder to those who wait longest.")
-        sections.append(_section(f"frontier-{policy}", title, lead, *figures))
+        sections.append(section(f"frontier-{policy}", title, lead, *figures))
     return sections
 
 
 def _frontier(rows: Sequence[_Row], chosen: Sequence[_Row], load: float,
               frontier: tuple[str, str, str, str, str]) -> Markup:
     title, across, across_name, up, up_name = frontier
-    lines: dict[str, list[_Point]] = {}
+    lines: dict[str, list[Point]] = {}
     for row in chosen:
         point = _ratio(rows, row, across), _ratio(rows, row, up)
         if row["load"] == load and point[0] and point[1]:
             lines.setdefault(_guard(row), []).append((point[0], point[1]))
     for points in lines.values():
         points.sort()
-    chart = _lines(f"{chosen[0]['policy']}-{across}-{load:g}", f"{title}, load {load:g}", lines,
+    chart = line_chart(f"{chosen[0]['policy']}-{across}-{load:g}", f"{title}, load {load:g}", lines,
                    f"{across_name}, times arrival order's", f"{up_name}, times arrival order's",
                    lambda tick: f"{tick:g}", log=True, include=(1.0, 1.0))
-    return _figure(f"{title} · load {load:g}", chart)
+    return figure(f"{title} · load {load:g}", chart)
 
 
 def _curve_sections(rows: Sequence[_Row]) -> list[Markup]:
@@ -220,13 +201,13 @@ def _curve_sections(rows: Sequence[_Row]) -> list[Markup]:
                      for name, gain in (("per token", "gain_captured"), ("end to end", "gain_captured_e2e"))}
             kept = {name: points for name, points in lines.items() if len(points) > 1}
             if kept:
-                figures.append(_figure(f"Load {load:g}", _lines(
+                figures.append(figure(f"Load {load:g}", line_chart(
                     f"{column}-{load:g}", f"{title}, load {load:g}", kept, axis, "share of the oracle's gain",
                     percent, include=(None, 0.0))))
         if figures:
             lead = (f"pars_fast with {chosen[0]['guard']}: how much of what the oracle without a guard gains "
                     "over arrival order is kept. Below 0 ranking does harm.")
-            sections.append(_section(column, title, lead, *figures))
+            sections.append(section(column, title, lead, *figures))
     return sections
 
 
@@ -239,78 +220,18 @@ def _fleet_section(rows: Sequence[_Row]) -> Markup:
         for policy in (_BASELINE, _OURS):
             chosen = [row for row in rows if row["load"] == load and row["policy"] == policy
                       and row["tau"] in (None, tau)]
-            lines: dict[str, list[_Point]] = {}
+            lines: dict[str, list[Point]] = {}
             for row in chosen:
                 if row["mean_e2e_s"] and row["engines"] > 1:
                     lines.setdefault(row["router"], []).append((float(row["engines"]), row["mean_e2e_s"]))
             kept = {name: sorted(points) for name, points in lines.items()}
             if kept:
-                figures.append(_figure(f"{policy} · load {load:g}", _lines(
+                figures.append(figure(f"{policy} · load {load:g}", line_chart(
                     f"fleet-{policy}-{load:g}", f"Mean end-to-end latency of {policy}, load {load:g}", kept,
                     "engines", "mean end-to-end latency, s", number, log=True)))
     lead = ("The same load per engine. A router sends each request to one engine and is done; the "
             "engine's queue orders what it got.")
-    return _section("fleet", "Many engines behind one router", lead, *figures) if figures else Markup("")
-
-
-# --- One chart ----------------------------------------------------------------------------------------------
-
-
-def _lines(name: str, title: str, lines: Mapping[str, Sequence[_Point]], x_title: str, y_title: str,
-           y_label: Callable[[float], str], *, log: bool = False,
-           include: tuple[float | None, float | None] = (None, None)) -> Markup:
-    """Lines with a mark at each point, each named in its colour at the right; `log` where a range is wide."""
-    xs, ys = ([point[k] for points in lines.values() for point in points]
-              + [value for value in (include[k],) if value is not None] for k in (0, 1))
-    right, bottom, top, left = _WIDTH - _NAMES, _HEIGHT - 46, 26.0, 46.0
-    x, y = _axis(xs, left, right, log), _axis(ys, bottom, top, log)
-    desc = "; ".join(f"{label}: " + ", ".join(f"({number(a)}, {y_label(b)})" for a, b in points)
-                     for label, points in lines.items())
-    drawn = [part for label, points in lines.items() for part in _line(label, points, x, y)]
-    if include[0] is not None and include[1] is not None:
-        drawn.append(tag("line", x1=x(include[0]), x2=x(include[0]), y1=top, y2=bottom, class_="diagonal"))
-    if include[1] is not None:
-        drawn.append(tag("line", x1=left, x2=right, y1=y(include[1]), y2=y(include[1]), class_="diagonal"))
-    chart = svg(name, "chart", _WIDTH, _HEIGHT, title, desc,
-                x_axis(x, top, bottom, x.ticks(5), lambda tick: f"{tick:g}"),
-                y_axis(y, left, right, y.ticks(5), y_label),
-                text(0, 12, y_title), text(right, _HEIGHT - 6, x_title, text_anchor="end"),
-                *drawn, *_names(lines, x, y, right, top, bottom))
-    return tag("div", chart, data_scope="")
-
-
-def _axis(values: Sequence[float], start: float, end: float, log: bool) -> Axis:
-    low, high = min(values), max(values)
-    if log and high > 4 * low > 0:
-        return Axis(low / 1.06, high * 1.06, start, end, log=True)
-    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
-    return Axis(low if low == 0 else low - margin, high + margin, start, end)
-
-
-def _line(label: str, points: Sequence[_Point], x: Axis, y: Axis) -> list[Markup]:
-    style = _STYLES.get(label, "other0")
-    path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
-    marks = [tag("circle", cx=float(x(a)), cy=float(y(b)), r=3.2, class_=f"mark {style}") for a, b in points]
-    return [tag("g", tag("path", d=f"M{path}", class_=f"curve {style}"), *marks, data_key=label)]
-
-
-def _names(lines: Mapping[str, Sequence[_Point]], x: Axis, y: Axis, right: float, top: float,
-           bottom: float) -> list[Markup]:
-    """Each line's name beside its last point, moved apart where they would touch, with a thin line to it."""
-    ends = sorted((y(points[-1][1]), x(points[-1][0]), label) for label, points in lines.items())
-    heights: list[float] = []
-    for place, (height, _, _) in enumerate(ends):
-        heights.append(max(height, heights[-1] + 17 if place else top))
-    over = max(0.0, heights[-1] - bottom)
-    heights = [height - over for height in heights]
-    parts = []
-    for (height, end, label), at in zip(ends, heights, strict=True):
-        style = _STYLES.get(label, "other0")
-        parts.append(tag("line", x1=float(end + 4), y1=float(height), x2=right + 6, y2=float(at),
-                         class_=f"leader faint {style}", data_key=label))
-        parts.append(text(right + 9, at + 4.5, label.replace("_", " "), class_=f"name {style}",
-                          data_key=label))
-    return parts
+    return section("fleet", "Many engines behind one router", lead, *figures) if figures else Markup("")
 
 
 # --- Table and footer ---------------------------------------------------------------------------------------

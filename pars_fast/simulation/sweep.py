@@ -26,6 +26,7 @@ from pars_fast.guards import (
     IdleQuantum,
     NoGuard,
     OvertakingBudget,
+    PassingLimit,
     RelativeAgeing,
     UniBoost,
     guard_text,
@@ -43,11 +44,12 @@ Simulator = Literal["fast", "faithful"]
 
 FRONTIER: tuple[Guard, ...] = (  # each guard from tight to loose, for queues of seconds to minutes
     NoGuard(),
-    *(FixedThreshold(seconds) for seconds in (1, 4, 15, 60, 240)),
+    *(FixedThreshold(seconds) for seconds in (1, 2, 4, 8, 15, 30, 60, 120, 240)),
     *(IdleQuantum(steps) for steps in (50, 200, 800, 3200, 12800)),
     *(RelativeAgeing(rate) for rate in (0.005, 0.02, 0.08, 0.3, 1.2)),
     *(UniBoost(knob) for knob in (0.5, 2, 8, 30, 120, 500)),
     *(OvertakingBudget(beta) for beta in (0, 0.1, 0.25, 0.5, 1, 2, 4)),
+    *(PassingLimit(beta) for beta in (0, 0.1, 0.25, 0.5, 1, 2, 4)),
 )
 
 

@@ -11,7 +11,7 @@ A guard keeps each waiting request in one of two heaps, `later` and `urgent`, wh
 |---|---|---|
 | fixed_threshold, relative_ageing, uniboost | time at which it goes first | |
 | idle_quantum | step of its next promotion | promoted, by expected tokens |
-| overtaking_budget | total charge at which it must be looked at | short of budget, by arrival |
+| overtaking_budget, passing_limit | total charge at which to look at it | short of budget, by arrival |
 
 The guards by time keep requests without a score in a heap of their own, `unscored_later`, since a score moves
 them. Where this differs from the live guards: under idle_quantum a score that comes during a promotion counts
@@ -29,6 +29,7 @@ from pars_fast.guards import (
     IdleQuantum,
     NoGuard,
     OvertakingBudget,
+    PassingLimit,
     RelativeAgeing,
     UniBoost,
 )
@@ -36,7 +37,8 @@ from pars_fast.host_index import MAX_EXPECTED_TOKENS
 from pars_fast.simulation.arrays import Floats, Ints, Records, compiled
 from pars_fast.simulation.heaps import EMPTY, meld, pop
 
-NO_GUARD, FIXED_THRESHOLD, RELATIVE_AGEING, UNIBOOST, IDLE_QUANTUM, OVERTAKING_BUDGET = range(6)
+(NO_GUARD, FIXED_THRESHOLD, RELATIVE_AGEING, UNIBOOST, IDLE_QUANTUM, OVERTAKING_BUDGET,
+ PASSING_LIMIT) = range(7)
 INITIAL_MEDIAN = 128.0
 MEDIAN_WINDOW = 511
 MAX_IN_FLIGHT = 4  # as `ProcessRuntime.max_in_flight`
@@ -51,6 +53,7 @@ class Order(NamedTuple):
     b: float
     score_delay_s: float  # of a ranker, from handing prompts over
     uses_ranker: bool  # keys come with scores; else both are known at arrival, if there are any
+    charges: bool  # whether the guard counts what later arrivals take, in tokens or requests
 
 
 REQUEST = np.dtype([
@@ -70,7 +73,10 @@ REQUEST = np.dtype([
     ("lane_key", "f8"), ("lane_child", "i8"), ("lane_sibling", "i8"),  # heap of preempted requests
     ("guard_key", "f8"), ("guard_child", "i8"), ("guard_sibling", "i8"),  # the guard's two heaps
     ("unscored_key", "f8"), ("unscored_child", "i8"), ("unscored_sibling", "i8"),  # those without a score
-    ("budget", "f8"),
+    ("budget", "f8"),  # at arrival
+    ("ahead", "f8"),  # what waited ahead of it at arrival, tokens or requests
+    ("higher", "i8"),  # a later arrival that met a longer queue, EMPTY while there is none
+    ("lower", "i8"),  # the last arrival before it that met a longer queue
 ], align=True)
 
 ENGINE = np.dtype([
@@ -125,9 +131,12 @@ def guard_order(guard: Guard, *, score_delay_s: float, uses_ranker: bool) -> Ord
             kind, a, b = IDLE_QUANTUM, float(guard.idle_steps), float(guard.quantum_steps)
         case OvertakingBudget():
             kind, a, b = OVERTAKING_BUDGET, guard.beta, guard.floor_tokens
+        case PassingLimit():
+            kind, a, b = PASSING_LIMIT, guard.beta, guard.floor_requests
         case _:
             raise ValueError(f"the fast simulator does not know the guard {guard.name}")
-    return Order(kind, float(a), float(b), float(score_delay_s), uses_ranker)
+    charges = kind in (OVERTAKING_BUDGET, PASSING_LIMIT)
+    return Order(kind, float(a), float(b), float(score_delay_s), uses_ranker, charges)
 
 
 def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -> Queue:
@@ -137,7 +146,7 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
     for records in (request, engine):
         records[...] = np.zeros((), records.dtype)
     for name in ("after", "to_score", "child", "sibling", "lane_child", "lane_sibling", "guard_child",
-                 "guard_sibling", "unscored_child", "unscored_sibling"):
+                 "guard_sibling", "unscored_child", "unscored_sibling", "higher", "lower"):
         request[name] = EMPTY
     for name in ("keyed", "lane", "later", "urgent", "unscored_later", "last", "oldest", "unscored",
                  "to_score"):
@@ -167,10 +176,11 @@ def arrive(q: Queue, order: Order, e: int, i: int, seen_s: float, step: int) -> 
     """Request `i` joins the queue of engine `e`, which sees it at the end of a step."""
     requests = q.request
     here = q.engine[e]
-    if here.last == EMPTY:
+    newest = here.last
+    if newest == EMPTY:
         here.oldest = here.unscored = i
     else:
-        requests[here.last].after = i
+        requests[newest].after = i
     here.last = i
     requests[i].place = here.num_arrivals
     here.num_arrivals += 1
@@ -183,10 +193,16 @@ def arrive(q: Queue, order: Order, e: int, i: int, seen_s: float, step: int) -> 
         here.to_score = i
     else:
         _score(q, order, e, i)
-    if order.guard == OVERTAKING_BUDGET:
-        unscored = here.num_unscored * here.median
-        tokens_ahead = here.expected_waiting + unscored - _tokens(q, e, i)
-        requests[i].budget = order.b + order.a * tokens_ahead
+    if order.charges:
+        ahead = here.num_waiting - 1.0
+        if order.guard == OVERTAKING_BUDGET:
+            ahead = here.expected_waiting + here.num_unscored * here.median - _tokens(q, e, i)
+        requests[i].ahead = ahead
+        requests[i].budget = order.b + order.a * ahead
+        while newest != EMPTY and requests[newest].ahead <= ahead:
+            requests[newest].higher = i
+            newest = requests[newest].lower
+        requests[i].lower = newest
         if requests[i].place - here.tree_base >= here.tree_capacity:
             _rebuild_tree(q, e)
     if not order.uses_ranker:
@@ -204,10 +220,10 @@ def take_scores(q: Queue, order: Order, e: int, now: float) -> None:
         while taken < here.num_in_flight and q.in_flight_due_s[e, taken] == due:
             _score(q, order, e, q.in_flight[e, taken])
             taken += 1
-        left = here.num_in_flight - taken
-        q.in_flight[e, :left] = q.in_flight[e, taken : taken + left].copy()
-        q.in_flight_due_s[e, :left] = q.in_flight_due_s[e, taken : taken + left].copy()
-        here.num_in_flight = left
+        here.num_in_flight -= taken
+        for k in range(here.num_in_flight):
+            q.in_flight[e, k] = q.in_flight[e, taken + k]
+            q.in_flight_due_s[e, k] = q.in_flight_due_s[e, taken + k]
 
 
 @compiled
@@ -255,9 +271,9 @@ def head(q: Queue, order: Order, e: int, now: float, step: int) -> int:
     chosen = _shortest(q, order, e)
     if order.guard == NO_GUARD:
         return chosen
-    if order.guard == OVERTAKING_BUDGET:
+    if order.charges:
         while True:
-            older = _overdrawn(q, e, chosen, _tokens(q, e, chosen))
+            older = _overdrawn(q, order, e, chosen, _cost(q, order, e, chosen))
             if older == EMPTY:
                 return chosen
             chosen = older
@@ -276,8 +292,10 @@ def admit(q: Queue, order: Order, e: int, i: int) -> None:
     if requests[i].preempted:
         here.lane = pop(i, requests.lane_key, requests.lane_child, requests.lane_sibling)
         requests[i].preempted = False
-    elif order.guard == OVERTAKING_BUDGET:
-        _charge(q, e, i, _tokens(q, e, i))
+        if order.guard == PASSING_LIMIT:
+            _charge(q, e, i, 1.0)
+    elif order.charges:
+        _charge(q, e, i, _cost(q, order, e, i))
     requests[i].waiting = False
     _account(q, e, i, -1)
 
@@ -291,6 +309,8 @@ def preempt(q: Queue, order: Order, e: int, i: int) -> None:
     requests[i].lane_key = here.median if unknown else requests[i].key
     requests[i].waiting = requests[i].preempted = True
     _account(q, e, i, 1)
+    if order.guard == PASSING_LIMIT:
+        _charge(q, e, i, -1.0)
     requests[i].lane_child = EMPTY
     here.lane = meld(here.lane, i, requests.lane_key, requests.lane_child, requests.lane_sibling)
 
@@ -311,6 +331,12 @@ def _tokens(q: Queue, e: int, i: int) -> float:
     requests = q.request
     here = q.engine[e]
     return requests[i].expected if requests[i].scored else here.median
+
+
+@compiled
+def _cost(q: Queue, order: Order, e: int, i: int) -> float:
+    """What the admission of `i` costs those it passes."""
+    return 1.0 if order.guard == PASSING_LIMIT else _tokens(q, e, i)
 
 
 @compiled
@@ -351,16 +377,29 @@ def _add_to_median(q: Queue, e: int, value: float) -> None:
     size = min(here.num_scores, MEDIAN_WINDOW)
     slot = here.num_scores % MEDIAN_WINDOW
     if size == MEDIAN_WINDOW:
-        gone = np.searchsorted(ranked, recent[slot])
-        ranked[gone : size - 1] = ranked[gone + 1 : size]
         size -= 1
+        for k in range(_place(ranked, size, recent[slot]), size):
+            ranked[k] = ranked[k + 1]
     recent[slot] = value
-    place = np.searchsorted(ranked[:size], value, side="right")
+    place = _place(ranked, size, value)
     for k in range(size, place, -1):
         ranked[k] = ranked[k - 1]
     ranked[place] = value
     here.num_scores += 1
     here.median = ranked[(size + 1) // 2]
+
+
+@compiled
+def _place(ranked: Floats, size: int, value: float) -> int:
+    """How many of the first `size` ascending values are below `value`."""
+    low, high = 0, size
+    while low < high:
+        middle = (low + high) // 2
+        if ranked[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @compiled
@@ -423,7 +462,7 @@ def _watch(q: Queue, order: Order, e: int, i: int) -> None:
         return
     requests = q.request
     here = q.engine[e]
-    if order.guard == OVERTAKING_BUDGET:
+    if order.charges:
         # Nothing is charged to the newest yet.
         requests[i].guard_key = here.total_charge + requests[i].budget
     elif order.guard == IDLE_QUANTUM:
@@ -435,7 +474,7 @@ def _watch(q: Queue, order: Order, e: int, i: int) -> None:
         requests[i].guard_key = requests[i].seen_s + order.a * _tokens(q, e, i)
     else:
         requests[i].guard_key = requests[i].seen_s + order.a * math.log(_tokens(q, e, i))
-    if requests[i].scored or order.guard in (OVERTAKING_BUDGET, IDLE_QUANTUM):
+    if requests[i].scored or order.charges or order.guard == IDLE_QUANTUM:
         here.later = _guard_push(q, here.later, i)
     else:
         requests[i].unscored_key = requests[i].guard_key
@@ -487,18 +526,42 @@ def _promoted(q: Queue, order: Order, e: int, step: int) -> int:
 
 
 @compiled
-def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
-    """The oldest waiting request that `i` may not pass with `tokens` of work, or EMPTY."""
+def _remaining(q: Queue, order: Order, e: int, i: int) -> float:
+    """What later arrivals may still take ahead of the waiting request `i`."""
+    requests = q.request
+    budget = requests[i].budget
+    if order.guard == PASSING_LIMIT:
+        budget += (1 + order.a) * (requests[_highest(q, i)].ahead - requests[i].ahead)
+    return budget - _charged_beyond(q, e, i)
+
+
+@compiled
+def _highest(q: Queue, i: int) -> int:
+    """Of `i` and the arrivals since, the one that met the longest queue; the path there is cut short."""
+    requests = q.request
+    highest = i
+    while requests[highest].higher != EMPTY:
+        highest = requests[highest].higher
+    while requests[i].higher != EMPTY:
+        following = requests[i].higher
+        requests[i].higher = highest
+        i = following
+    return highest
+
+
+@compiled
+def _overdrawn(q: Queue, order: Order, e: int, i: int, cost: float) -> int:
+    """The oldest waiting request that `i` may not pass at that cost, or EMPTY."""
     requests = q.request
     here = q.engine[e]
-    looks = here.total_charge + tokens
+    looks = here.total_charge + cost
     while here.later != EMPTY and requests[here.later].guard_key < looks:
         older = here.later
         here.later = _guard_pop(q, older)
         if not requests[older].waiting:
             continue
-        remaining = requests[older].budget - _charged_beyond(q, e, older)
-        if remaining < tokens:
+        remaining = _remaining(q, order, e, older)
+        if remaining < cost:
             requests[older].guard_key = 0.0  # equal keys: order of arrival
             here.urgent = _guard_push(q, here.urgent, older)
         else:
@@ -508,8 +571,8 @@ def _overdrawn(q: Queue, e: int, i: int, tokens: float) -> int:
         oldest = here.urgent
         remaining = 0.0
         if requests[oldest].waiting:
-            remaining = requests[oldest].budget - _charged_beyond(q, e, oldest)
-            if remaining < tokens:
+            remaining = _remaining(q, order, e, oldest)
+            if remaining < cost:
                 return oldest
         here.urgent = _guard_pop(q, oldest)
         if requests[oldest].waiting:

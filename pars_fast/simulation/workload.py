@@ -226,6 +226,13 @@ def poisson(workload: Workload, *, seed: int) -> Workload:
     return replace(workload, arrival_s=np.sort(rng.uniform(0, len(workload), len(workload))))
 
 
+def with_ties_shuffled(workload: Workload, *, seed: int) -> Workload:
+    """Requests of equal arrival in random order: some logs sort them by length, which no server could."""
+    rng = np.random.default_rng((seed, 4))
+    order = np.lexsort((rng.permutation(len(workload)), workload.arrival_s))
+    return workload.take(order)
+
+
 def with_burst(workload: Workload, share: float, *, at: float = 0.5, seed: int) -> Workload:
     """Move a random `share` of the requests to one moment, the fraction `at` of the span of arrivals."""
     if not (0 <= share <= 1 and 0 <= at <= 1):

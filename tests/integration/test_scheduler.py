@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.guards import NoGuard, OvertakingBudget
+from pars_fast.guards import NoGuard, PassingLimit
 from pars_fast.integration import scheduler as scheduler_module
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler, RankingMixin, with_ranking
 from pars_fast.policies import POLICIES
@@ -386,7 +386,7 @@ def test_the_overtaking_bound_holds(make_engine: Any, make_request: MakeRequest,
     longer than expected: at most one answer a seat.
     """
     seats, longest = 4, 40
-    runtime = use_policy("pars_fast", PARS_GUARD_BETA="0.5", PARS_GUARD_FLOOR_TOKENS="100")
+    runtime = use_policy("pars_fast", PARS_GUARD="overtaking_budget:beta=0.5,floor_tokens=100")
     rng = random.Random(5)
     runtime.answer = lambda prompt: rng.lognormvariate(3, 1)
     engine = make_engine(RankedScheduler, max_num_seqs=seats)
@@ -457,7 +457,7 @@ def test_the_demos_switch_changes_policy_and_guard_between_runs(
     monkeypatch.setenv("PARS_DEMO_POLICY_FILE", str(policy_file))
     engine = Engine(make_scheduler(SwitchableScheduler))
     index = engine.scheduler.waiting.index
-    for policy, guard in (("fcfs", NoGuard()), ("pars_fast", OvertakingBudget(2.0)), ("oracle", NoGuard())):
+    for policy, guard in (("fcfs", NoGuard()), ("pars_fast", PassingLimit(2.0)), ("oracle", NoGuard())):
         policy_file.write_text(policy)
         engine.add([make_request(max_tokens=3) for _ in range(6)])
         assert (type(index.policy), index.guard) == (POLICIES[policy], guard)

@@ -16,6 +16,7 @@ from pars_fast.guards import (
     IdleQuantum,
     NoGuard,
     OvertakingBudget,
+    PassingLimit,
     RelativeAgeing,
     UniBoost,
     guard_text,
@@ -171,7 +172,7 @@ def test_a_threshold_bounds_every_wait(seed: int, guard: Guard) -> None:
 
 def test_settings_as_text() -> None:
     guards: list[Guard] = [NoGuard(), FixedThreshold(60.0), IdleQuantum(100, 5), RelativeAgeing(0.0123456789),
-              UniBoost(2.5), OvertakingBudget(0.25, 1000.0)]
+              UniBoost(2.5), OvertakingBudget(0.25, 1000.0), PassingLimit(0.25, 8.0)]
     assert [parse_guard(guard_text(guard)) for guard in guards] == guards
     assert guard_text(OvertakingBudget()) == "overtaking_budget:beta=0.5,floor_tokens=2000"
     assert guard_text(NoGuard()) == "none"
@@ -181,7 +182,7 @@ def test_settings_as_text() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, overtaking_budget,"),
+        ("", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, overtaking_budget, "),
         ("fixed_threshold:", None),
         ("fixed_threshold:seconds", "fixed_threshold with seconds as a number, not ''"),
         ("fixed_threshold:seconds=-1", "fixed_threshold with another value: seconds must be >= 0, got -1"),
@@ -204,7 +205,7 @@ def test_a_wrong_text_says_what_would_be_right(text: str, message: str | None) -
 
 def test_the_policy_changes_only_while_nothing_waits() -> None:
     index = HostIndex(POLICIES["pars_fast"]())
-    assert index.guard == OvertakingBudget()
+    assert index.guard == PassingLimit()
     index.add(Entry(0, 0, None))
     with pytest.raises(ValueError, match="the policy can change only while nothing waits"):
         index.set_policy(POLICIES["pars"]())

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pars_fast.guards import Moment, OvertakingBudget
-from pars_fast.guards.overtaking_budget import _BLOCK, Budgets
+from pars_fast.guards.charges import _BLOCK
+from pars_fast.guards.overtaking_budget import Budgets
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 

@@ -89,7 +89,7 @@ def test_pars_fast_is_not_arrival_order() -> None:
         ("prompt_length", False, "none"),
         ("oracle", False, "none"),
         ("pars", True, "fixed_threshold"),
-        ("pars_fast", True, "overtaking_budget"),
+        ("pars_fast", True, "passing_limit"),
     ],
 )
 def test_what_a_policy_needs(policy: str, uses_ranker: bool, guard: str) -> None:

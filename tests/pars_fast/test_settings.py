@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pars_fast.errors import SettingsError
-from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget
+from pars_fast.guards import FixedThreshold, NoGuard, PassingLimit
 from pars_fast.policies import POLICIES
 from pars_fast.settings import INTERNAL_VARIABLES, Settings
 
@@ -19,7 +19,7 @@ def test_defaults() -> None:
         mode="on",
         guard=None,
         guard_beta=0.5,
-        guard_floor_tokens=2000.0,
+        guard_floor_requests=0.0,
         trust_caller=False,
         device="auto",
         cpu_threads=1,
@@ -36,7 +36,7 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_POLICY": "oracle",
         "PARS_MODE": "shadow",
         "PARS_GUARD_BETA": "2",
-        "PARS_GUARD_FLOOR_TOKENS": "1e3",
+        "PARS_GUARD_FLOOR_REQUESTS": "1e3",
         "PARS_TRUST_CALLER": "1",
         "PARS_DEVICE": "cpu",
         "PARS_CPU_THREADS": "3",
@@ -56,17 +56,17 @@ def test_a_guard_by_name_with_settings() -> None:
 
 
 def test_without_a_guard_asked_for_each_policy_has_its_own() -> None:
-    settings = Settings.from_environ({"PARS_GUARD_BETA": "2", "PARS_GUARD_FLOOR_TOKENS": "7"})
+    settings = Settings.from_environ({"PARS_GUARD_BETA": "2", "PARS_GUARD_FLOOR_REQUESTS": "7"})
     assert {name: settings.guard_of(policy()) for name, policy in POLICIES.items()} == {
         "fcfs": NoGuard(),
         "prompt_length": NoGuard(),
         "oracle": NoGuard(),
         "pars": FixedThreshold(120.0),
-        "pars_fast": OvertakingBudget(2.0, 7.0),
+        "pars_fast": PassingLimit(2.0, 7.0),
     }
 
 
-@pytest.mark.parametrize("variable", ["PARS_GUARD_BETA", "PARS_GUARD_FLOOR_TOKENS"])
+@pytest.mark.parametrize("variable", ["PARS_GUARD_BETA", "PARS_GUARD_FLOOR_REQUESTS"])
 def test_settings_of_the_default_guard_beside_another_are_refused(variable: str) -> None:
     with pytest.raises(SettingsError, match=f"{variable} is a setting of the default guard, and PARS_GUARD"):
         Settings.from_environ({variable: "1", "PARS_GUARD": "none"})
@@ -87,7 +87,7 @@ def test_settings_of_the_default_guard_beside_another_are_refused(variable: str)
         ("PARS_GUARD_BETA", "-0.1", "a number >= 0"),
         ("PARS_GUARD_BETA", "nan", "a number >= 0"),
         ("PARS_GUARD_BETA", "inf", "a number >= 0"),
-        ("PARS_GUARD_FLOOR_TOKENS", "many", "a number of tokens >= 0"),
+        ("PARS_GUARD_FLOOR_REQUESTS", "many", "a number >= 0"),
         ("PARS_TRUST_CALLER", "true", "0 or 1"),
         ("PARS_DEVICE", "tpu", "one of auto, cpu, cuda"),
         ("PARS_CPU_THREADS", "0", "a number of threads, a whole number >= 1"),

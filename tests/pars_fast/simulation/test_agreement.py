@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="the faithful simulator is vLLM's scheduler")
 
-from pars_fast.guards import FixedThreshold, Guard, NoGuard, OvertakingBudget, UniBoost
+from pars_fast.guards import FixedThreshold, Guard, NoGuard, OvertakingBudget, PassingLimit, UniBoost
 from pars_fast.simulation import faithful, fast
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
@@ -29,7 +29,7 @@ STEP_TIME = PROFILES["h100_llama_3_1_8b_roofline"]  # it has all four terms
 ENGINE = EngineSettings(max_num_seqs=8, max_num_batched_tokens=2048, max_model_len=131_072)
 TOLERANCE = 0.05
 CASES: list[tuple[str, Guard]] = [("fcfs", NoGuard()), ("oracle", OvertakingBudget(0.5, 500)),
-                                  ("pars_fast", OvertakingBudget(0.5, 500)), ("pars", FixedThreshold(2.0))]
+                                  ("pars_fast", PassingLimit(0.5, 4)), ("pars", FixedThreshold(2.0))]
 
 
 def assert_agreement(workload: Workload, policy: str, guard: Guard, engine: EngineSettings, *,

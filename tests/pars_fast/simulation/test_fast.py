@@ -15,6 +15,7 @@ from pars_fast.guards import (
     IdleQuantum,
     NoGuard,
     OvertakingBudget,
+    PassingLimit,
     RelativeAgeing,
     UniBoost,
 )
@@ -30,7 +31,7 @@ ONE_SECOND = StepTime(1.0, prefill_token_s=0.0, decode_seq_s=0.0, kv_token_s=0.0
 SMALL = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, kv_cache_tokens=480)
 GUARDS: list[Guard] = [
     NoGuard(), FixedThreshold(0.5), IdleQuantum(20, 5), RelativeAgeing(0.02), UniBoost(0.5),
-    OvertakingBudget(0.5, 50),
+    OvertakingBudget(0.5, 50), PassingLimit(0.5, 2),
 ]
 
 
@@ -109,6 +110,18 @@ def test_nobody_is_overtaken_beyond_the_budget(workload: Workload, beta: float, 
         assert passed <= floor + beta * (ahead + same_step) + 1e-6
 
 
+@settings(max_examples=40, deadline=None)
+@given(workload=workloads(), beta=st.sampled_from([0.0, 0.5, 2.0]), floor=st.sampled_from([0, 3]))
+def test_nobody_has_more_requests_ahead_than_the_limit(workload: Workload, beta: float, floor: int) -> None:
+    engine = EngineSettings(max_num_seqs=1, max_num_batched_tokens=10_000)
+    served = simulate(workload, "pars_fast", PassingLimit(beta, floor), engine, STEP_TIME)
+    start, arrival = served.first_scheduled_s, workload.arrival_s
+    met = np.array([(start[:k] >= arrival[k]).sum() for k in range(len(workload))])
+    for i in range(len(workload)):
+        ahead = (start[:i] >= arrival[i]).sum() + (start[i + 1:] < start[i]).sum()
+        assert ahead <= floor + (1 + beta) * met[i:][arrival[i:] <= start[i]].max()
+
+
 def test_one_request_alone_takes_what_its_steps_take() -> None:
     workload = make_workload("one", [2.0], [150], [3])
     engine = replace(SMALL, kv_cache_tokens=1600)
@@ -153,6 +166,7 @@ def test_a_late_ranker_leaves_the_order_of_arrival() -> None:
     (FixedThreshold(2.0), [0, 1, 2, 3]),  # the long one has waited for 3 s
     (FixedThreshold(3.5), [0, 2, 1, 3]),
     (OvertakingBudget(beta=0.0, floor_tokens=2.0), [0, 2, 1, 3]),  # one overtaking of 1 token, not two of 2
+    (PassingLimit(beta=0.0, floor_requests=0.0), [0, 2, 3, 1]),  # the last one met two, so two may pass
 ], ids=str)
 def test_guards_bound_the_order(guard: Guard, order: list[int]) -> None:
     workload = make_workload("four", [0, 1, 2, 2], [1] * 4, [4, 9, 1, 2])

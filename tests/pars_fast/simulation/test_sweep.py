@@ -40,14 +40,14 @@ def test_grid_runs_nothing_twice() -> None:
     assert {case.guard for case in chosen if case.policy == "fcfs"} == {"none"}
     assert {case.tau for case in chosen if case.policy == "oracle"} == {None}
     own = grid(["pars", "pars_fast"], None, [1.0])
-    assert [case.guard.split(":")[0] for case in own] == ["fixed_threshold", "overtaking_budget"]
+    assert [case.guard.split(":")[0] for case in own] == ["fixed_threshold", "passing_limit"]
 
 
 def test_guards_are_parsed() -> None:
     assert parse_guards("own") is None
     assert parse_guards("none,overtaking_budget:beta=1,floor_tokens=50,fixed_threshold:seconds=3") == [
         NoGuard(), OvertakingBudget(1, 50), FixedThreshold(3)]
-    assert len(parse_guards("all") or ()) == 6
+    assert len(parse_guards("all") or ()) == 7
     with pytest.raises(ParsFastError, match=r"a guard is one of none, .* got 'hope'"):
         parse_guards("hope")
 

@@ -21,6 +21,7 @@ from pars_fast.simulation.workload import (
     read_trace,
     with_burst,
     with_noisy_scores,
+    with_ties_shuffled,
     with_unscored,
 )
 
@@ -173,3 +174,13 @@ def test_prompts_can_arrive_at_the_times_of_a_trace() -> None:
         from_lengths(length_file(), "n", 31, seed=0, arrivals=trace)
     with pytest.raises(DataError, match="no model column 'x'"):
         from_lengths(length_file(), "x", 1, seed=0)
+
+
+def test_requests_of_one_time_lose_their_order_and_nothing_else() -> None:
+    workload = make_workload("ties", [0, 1, 1, 1, 1, 2], [9, 1, 2, 3, 4, 8], [5] * 6)
+    shuffled = {tuple(with_ties_shuffled(workload, seed=seed).prompt_tokens) for seed in range(20)}
+    assert {order[0] for order in shuffled} == {9}
+    assert {order[-1] for order in shuffled} == {8}
+    assert all(sorted(order) == [1, 2, 3, 4, 8, 9] for order in shuffled)
+    assert len(shuffled) > 5
+    assert with_ties_shuffled(workload, seed=0).sha256() == with_ties_shuffled(workload, seed=0).sha256()
