@@ -201,7 +201,7 @@ class Run:
 
 
 @pytest.mark.parametrize("score", SCORES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     beta=st.sampled_from([0.0, 0.5, 2.0]),
