@@ -185,7 +185,7 @@ def test_everyone_gets_all_tokens_when_memory_runs_out(
     scheduler_cls: type, policy: str, make_engine: Any, make_request: MakeRequest, use_policy: Any
 ) -> None:
     """With 16 blocks for 8 seats vLLM preempts; the order may differ from stock, what is served may not."""
-    runtime = use_policy(policy, PARS_GUARD_FLOOR_TOKENS="50")
+    runtime = use_policy(policy, PARS_GUARD_FLOOR_REQUESTS="2")
     runtime.answer = lambda prompt: 5.0 + 37 * prompt[0] % 60
     engine = make_engine(scheduler_cls, max_num_seqs=8, num_blocks=16)
     lengths = {f"r{i}": 20 + 13 * i % 70 for i in range(30)}
