@@ -65,7 +65,8 @@ class RankedRequestQueue(RequestQueue):
         started = time.perf_counter_ns()
         self._head = None
         entry = self.index.pop()
-        entry.admitted_s = self._clock()
+        if entry.lane == 1:  # a preempted request keeps the moment of its first admission
+            entry.admitted_s = self._clock()
         request: Request = entry.payload
         self.spent_ns += time.perf_counter_ns() - started
         return request

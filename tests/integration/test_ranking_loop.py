@@ -11,6 +11,8 @@ from vllm.v1.request import Request
 
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
+from pars_fast.integration.background import Background
+from pars_fast.integration.calibration import LiveCalibration
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS, MAX_RESTART_DELAY_S, RankingLoop
@@ -30,8 +32,15 @@ class Bench:
         file = CounterFile(None, 0)
         file.values = self.counters
         self.make_request = make_request
+        self.calibration = LiveCalibration(file, Background("test", max_jobs=100), min_tau=0.1)
         self.loop = RankingLoop(
-            self.queue, runtime, file, stale_after_s=STALE_AFTER_S, shadow=shadow, clock=lambda: self.now
+            self.queue,
+            runtime,
+            file,
+            self.calibration,
+            stale_after_s=STALE_AFTER_S,
+            shadow=shadow,
+            clock=lambda: self.now,
         )
 
     def step(self, *, left_waiting: bool = True, seconds: float = 0.01) -> None:
