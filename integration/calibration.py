@@ -33,7 +33,7 @@ SHADOW_SHARE = 8  # one request in so many is scored while ranking is off
 
 
 def ending_of(request: Request) -> Ending:
-    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`, so its length is whole."""
+    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: its length is whole."""
     if request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
         params = request.sampling_params
         return Ending.COMPLETE if params is not None and params.ignore_eos else Ending.CAPPED

@@ -62,7 +62,7 @@ class RankingMixin:
         engine = config.parallel_config.data_parallel_index
         self._counters = CounterFile(os.environ.get("PARS_METRICS_DIR"), engine)
         self._queue_wait = self._counters.histograms["pars_queue_wait_seconds"]
-        background = Background("pars-fast", max_jobs=1000)
+        self._background = background = Background("pars-fast", max_jobs=1000)
         self._status_line = StatusLine(self._counters, background, settings.log_every_s, self.clock)
         self._calibration = LiveCalibration(
             self._counters, background, min_tau=settings.min_tau, enabled=settings.calibration

@@ -1,0 +1,74 @@
+"""A pytest plug-in that puts the ranked scheduler in the place of vLLM's in vLLM's own tests.
+
+`pytest -p tests.conformance.ranked_schedulers` with PARS_CONFORMANCE_SCORES=arrival or reversed: every
+scheduler that a test builds is ranked, every request has its score as soon as it is in the queue (so the load
+gate is open all the time), and no guard and no calibration comes between. PARS_CONFORMANCE_POPS names the
+file to which the number of requests popped from our queue is written at the end. Unset, all stays stock.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SCORES = os.environ.get("PARS_CONFORMANCE_SCORES")
+LONGEST = 32_000  # expected tokens of the first arrival when the order is reversed
+popped = 0
+
+
+def pytest_configure() -> None:
+    """Before any test module imports a scheduler by its name."""
+    if SCORES is None:
+        return
+    os.environ |= {"PARS_GUARD": "none", "PARS_CALIBRATION": "0", "PARS_LOG_EVERY_S": "0"}
+    import vllm.v1.core.sched.async_scheduler as async_module
+    import vllm.v1.core.sched.scheduler as sync_module
+
+    from pars_fast.integration import scheduler as ours
+    from pars_fast.integration.queue import RankedRequestQueue
+    from vllm.v1.request import Request
+
+    ours.make_runtime = lambda settings, config: _NoRanker()
+    add_request, pop_request = RankedRequestQueue.add_request, RankedRequestQueue.pop_request
+
+    def add_scored(self: RankedRequestQueue, request: Request) -> None:
+        add_request(self, request)
+        entry = self.entries[request.request_id]
+        if entry.key is None:
+            self.set_expected_tokens(entry, 1 + entry.seq if SCORES == "arrival" else LONGEST - entry.seq)
+
+    def pop_counted(self: RankedRequestQueue) -> Request:
+        global popped
+        popped += 1
+        return pop_request(self)
+
+    RankedRequestQueue.add_request, RankedRequestQueue.pop_request = add_scored, pop_counted
+    sync_module.Scheduler = ours.RankedScheduler
+    async_module.AsyncScheduler = ours.RankedAsyncScheduler
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if file := os.environ.get("PARS_CONFORMANCE_POPS"):
+        Path(file).write_text(str(popped))
+
+
+class _NoRanker:
+    """A runtime that is never ready: scores come from the queue's own `add_request`."""
+
+    max_in_flight = 0
+
+    def start(self) -> None: ...
+
+    def submit(self, prompts: object) -> bool:
+        return False
+
+    def poll(self) -> list[tuple[int, float]]:
+        return []
+
+    def order(self) -> None: ...
+
+    def forget(self, seqs: object) -> None: ...
+
+    def failure(self) -> None: ...
+
+    def close(self) -> None: ...
