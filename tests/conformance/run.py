@@ -143,7 +143,8 @@ def run(folder: Path, scores: str | None) -> tuple[Outcomes, int]:
         environment["PARS_CONFORMANCE_SCORES"] = scores
     tests = [f"tests/{test}" for test in TESTS if (folder / "tests" / test).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "ranked_schedulers", "-p", "no:cacheprovider",
-               "--continue-on-collection-errors", "--rootdir", str(folder), "--tb=line", f"--junitxml={results}", *tests]
+               "--continue-on-collection-errors", "--rootdir", str(folder), "--tb=line",
+               f"--junitxml={results}", *tests]
     with (folder / f"{name}.log").open("wb") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     return outcomes_of(results), int(pops.read_text())

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,10 @@ def server(
     make_request: Callable[..., Request],
     fake_runtime: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Server]:
+) -> Server:
     monkeypatch.setattr(scheduler_module, "make_runtime", lambda settings, config: fake_runtime)
     asynchronous = {"async_scheduling": True} if issubclass(request.param, AsyncScheduler) else {}
-    yield Server(Engine(make_scheduler(request.param, **asynchronous)), make_request)
+    return Server(Engine(make_scheduler(request.param, **asynchronous)), make_request)
 
 
 def test_ranking_goes_off_with_shuffled_scores_and_comes_back_with_good_ones(
