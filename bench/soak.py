@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -79,7 +80,7 @@ def _soak(folder: Path, sample: list[SamplePrompt], arguments: argparse.Namespac
         rate = arguments.load * capacity / mean_tokens
         tally = asyncio.run(_serve(url, model, sample, rate, arguments))
         counters = {name: value for name, value in read_metrics(url).items() if name.startswith("pars_")
-                    and not name.endswith("_bucket")}
+                    and not name.endswith("_bucket") and not math.isnan(value)}
         log = (folder / "log.txt").read_text(errors="replace")
     late = [mib for second, mib in tally.memory if second >= 60 * arguments.minutes / 2]
     return {

@@ -23,10 +23,10 @@ def pytest_configure() -> None:
     os.environ |= {"PARS_GUARD": "none", "PARS_CALIBRATION": "0", "PARS_LOG_EVERY_S": "0"}
     import vllm.v1.core.sched.async_scheduler as async_module
     import vllm.v1.core.sched.scheduler as sync_module
+    from vllm.v1.request import Request
 
     from pars_fast.integration import scheduler as ours
     from pars_fast.integration.queue import RankedRequestQueue
-    from vllm.v1.request import Request
 
     ours.make_runtime = lambda settings, config: _NoRanker()
     add_request, pop_request = RankedRequestQueue.add_request, RankedRequestQueue.pop_request

@@ -1,8 +1,8 @@
 """vLLM's own scheduler tests against the ranked scheduler: `make conformance VLLM=0.32.0`.
 
-    python -m tests.conformance.run --vllm 0.32.0 --json out.json
+    python -m tests.conformance.run --vllm 0.32.0
 
-Takes `tests/v1` from vLLM's source archive, which `pip download` fetches, and runs the scheduler's tests and
+Writes `out/conformance/0.32.0/report.json`. Takes `tests/v1` from vLLM's source archive, which `pip download` fetches, and runs the scheduler's tests and
 the KV connectors' three times: stock, ranked with scores in order of arrival, ranked with scores reversed.
 A test that stock fails (for want of a model or a GPU) says nothing. Of the others none may fail in order of
 arrival, and with scores reversed only those in `expected_failures.json`, each with its reason: they assert
@@ -59,7 +59,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vllm", required=True, help="version whose tests are run; it must be installed")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "out" / "conformance")
-    parser.add_argument("--json", type=Path, help="write all outcomes there")
     arguments = parser.parse_args()
     folder = arguments.folder / arguments.vllm
     unpack(arguments.vllm, folder)
@@ -78,8 +77,7 @@ def main() -> int:
         wrong |= bool(unexpected) or popped == 0
     text = json.dumps(report, indent=2)
     print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+    (folder / "report.json").write_text(text + "\n")
     return int(wrong)
 
 

@@ -51,8 +51,9 @@ class Client:
         content = json.dumps(self._body(prompt, max_tokens)).encode()
         address = urllib.parse.urlsplit(self.url)
         with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json"
-            connection.sendall(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\n"
+            head += f"Content-Length: {len(content)}\r\n"
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
 
     def scrape(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
