@@ -2,11 +2,11 @@
 
     python -m tests.conformance.run --vllm 0.32.0
 
-Writes `out/conformance/0.32.0/report.json`. Takes `tests/v1` from vLLM's source archive, which `pip download` fetches, and runs the scheduler's tests and
+Takes `tests/v1` from vLLM's source archive, which `pip download` fetches, and runs the scheduler's tests and
 the KV connectors' three times: stock, ranked with scores in order of arrival, ranked with scores reversed.
 A test that stock fails (for want of a model or a GPU) says nothing. Of the others none may fail in order of
 arrival, and with scores reversed only those in `expected_failures.json`, each with its reason: they assert
-the order of arrival itself.
+the order of arrival itself. Writes `out/conformance/VERSION/report.json`.
 """
 
 import argparse

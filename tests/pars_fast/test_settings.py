@@ -47,6 +47,11 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_CPU_THREADS": "3",
         "PARS_GPU_SMS": "0",
         "PARS_STALE_AFTER_S": "0.5",
+        "PARS_CALIBRATION": "0",
+        "PARS_MIN_TAU": "-1",
+        "PARS_LOG_EVERY_S": "0",
+        "PARS_RECORD": str(tmp_path / "lengths.jsonl"),
+        "PARS_RECORD_PROMPTS": "plain",
         "PARS_FORCE": "1",
     }
     assert environ.keys() | {"PARS_GUARD"} == {f.metadata["variable"] for f in fields(Settings)}
