@@ -137,8 +137,6 @@ class RankingMixin:
     def _after_step(self) -> None:
         # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.
         left_waiting = len(self.waiting) > len(self.deferred_waiting)  # type: ignore[attr-defined]
-        if left_waiting:
-            self._status_line.after_step()
         if self._ranking_loop is not None:
             self._ranking_loop.after_step(left_waiting=left_waiting)
         else:
@@ -152,6 +150,8 @@ class RankingMixin:
         if self._steps % OVERHEAD_EVERY_STEPS == 0:
             values["pars_step_overhead_us_p50"] = self._overhead.median_us()
         self._counters.write()
+        if left_waiting:
+            self._status_line.after_step()
 
     def _is_gone(self, request_id: str) -> bool:
         """False between the turns of a streaming session, each of which has a finish reason."""

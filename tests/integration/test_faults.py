@@ -49,9 +49,9 @@ def patch(Ranker):
         fault = open({file!r}).read()
         if fault == "raises every 10th time" and calls % 10 == 0:
             raise RuntimeError("a fault")
-        if fault == "ends" :
+        if fault == "ends":
             raise SystemExit(3)
-        scores = score(self, prompts, *args, **kwargs)
+        scores = score(self, prompts, *args, **kwargs).clone()
         if fault in ("nan", "inf", "-inf"):
             scores[:] = float(fault)
         if fault == "too few":
