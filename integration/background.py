@@ -33,8 +33,11 @@ class Background:
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until all that was submitted has run; False if that took longer."""
+        if self._thread is None:
+            return True
         done = threading.Event()
-        return self._thread is None or (self.submit(done.set) and done.wait(timeout_s))
+        self._jobs.put(done.set)  # whatever waits already
+        return done.wait(timeout_s)
 
     def _run(self) -> None:
         while True:

@@ -53,7 +53,7 @@ _LAYOUT = struct.Struct(f"{len(METRICS) + sum(_CELLS)}d")
 class Histogram:
     """Counts by bucket and the sum, in cells that readers see at once."""
 
-    def __init__(self, cells: memoryview, bounds: tuple[float, ...]) -> None:
+    def __init__(self, cells: "memoryview[float]", bounds: tuple[float, ...]) -> None:
         self._cells, self._bounds = cells, bounds
 
     def observe(self, value: float) -> None:
@@ -157,10 +157,10 @@ def register_collector(directory: str) -> None:
     collect = MultiProcessCollector.collect
 
     def collect_with_ours(self: MultiProcessCollector) -> Iterator[Any]:
-        yield from collect(self)
+        yield from collect(self)  # type: ignore[no-untyped-call]
         yield from families(directory)
 
-    MultiProcessCollector.collect = collect_with_ours
+    MultiProcessCollector.collect = collect_with_ours  # type: ignore[method-assign]
 
 
 def remove_at_exit(directory: str) -> None:

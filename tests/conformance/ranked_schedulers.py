@@ -1,8 +1,8 @@
 """A pytest plug-in that puts the ranked scheduler in the place of vLLM's in vLLM's own tests.
 
-`pytest -p tests.conformance.ranked_schedulers` with PARS_CONFORMANCE_SCORES=arrival or reversed: every
+`pytest -p tests.conformance.ranked_schedulers` with CONFORMANCE_SCORES=arrival or reversed: every
 scheduler that a test builds is ranked, every request has its score as soon as it is in the queue (so the load
-gate is open all the time), and no guard and no calibration comes between. PARS_CONFORMANCE_POPS names the
+gate is open all the time), and no guard and no calibration comes between. CONFORMANCE_POPS names the
 file to which the number of requests popped from our queue is written at the end. Unset, all stays stock.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SCORES = os.environ.get("PARS_CONFORMANCE_SCORES")
+SCORES = os.environ.get("CONFORMANCE_SCORES")
 LONGEST = 32_000  # expected tokens of the first arrival when the order is reversed
 popped = 0
 
@@ -48,7 +48,7 @@ def pytest_configure() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if file := os.environ.get("PARS_CONFORMANCE_POPS"):
+    if file := os.environ.get("CONFORMANCE_POPS"):
         Path(file).write_text(str(popped))
 
 

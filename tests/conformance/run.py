@@ -133,12 +133,12 @@ def run(folder: Path, scores: str | None) -> tuple[Outcomes, int]:
     results, pops = folder / f"{name}.xml", folder / f"{name}.pops"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PARS_")}
     environment |= {
-        "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "PARS_CONFORMANCE_POPS": str(pops),
+        "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "CONFORMANCE_POPS": str(pops),
         "PYTHONPATH": os.pathsep.join((str(folder), str(REPOSITORY / "tests" / "conformance"),
                                        str(REPOSITORY))),
     }  # fmt: skip
     if scores:
-        environment["PARS_CONFORMANCE_SCORES"] = scores
+        environment["CONFORMANCE_SCORES"] = scores
     tests = [f"tests/{test}" for test in TESTS if (folder / "tests" / test).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "ranked_schedulers", "-p", "no:cacheprovider",
                "--continue-on-collection-errors", "--rootdir", str(folder), "--tb=line",
