@@ -25,8 +25,8 @@ def test_counters_travel_through_the_file(tmp_path: Path) -> None:
         engine.write()
     counters = read_counters(tmp_path)
     assert counters.keys() == {"0", "1"}
-    for engine, changed in (("0", {"pars_scored": 5.0}), ("1", {"pars_waiting": -0.25})):
-        values = counters[engine]
+    for rank, changed in (("0", {"pars_scored": 5.0}), ("1", {"pars_waiting": -0.25})):
+        values = counters[rank]
         unknown = {name for name, value in values.items() if math.isnan(value)}
         assert unknown == {"pars_kendall_tau", "pars_kendall_tau_low", "pars_kendall_tau_high"}
         known = {name: value for name, value in values.items() if name not in unknown}
