@@ -5,8 +5,8 @@ scheduler that a test builds is ranked, every request has its score as soon as i
 gate is open all the time), and no guard and no calibration comes between. CONFORMANCE_POPS names the
 file to which the number of requests popped from our queue is written at the end. Unset, all stays stock.
 
-Order of arrival is the order in which requests came to the scheduler, and under vLLM's own priority policy that
-of `arrival_time`, as it is in stock vLLM.
+Order of arrival is the order in which requests came to the scheduler, and under vLLM's own priority policy
+that of `arrival_time`, as it is in stock vLLM.
 """
 
 import os
@@ -35,14 +35,14 @@ def pytest_configure() -> None:
     from pars_fast.integration import scheduler as ours
     from pars_fast.integration.queue import RankedRequestQueue
 
-    ours.make_runtime = lambda settings, config: _NoRanker()
+    ours.make_runtime = lambda settings, vllm_config: _NoRanker()  # type: ignore[assignment,return-value]
     by_time: weakref.WeakSet[RankedRequestQueue] = weakref.WeakSet()  # arrival_time decides among equals
     mixin_init = ours.RankingMixin.__init__
     add_request, pop_request = RankedRequestQueue.add_request, RankedRequestQueue.pop_request
 
     def init(self: ours.RankingMixin, *args: object, **kwargs: object) -> None:
         mixin_init(self, *args, **kwargs)
-        if self.policy is SchedulingPolicy.PRIORITY:
+        if self.policy is SchedulingPolicy.PRIORITY:  # type: ignore[attr-defined]
             by_time.add(self.waiting)
 
     def add_scored(self: RankedRequestQueue, request: Request) -> None:
@@ -57,8 +57,9 @@ def pytest_configure() -> None:
         popped += 1
         return pop_request(self)
 
-    ours.RankingMixin.__init__ = init
-    RankedRequestQueue.add_request, RankedRequestQueue.pop_request = add_scored, pop_counted
+    ours.RankingMixin.__init__ = init  # type: ignore[method-assign,assignment]
+    RankedRequestQueue.add_request = add_scored  # type: ignore[method-assign]
+    RankedRequestQueue.pop_request = pop_counted  # type: ignore[method-assign]
     sync_module.Scheduler = ours.RankedScheduler
     async_module.AsyncScheduler = ours.RankedAsyncScheduler
 

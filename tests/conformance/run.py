@@ -6,7 +6,8 @@ Takes `tests/v1` from vLLM's source archive, which `pip download` fetches, and r
 the KV connectors' three times: stock, ranked with scores in order of arrival, ranked with scores reversed.
 A test that stock fails (for want of a model or a GPU) says nothing. Of the others none may fail in order of
 arrival, and with scores reversed only those in `expected_failures.json`, each with its reason: they assert
-the order of arrival itself. Writes `out/conformance/VERSION/report.json`.
+the order of arrival itself. `not_ours` in that file names tests that are run on no scheduler of ours. The
+outcome is in `out/conformance/VERSION/report.json`.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder / arguments.vllm
     unpack(arguments.vllm, folder)
-    known = json.loads((HERE / "expected_failures.json").read_text()).get(arguments.vllm.rpartition(".")[0], {})
+    minor = arguments.vllm.rpartition(".")[0]
+    known = json.loads((HERE / "expected_failures.json").read_text()).get(minor, {})
     not_ours, order = set(known.get("not_ours", ())), set(known.get("reversed", ()))
     stock = run(folder, None)[0]
     report: dict[str, object] = {"vllm": arguments.vllm, "stock": count(stock)}
