@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
@@ -34,6 +33,7 @@ class Recorder:
     """Appends finished requests to a file; `add` never blocks.
 
     Args:
+        prompts: `hashed` or `plain`.
         load_decode: gives the tokenizer's decode; called once, in the background thread.
         model: name of the column of lengths.
     """
@@ -41,7 +41,7 @@ class Recorder:
     def __init__(
         self,
         path: Path,
-        prompts: Literal["hashed", "plain"],
+        prompts: str,
         model: str,
         counters: CounterFile,
         load_decode: Callable[[], Decode],

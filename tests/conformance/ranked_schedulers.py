@@ -35,7 +35,7 @@ def pytest_configure() -> None:
     from pars_fast.integration import scheduler as ours
     from pars_fast.integration.queue import RankedRequestQueue
 
-    ours.make_runtime = lambda settings, vllm_config: _NoRanker()  # type: ignore[assignment,return-value]
+    ours.make_runtime = lambda settings, vllm_config: _NoRanker()  # type: ignore
     by_time: weakref.WeakSet[RankedRequestQueue] = weakref.WeakSet()  # arrival_time decides among equals
     mixin_init = ours.RankingMixin.__init__
     add_request, pop_request = RankedRequestQueue.add_request, RankedRequestQueue.pop_request

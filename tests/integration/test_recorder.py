@@ -99,7 +99,11 @@ def test_it_never_blocks_and_counts_what_it_drops(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(recorder_module, "MAX_WAITING", 10)
     counters, disk = CounterFile(None, 0), threading.Event()
     recorder = make_recorder(tmp_path / "lengths.jsonl", counters=counters)
-    recorder._background.submit(lambda: disk.wait(20.0) and None)  # a disk that hangs
+
+    def hang() -> None:
+        disk.wait(20.0)
+
+    recorder._background.submit(hang)  # the disk does
     for i in range(50):
         recorder.add([i], 5, Ending.COMPLETE)
     disk.set()
