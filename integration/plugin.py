@@ -28,12 +28,8 @@ def register() -> None:
     settings = Settings.from_environ()
     if not settings.enable or not _version_is_supported(settings.force):
         return
-    if "PARS_METRICS_DIR" not in os.environ:  # the first process that loads us; its children inherit this
-        os.environ["PARS_METRICS_DIR"] = tempfile.mkdtemp(prefix="pars-fast-")
-        from pars_fast.integration.metrics import register_collector
-
-        register_collector(os.environ["PARS_METRICS_DIR"])
-    _wrap_get_scheduler_cls()
+    if _wrap_get_scheduler_cls():
+        _show_metrics()
 
 
 def _version_is_supported(force: bool) -> bool:
@@ -47,12 +43,22 @@ def _version_is_supported(force: bool) -> bool:
     return False
 
 
-def _wrap_get_scheduler_cls() -> None:
+def _show_metrics() -> None:
+    from pars_fast.integration.metrics import register_collector, remove_at_exit
+
+    if "PARS_METRICS_DIR" not in os.environ:  # the first process that loads us; its children inherit this
+        os.environ["PARS_METRICS_DIR"] = tempfile.mkdtemp(prefix="pars-fast-")
+        remove_at_exit(os.environ["PARS_METRICS_DIR"])
+    register_collector(os.environ["PARS_METRICS_DIR"])
+
+
+def _wrap_get_scheduler_cls() -> bool:
+    """False if it is wrapped already."""
     from vllm.config.scheduler import SchedulerConfig
 
     original = SchedulerConfig.get_scheduler_cls
     if hasattr(original, "__wrapped__"):
-        return
+        return False
 
     @functools.wraps(original)
     def get_scheduler_cls(self):  # type: ignore[no-untyped-def]
@@ -61,3 +67,4 @@ def _wrap_get_scheduler_cls() -> None:
         return with_ranking(original(self))
 
     SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+    return True

@@ -24,6 +24,7 @@ class RankedRequestQueue(RequestQueue):
         index: the order itself.
         entries: by request id, every request that was added and has not been forgotten, waiting or running.
         arrivals: new entries without a key, oldest first, for whoever scores them to take.
+        forgotten: entries forgotten since somebody emptied the list, for whoever learns from how they ended.
         finished: seqs of scored requests that finished or were aborted, for a device with its own order.
         timed: whether to add the time spent in `peek_request` and `pop_request` to `spent_ns`; reading the
             clock takes as long as either.
@@ -37,6 +38,7 @@ class RankedRequestQueue(RequestQueue):
         self._trust_caller = trust_caller
         self.entries: dict[str, Entry] = {}
         self.arrivals: deque[Entry] = deque()
+        self.forgotten: list[Entry] = []
         self.finished: list[int] = []
         self.timed = False
         self.spent_ns = 0
@@ -126,6 +128,7 @@ class RankedRequestQueue(RequestQueue):
                 self.index.finish(entry, entry.payload.num_output_tokens)
             if entry.expected_tokens is not None:
                 self.finished.append(entry.seq)
+            self.forgotten.append(entry)
         return entry
 
     def __bool__(self) -> bool:
@@ -145,7 +148,8 @@ class RankedRequestQueue(RequestQueue):
 
     def _pop(self) -> Request:
         entry = self.index.pop()
-        entry.admitted_s = self._step_s
+        if entry.lane == 1:  # a preempted request keeps the moment of its first admission
+            entry.admitted_s = self._step_s
         return entry.payload
 
     def _timed(self, operation: Callable[[], Request]) -> Request:

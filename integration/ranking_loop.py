@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from pars_fast.host_index import Entry
+from pars_fast.integration.calibration import LiveCalibration
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.runtime import READY, RankerRuntime
@@ -25,7 +26,8 @@ class RankingLoop:
 
     Load gate: nothing is submitted while `after_step` is told that nothing is left waiting, so below
     saturation no prompt is scored. A ranker that fails, or is silent for `stale_after_s` with work in hand,
-    is started anew with growing delays; meanwhile the order is that of arrival.
+    is started anew with growing delays; meanwhile the order is that of arrival. So it is while `calibration`
+    finds that scores do not order the answers, and a share of the requests is scored for it.
     """
 
     def __init__(
@@ -33,23 +35,30 @@ class RankingLoop:
         queue: RankedRequestQueue,
         runtime: RankerRuntime,
         counters: CounterFile,
+        calibration: LiveCalibration,
         *,
         stale_after_s: float,
         shadow: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue, self._runtime, self._counters, self._clock = queue, runtime, counters.values, clock
+        self._calibration = calibration
+        self._score_latency = counters.histograms["pars_score_latency_seconds"]
         self._stale_after_s, self._shadow = stale_after_s, shadow
-        self._in_flight: dict[int, Entry] = {}
+        self._in_flight: dict[int, tuple[Entry, float]] = {}  # with the moment of the hand-over
         self._ready = False
         self._heard_at = 0.0
         self._failures = 0
         self._restart_at: float | None = None
-        queue.set_ranking(not shadow)
+        self._order()
         runtime.start()
 
     def before_step(self) -> None:
         """Take what has been scored; notice a ranker that ended or hangs."""
+        self._listen()
+        self._order()
+
+    def _listen(self) -> None:
         if self._restart_at is not None:
             if self._clock() >= self._restart_at:
                 self._restart_at = None
@@ -83,7 +92,7 @@ class RankingLoop:
         while arrivals and len(batch) < room:
             # Newest first: when the ranker cannot keep up, the oldest are admitted before their score comes.
             entry = arrivals.pop()
-            if not entry.waiting or entry.key is not None:
+            if not entry.waiting or entry.key is not None or not self._calibration.wants(entry):
                 continue
             if entry.payload.prompt_token_ids:
                 batch.append(entry)
@@ -92,9 +101,10 @@ class RankingLoop:
         if not batch:
             return
         if self._runtime.submit([(e.seq, e.payload.prompt_token_ids[:MAX_PROMPT_IDS]) for e in batch]):
+            now = self._clock()
             if not self._in_flight:
-                self._heard_at = self._clock()
-            self._in_flight |= {entry.seq: entry for entry in batch}
+                self._heard_at = now
+            self._in_flight |= {entry.seq: (entry, now) for entry in batch}
             self._counters["pars_submitted"] += len(batch)
         else:
             arrivals.extend(reversed(batch))
@@ -109,21 +119,21 @@ class RankingLoop:
             if (seq, expected_tokens) == READY:
                 self._ready = True
                 continue
-            entry = self._in_flight.pop(seq, None)
+            entry, handed_over_at = self._in_flight.pop(seq, (None, 0.0))
             if entry is None:
                 continue
             if self._queue.entries.get(entry.payload.request_id) is not entry:  # finished meanwhile
                 self._queue.finished.append(seq)
             if math.isfinite(expected_tokens):
+                expected_tokens = self._calibration.scored(entry, expected_tokens)
                 self._queue.set_expected_tokens(entry, expected_tokens)
                 self._counters["pars_scored"] += 1
+                self._score_latency.observe(self._heard_at - handed_over_at)
             else:
                 self._counters["pars_fallback_prompt"] += 1
         if self._failures and scored[-1] != READY:  # one that starts but dies of its first batch is not back
             logger.info("pars-fast: the ranker is back")
             self._failures = 0
-        if not self._shadow:
-            self._queue.set_ranking(True)
 
     def _fail(self, reason: str) -> None:
         delay = min(MAX_RESTART_DELAY_S, 2.0**self._failures)
@@ -131,8 +141,14 @@ class RankingLoop:
             logger.warning("pars-fast: %s; the queue is in arrival order until it is back", reason)
         self._failures += 1
         self._counters["pars_fallback_ranker"] += 1
-        self._queue.set_ranking(False)
-        self._queue.arrivals.extend(self._in_flight.values())
+        self._order()
+        self._queue.arrivals.extend(entry for entry, _ in self._in_flight.values())
         self._in_flight.clear()
         self._ready = False
         self._restart_at = self._clock() + delay
+
+    def _order(self) -> None:
+        """Ranked while the ranker answers and what it answers is of use."""
+        ranked = not self._shadow and not self._failures and self._calibration.ranking
+        if ranked != self._queue.index.ranking:
+            self._queue.set_ranking(ranked)

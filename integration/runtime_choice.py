@@ -1,7 +1,9 @@
-"""Which runtime an engine gets: a thread on its GPU, or a process on the CPU."""
+"""Which runtime an engine gets: a thread on its GPU, or a process on the CPU; and its recording."""
 
 from typing import Any
 
+from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.recorder import Decode, Recorder
 from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, Scorer, ThreadRuntime
 from pars_fast.packaged import serving_ranker
 from pars_fast.settings import Settings
@@ -25,6 +27,23 @@ def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
         return ThreadRuntime(load)
     ranker = serving_ranker(settings.ranker, "cpu")
     return ProcessRuntime(ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads)
+
+
+def make_recorder(settings: Settings, vllm_config: Any, counters: CounterFile) -> Recorder | None:
+    """The recording that `PARS_RECORD` asks for, None without it."""
+    if settings.record is None:
+        return None
+    model = vllm_config.model_config
+
+    def load_decode() -> Decode:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision)
+        return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    name = model.served_model_name
+    column = str(name[0] if isinstance(name, list) else name or model.model)
+    return Recorder(settings.record, settings.record_prompts, column, counters, load_decode)
 
 
 def _owns_a_gpu(parallel_config: Any) -> bool:

@@ -16,23 +16,28 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import RequestStatus
 
 from pars_fast.guards import guard_text
-from pars_fast.host_index import HostIndex
+from pars_fast.host_index import Entry, HostIndex
+from pars_fast.integration.background import Background
+from pars_fast.integration.calibration import LiveCalibration, ending_of
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.overhead import OverheadMedian
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import RankingLoop
+from pars_fast.integration.recorder import Recorder
 from pars_fast.integration.runtime import RankerRuntime
-from pars_fast.integration.runtime_choice import make_runtime
+from pars_fast.integration.runtime_choice import make_recorder, make_runtime
 from pars_fast.integration.shadow import ShadowReport
+from pars_fast.integration.status_line import StatusLine
+from pars_fast.live_calibration import Ending
 from pars_fast.policies import POLICIES
 from pars_fast.settings import Settings
 
 logger = logging.getLogger("vllm.pars_fast")
 
 TIMED_EVERY_STEPS = 16  # the overhead of one step in so many is measured
+RECORD_FLUSH_S = 5.0  # at the end, for what is not yet written
 
 
 class RankingMixin:
@@ -55,6 +60,13 @@ class RankingMixin:
         )
         engine = config.parallel_config.data_parallel_index
         self._counters = CounterFile(os.environ.get("PARS_METRICS_DIR"), engine)
+        self._queue_wait = self._counters.histograms["pars_queue_wait_seconds"]
+        self._background = background = Background("pars-fast", max_jobs=1000)
+        self._status_line = StatusLine(self._counters, background, settings.log_every_s, self.clock)
+        self._calibration = LiveCalibration(
+            self._counters, background, min_tau=settings.min_tau, enabled=settings.calibration
+        )
+        self._recorder: Recorder | None = make_recorder(settings, config, self._counters)
         self._overhead = OverheadMedian()
         self._steps = 0
         self._shadow: ShadowReport | None = None
@@ -66,6 +78,7 @@ class RankingMixin:
                 self.waiting,
                 self._make_runtime(settings),
                 self._counters,
+                self._calibration,
                 stale_after_s=settings.stale_after_s,
                 shadow=self._shadow is not None,
                 clock=self.clock,
@@ -107,39 +120,56 @@ class RankingMixin:
     def shutdown(self) -> None:
         if self._ranking_loop is not None:
             self._ranking_loop.close()
+        if self._recorder is not None:
+            self._recorder.flush(RECORD_FLUSH_S)
         super().shutdown()  # type: ignore[misc]
 
     def _before_step(self) -> None:
         if self.finished_req_ids:  # type: ignore[attr-defined]
             self._forget_finished()
+        for entry in self.waiting.forgotten:
+            self._learn_from(entry)
+        self.waiting.forgotten.clear()
         self.waiting.begin_step()
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
 
     def _after_step(self) -> None:
+        # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.
+        left_waiting = len(self.waiting) > len(self.deferred_waiting)  # type: ignore[attr-defined]
         if self._ranking_loop is not None:
-            # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.
-            deferred = len(self.deferred_waiting)  # type: ignore[attr-defined]
-            self._ranking_loop.after_step(left_waiting=len(self.waiting) > deferred)
+            self._ranking_loop.after_step(left_waiting=left_waiting)
         else:
             self.waiting.finished.clear()  # no device keeps an order
         values, index = self._counters.values, self.waiting.index
         values["pars_active"] = float(index.ranking and index.policy.uses_ranker)
         values["pars_waiting"] = float(len(index))
-        values["pars_overtakes"] = float(index.overtakes)
+        values["pars_overtaken"] = float(index.overtakes)
         values["pars_guard_promotions"] = float(index.promotions)
         self._counters.write()
+        if left_waiting:
+            self._status_line.after_step()
 
     def _forget_finished(self) -> None:
         """Those that ended since the last step, aborted ones among them."""
         entries = self.waiting.entries
         for request_id in self.finished_req_ids:  # type: ignore[attr-defined]
             entry = entries.get(request_id)
-            if entry is None or not entry.payload.is_finished():  # the id may be in use again
-                continue
-            self.waiting.finish(request_id)
-            if self._shadow is not None and entry.payload.status != RequestStatus.FINISHED_ABORTED:
-                self._shadow.add(entry, entry.payload.num_output_tokens)
+            if entry is not None and entry.payload.is_finished():  # else the id is in use again
+                self.waiting.finish(request_id)
+
+    def _learn_from(self, entry: Entry) -> None:
+        """A request has ended, whichever way."""
+        request, ending = entry.payload, ending_of(entry.payload)
+        self._calibration.finished(entry, ending)
+        if output_tokens := request.num_output_tokens:
+            self._queue_wait.observe(entry.admitted_s - entry.arrival_s)
+        if ending is Ending.CUT:
+            return
+        if self._shadow is not None:
+            self._shadow.add(entry, output_tokens)
+        if self._recorder is not None:
+            self._recorder.add(request.prompt_token_ids, output_tokens, ending)
 
     def _guarded(self, hook: Callable[[], None]) -> None:
         """Run one of our own hooks; if it fails, serve on in arrival order without the ranker."""

@@ -38,8 +38,9 @@ class TokenMap:
             raise CheckpointError("the score-to-token map must be two equally long, finite, increasing lists")
 
     def __call__(self, score: ArrayLike) -> NDArray[np.float64]:
-        """Scores of any shape -> expected tokens, float64, same shape."""
-        return np.interp(np.asarray(score, dtype=np.float64), self.scores, self.tokens)
+        """Scores of any shape -> expected tokens, float64, same shape; NaN for a score that is not finite."""
+        score = np.asarray(score, dtype=np.float64)
+        return np.where(np.isfinite(score), np.interp(score, self.scores, self.tokens), np.nan)
 
 
 def fit_token_map(scores: ArrayLike, tokens: ArrayLike) -> TokenMap:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pars_fast.errors import DataError
-from pars_fast.text import is_text, normalised
+from pars_fast.text import HASHED_PROMPT, is_text, normalised
 
 Split = Literal["train", "val", "test"]
 CONSENSUS = "consensus"
@@ -170,12 +170,17 @@ def label_prompts(
     """Prompts of `split` with their label; rows without one, or with a prompt that is `normalised` to one
     of `forbidden`, are left out.
 
-    Raises: DataError: if nothing is left, or a file has no column `model`.
+    Raises: DataError: if nothing is left, a file has no column `model`, or it holds hashes of prompts.
     """
     prompts: list[str] = []
     labels: list[float] = []
     group: list[int] = []
     for index, file in enumerate(files):
+        if any(row.prompt.startswith(HASHED_PROMPT) for row in file.rows):
+            raise DataError(
+                f"{file.path}: holds hashes of prompts, from which nothing can be learnt; record with "
+                "PARS_RECORD_PROMPTS=plain to train on it"
+            )
         for row, label in zip(file.rows, log_lengths(file, model), strict=True):
             if row.split == split and not math.isnan(label) and normalised(row.prompt) not in forbidden:
                 prompts.append(row.prompt)

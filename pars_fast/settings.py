@@ -50,6 +50,13 @@ def _whole(low: int, what: str) -> Callable[[str], int]:
     return parse
 
 
+def _file_to_append(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError("a file in a folder that can be written to")
+    return path
+
+
 def _setting(variable: str, default: Any, parse: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"variable": variable, "parse": parse})
 
@@ -78,6 +85,13 @@ class Settings:
         gpu_sms: PARS_GPU_SMS. SMs that the ranker takes at most, on a GPU shared with decode; 0: all.
         stale_after_s: PARS_STALE_AFTER_S. A ranker silent for so long with work in hand counts as hung;
             the order falls back to arrival and the ranker is started anew.
+        calibration: PARS_CALIBRATION. 1 (default) watches how scores order real lengths, switches ranking off
+            and on by it and keeps the scale of expected tokens right; 0 trusts the ranker.
+        min_tau: PARS_MIN_TAU. Ranking is off while Kendall's tau-b is surely below it.
+        log_every_s: PARS_LOG_EVERY_S. A line with the state is logged so often while requests are left
+            waiting; 0: never.
+        record: PARS_RECORD. File to which finished requests' prompts and lengths are appended; None: none.
+        record_prompts: PARS_RECORD_PROMPTS. `hashed` (default), or `plain`, which can be trained on.
         force: PARS_FORCE. 1 ranks on a vLLM version that was not tested, too.
     """
 
@@ -93,6 +107,11 @@ class Settings:
     cpu_threads: int = _setting("PARS_CPU_THREADS", 1, _whole(1, "a number of threads"))
     gpu_sms: int = _setting("PARS_GPU_SMS", 16, _whole(0, "a number of SMs"))
     stale_after_s: float = _setting("PARS_STALE_AFTER_S", 5.0, _number(0.1, "seconds"))
+    calibration: bool = _setting("PARS_CALIBRATION", True, _flag)
+    min_tau: float = _setting("PARS_MIN_TAU", 0.1, _number(-1, "a number"))
+    log_every_s: float = _setting("PARS_LOG_EVERY_S", 30.0, _number(0, "seconds"))
+    record: Path | None = _setting("PARS_RECORD", None, _file_to_append)  # noqa: RUF009
+    record_prompts: str = _setting("PARS_RECORD_PROMPTS", "hashed", _choice("hashed", "plain"))
     force: bool = _setting("PARS_FORCE", False, _flag)
 
     @classmethod

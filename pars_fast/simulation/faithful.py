@@ -68,7 +68,7 @@ def simulate(
     if not ranker_delay_s >= 0:
         raise ParsFastError(f"ranker_delay_s must be >= 0, got {ranker_delay_s}")
     clock = VirtualClock()
-    settings = Settings(policy=policy, guard=guard)
+    settings = Settings(policy=policy, guard=guard, calibration=False, log_every_s=0.0)
     ranker = DelayedRanker(workload.expected_tokens, ranker_delay_s, clock)
     scheduler_cls = type(
         "SimulatedScheduler",

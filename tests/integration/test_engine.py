@@ -12,10 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,9 @@ import pytest
 
 from pars_fast.demo.server import vllm_server
 from pars_fast.integration.metrics import read_counters
+from tests.integration.serving import TIMEOUT_S, Client, check, lengths
 
 REPOSITORY = Path(__file__).parents[2]
-TIMEOUT_S = 400.0
 Generated = tuple[list[list[list[int]]], Path]  # token ids by round and prompt; the folder of the counters
 ENGINE = {"enforce_eager": True, "max_num_seqs": 4, "max_model_len": 512, "dtype": "float32"}
 OFFLINE = """
@@ -122,66 +119,6 @@ def test_each_prompt_gets_its_tokens_and_the_text_of_stock(
         assert equal >= 36
 
 
-def lengths(count: int) -> list[int]:
-    """Output tokens of each request, 5 to 60."""
-    return [5 + 23 * i % 56 for i in range(count)]
-
-
-class Client:
-    """A user of the server: plain HTTP, a thread a request."""
-
-    def __init__(self, url: str, model: str, ranker: Path) -> None:
-        self.url, self.model, self.ranker = url, model, ranker
-        self._threads = ThreadPoolExecutor(60)
-
-    def send(self, prompts: list[str], extra: Callable[[int], dict[str, Any]]) -> "list[Future[int]]":
-        """Send all prompts at once; each future gives the number of tokens that came back."""
-        bodies = (
-            {
-                "model": self.model,
-                "prompt": prompt,
-                "max_tokens": max_tokens,
-                "ignore_eos": True,
-                "temperature": 0,
-                **extra(i),
-            }
-            for i, (prompt, max_tokens) in enumerate(zip(prompts, lengths(len(prompts)), strict=True))
-        )
-        return [self._threads.submit(self._complete, body) for body in bodies]
-
-    def wave(self, prompts: list[str], extra: Callable[[int], dict[str, Any]] = lambda i: {}) -> None:
-        """Send all prompts at once and check that each got exactly its tokens."""
-        check(self.send(prompts, extra))
-
-    def _complete(self, body: dict[str, Any]) -> int:
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            return int(json.load(response)["usage"]["completion_tokens"])
-
-    def metric(self, sample: str) -> float:
-        """The value of a sample of `/metrics`, named as Prometheus writes it."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
-            lines = response.read().decode().splitlines()
-        (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f"{sample} "))
-        return float(value)
-
-    def kill_ranker(self) -> int:
-        """Kill the ranker's process, found by its folder, which is this test's own; gives their number."""
-        killed = 0
-        for pid in (entry.name for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                if os.fsencode(self.ranker) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                    os.kill(int(pid), signal.SIGKILL)
-                    killed += 1
-        return killed
-
-
-def check(futures: "list[Future[int]]") -> None:
-    assert [future.result(TIMEOUT_S) for future in futures] == lengths(len(futures))
-
-
 SCORED = 'pars_scored_total{engine="0"}'
 RANKER_FAILURES = 'pars_fallback_total{engine="0",reason="ranker"}'
 ERRORS = 'pars_fallback_total{engine="0",reason="error"}'
@@ -216,7 +153,7 @@ def test_sixty_at_once_are_ranked_and_served(
     client: Client, make_prompts: Callable[[int], list[str]]
 ) -> None:
     """Waves are sent until the ranker has come up, which takes longer than the first wave."""
-    wave_until(client, make_prompts(60), lambda: client.metric(SCORED) > 0)
+    client.wave_until(make_prompts(60), lambda: client.metric(SCORED) > 0)
     assert client.metric(ERRORS) == client.metric(RANKER_FAILURES) == 0
     assert client.metric('pars_waiting{engine="0"}') == 0
 
@@ -235,12 +172,12 @@ def test_a_killed_ranker_costs_no_request_and_comes_back(
 ) -> None:
     prompts = make_prompts(60)
     under_way = client.send(prompts, lambda i: {})
-    assert client.kill_ranker() == 1
+    assert client.signal_ranker(signal.SIGKILL) == 1
     check(under_way)
     # If all had been scored by then, it is noticed when there is something to score again.
-    wave_until(client, prompts, lambda: client.metric(RANKER_FAILURES) >= 1)
+    client.wave_until(prompts, lambda: client.metric(RANKER_FAILURES) >= 1)
     scored = client.metric(SCORED)
-    wave_until(client, prompts, lambda: client.metric(SCORED) > scored)
+    client.wave_until(prompts, lambda: client.metric(SCORED) > scored)
     assert client.metric(ERRORS) == 0
 
 
@@ -249,19 +186,10 @@ def test_a_ranker_that_cannot_come_back_costs_no_request(
 ) -> None:
     failures = client.metric(RANKER_FAILURES)
     shutil.rmtree(client.ranker)
-    client.kill_ranker()
-    wave_until(client, make_prompts(60), lambda: client.metric(RANKER_FAILURES) >= failures + 2)
+    client.signal_ranker(signal.SIGKILL)
+    client.wave_until(make_prompts(60), lambda: client.metric(RANKER_FAILURES) >= failures + 2)
     assert client.metric('pars_active{engine="0"}') == 0
     assert client.metric(ERRORS) == 0
-
-
-def wave_until(client: Client, prompts: list[str], done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        client.wave(prompts)
-        if done():
-            return
-        assert time.monotonic() < deadline, "it never happened"
 
 
 def test_a_wrong_setting_stops_the_server(served_model: Path) -> None:

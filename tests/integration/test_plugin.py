@@ -16,7 +16,9 @@ print(sorted({"torch", "vllm", "numpy", "prometheus_client"} & set(sys.modules))
 """
 
 SHOW_SCHEDULERS = """
-import json, os, vllm
+import json, os, tempfile, vllm
+from prometheus_client import generate_latest
+from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.plugin import register
 from vllm.config.scheduler import SchedulerConfig
 
@@ -37,6 +39,15 @@ shown = {
 vllm.__version__ = tested
 shown["again"] = schedulers(PARS_FORCE="0")
 shown["wrapped twice"] = hasattr(SchedulerConfig.get_scheduler_cls.__wrapped__, "__wrapped__")
+
+def times_shown():
+    return generate_latest(get_prometheus_registry()).decode().count('pars_active{engine="3"} ')
+
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+CounterFile(os.environ["PARS_METRICS_DIR"], 3)
+shown["on /metrics"] = times_shown()
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()  # as with several API servers
+shown["on /metrics of several"] = times_shown()
 print(json.dumps(shown))
 """
 
@@ -76,7 +87,8 @@ def test_a_wrong_value_stops_the_process(environ: dict[str, str], message: str) 
 
 
 def test_the_scheduler_is_wrapped_once_and_only_if_asked_to() -> None:
-    """One process goes through all cases, since each takes vLLM's import; none undoes a wrapping."""
+    """And so are the metrics. One process goes through all cases, since each takes vLLM's import; none undoes
+    a wrapping."""
     result = python(SHOW_SCHEDULERS)
     assert result.returncode == 0, result.stderr
     stock, ranked = ["Scheduler", "AsyncScheduler"], ["RankedScheduler", "RankedAsyncScheduler"]
@@ -87,5 +99,7 @@ def test_the_scheduler_is_wrapped_once_and_only_if_asked_to() -> None:
         "forced": ranked,
         "again": ranked,
         "wrapped twice": False,
+        "on /metrics": 1,
+        "on /metrics of several": 1,
     }
     assert (result.stdout + result.stderr).count("pars-fast is tested with vLLM 0.32, not 0.99.1") == 1

@@ -11,6 +11,8 @@ from vllm.v1.request import Request
 
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
+from pars_fast.integration.background import Background
+from pars_fast.integration.calibration import SHADOW_SHARE, LiveCalibration
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS, MAX_RESTART_DELAY_S, RankingLoop
@@ -30,8 +32,15 @@ class Bench:
         file = CounterFile(None, 0)
         file.values = self.counters
         self.make_request = make_request
+        self.calibration = LiveCalibration(file, Background("test", max_jobs=100), min_tau=0.1)
         self.loop = RankingLoop(
-            self.queue, runtime, file, stale_after_s=STALE_AFTER_S, shadow=shadow, clock=lambda: self.now
+            self.queue,
+            runtime,
+            file,
+            self.calibration,
+            stale_after_s=STALE_AFTER_S,
+            shadow=shadow,
+            clock=lambda: self.now,
         )
 
     def step(self, *, left_waiting: bool = True, seconds: float = 0.01) -> None:
@@ -261,6 +270,31 @@ def test_a_slow_ranker_that_still_answers_is_not_hung(bench: Bench) -> None:
         bench.step(seconds=STALE_AFTER_S - 0.1)
         bench.runtime.score(descending)
     assert bench.fallbacks("ranker") == 0
+
+
+def test_a_clock_that_steps_back_costs_nothing(bench: Bench) -> None:
+    bench.runtime.answer = descending
+    requests = bench.add(3)
+    bench.step()
+    bench.now -= 3600.0
+    for _ in range(3):
+        bench.step()
+    assert list(bench.queue) == requests[::-1]
+    assert bench.fallbacks("ranker") == 0
+
+
+def test_while_scores_are_of_no_use_a_share_is_scored_and_the_order_is_that_of_arrival(bench: Bench) -> None:
+    bench.runtime.answer = descending
+    bench.calibration.ranking = False
+    requests = bench.add(4 * SHADOW_SHARE)
+    for _ in range(4):
+        bench.step()
+    assert [seq % SHADOW_SHARE for seq, _ in bench.runtime.submitted] == [0] * 4
+    assert list(bench.queue) == requests
+    bench.calibration.ranking = True
+    bench.step()
+    scored = [request for request in bench.queue if bench.expected(request) is not None]
+    assert scored == requests[::SHADOW_SHARE][::-1]
 
 
 def test_a_refused_hand_over_loses_nothing(bench: Bench) -> None:

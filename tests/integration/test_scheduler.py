@@ -217,7 +217,7 @@ def test_pars_fast_follows_the_scores(
     assert engine.admitted == ["0", *map(str, range(7, 0, -1))]
     values = engine.scheduler._counters.values
     assert values["pars_scored"] == 7
-    assert values["pars_overtakes"] == 6
+    assert values["pars_overtaken"] == 6
     assert values["pars_active"] == 1
 
 

@@ -69,3 +69,9 @@ def test_scores_that_are_close_together_stay_apart() -> None:
 def test_unsound_knots_are_refused(scores: tuple[float, ...], tokens: tuple[float, ...]) -> None:
     with pytest.raises(CheckpointError, match="two equally long, finite, increasing lists"):
         TokenMap(scores, tokens)
+
+
+def test_a_score_that_is_not_finite_means_nothing() -> None:
+    """Interpolation alone would take an infinite score for the first or the last knot."""
+    tokens = TokenMap((0.0, 1.0), (10.0, 20.0))(np.array([np.nan, np.inf, -np.inf, 0.5]))
+    assert np.isnan(tokens).tolist() == [True, True, True, False]

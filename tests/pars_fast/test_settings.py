@@ -25,6 +25,11 @@ def test_defaults() -> None:
         cpu_threads=1,
         gpu_sms=16,
         stale_after_s=5.0,
+        calibration=True,
+        min_tau=0.1,
+        log_every_s=30.0,
+        record=None,
+        record_prompts="hashed",
         force=False,
     )
 
@@ -42,11 +47,17 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_CPU_THREADS": "3",
         "PARS_GPU_SMS": "0",
         "PARS_STALE_AFTER_S": "0.5",
+        "PARS_CALIBRATION": "0",
+        "PARS_MIN_TAU": "-1",
+        "PARS_LOG_EVERY_S": "0",
+        "PARS_RECORD": str(tmp_path / "lengths.jsonl"),
+        "PARS_RECORD_PROMPTS": "plain",
         "PARS_FORCE": "1",
     }
     assert environ.keys() | {"PARS_GUARD"} == {f.metadata["variable"] for f in fields(Settings)}
     assert Settings.from_environ(environ) == Settings(
-        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0, 0.5, True
+        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0, 0.5, False, -1.0, 0.0,
+        tmp_path / "lengths.jsonl", "plain", True,
     )
 
 
@@ -77,6 +88,8 @@ def test_settings_of_the_default_guard_beside_another_are_refused(variable: str)
     [
         ("PARS_ENABLE", "yes", "0 or 1"),
         ("PARS_RANKER", "/no/such/folder", "auto, default, small or an existing directory"),
+        ("PARS_RECORD", "/no/such/folder/lengths.jsonl", "a file in a folder that can be written to"),
+        ("PARS_MIN_TAU", "-2", "a number >= -1"),
         ("PARS_POLICY", "sjf", "one of fcfs, prompt_length, oracle, pars, pars_fast"),
         ("PARS_MODE", "off", "one of on, shadow"),
         ("PARS_GUARD", "patience", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, "),

@@ -1,0 +1,117 @@
+"""Ranking is switched off while the ranker does not order what is served, and its scale is kept right.
+
+On the scheduling thread scores and endings are only noted; tau and the isotonic fit are computed in a
+background thread, once a cohort. `docs/operations.md` says what is concluded from them.
+"""
+
+import logging
+from collections import deque
+
+from vllm.v1.request import Request, RequestStatus
+
+from pars_fast.host_index import Entry
+from pars_fast.integration.background import Background
+from pars_fast.integration.metrics import CounterFile
+from pars_fast.live_calibration import (
+    COHORT_SIZE,
+    ArrivalCohorts,
+    Ending,
+    Observation,
+    TauInterval,
+    TokenScale,
+    bias,
+    fit_token_scale,
+    tau_of,
+)
+
+logger = logging.getLogger("vllm.pars_fast")
+
+WINDOW_COHORTS = 4  # for tau: newest cohorts, 256 requests give an interval of about +- 0.08
+SCALE_WINDOW = 512  # for the scale: newest requests
+MAX_BIAS = 1.25  # a scale further off is fitted anew; more often, and waiting scores would not compare
+SHADOW_SHARE = 8  # one request in so many is scored while ranking is off
+
+
+def ending_of(request: Request) -> Ending:
+    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: its length is whole."""
+    if request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
+        params = request.sampling_params
+        return Ending.COMPLETE if params is not None and params.ignore_eos else Ending.CAPPED
+    if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION):
+        return Ending.COMPLETE
+    return Ending.CUT
+
+
+class LiveCalibration:
+    """Watches scored requests of one engine.
+
+    Attributes:
+        ranking: whether the scores order answers well enough. Goes off when the upper end of tau's 95 %
+            interval is below `min_tau`, on when its lower end is above it.
+    """
+
+    def __init__(
+        self,
+        counters: CounterFile,
+        background: Background,
+        *,
+        min_tau: float,
+        enabled: bool = True,
+        cohort_size: int = COHORT_SIZE,
+    ) -> None:
+        self.ranking = True
+        self._enabled = enabled
+        self._counters, self._background, self._min_tau = counters.values, background, min_tau
+        self._cohorts = ArrivalCohorts(cohort_size)
+        self._recent: deque[list[Observation]] = deque(maxlen=WINDOW_COHORTS)
+        self._served: deque[Observation] = deque(maxlen=SCALE_WINDOW)
+        self._scale = TokenScale()
+
+    def wants(self, entry: Entry) -> bool:
+        """Whether a waiting request is to be scored."""
+        return self.ranking or entry.seq % SHADOW_SHARE == 0
+
+    def scored(self, entry: Entry, expected_tokens: float) -> float:
+        """Note a score; gives it in tokens of the served model."""
+        if not self._enabled:
+            return expected_tokens
+        request, expected_tokens = entry.payload, max(expected_tokens, 1.0)
+        self._cohorts.add(entry.seq, expected_tokens, request)
+        if request.is_finished():  # before its score came: left out, it would be missed among the short
+            self.finished(entry, ending_of(request))
+        return self._scale(expected_tokens)
+
+    def finished(self, entry: Entry, ending: Ending) -> None:
+        """Note the end of a request, scored or not."""
+        cohort = self._cohorts.end(entry.seq, ending)
+        if cohort is not None:
+            self._background.submit(lambda: self.learn(cohort))
+
+    def learn(self, cohort: list[Observation]) -> None:
+        """Take in a cohort that has ended; in the background thread."""
+        self._recent.append(cohort)
+        self._served.extend(cohort)
+        window = [observation for cohort in self._recent for observation in cohort]
+        tau = tau_of(window)
+        self._counters |= {
+            "pars_kendall_tau": tau.tau, "pars_kendall_tau_low": tau.low, "pars_kendall_tau_high": tau.high
+        }
+        if self.ranking and tau.high < self._min_tau:
+            self._switch(False, tau)
+        elif not self.ranking and tau.low > self._min_tau:
+            self._switch(True, tau)
+        if not 1 / MAX_BIAS < bias(self._scale, self._served) < MAX_BIAS:
+            self._scale = fit_token_scale(self._served) or self._scale
+
+    def _switch(self, ranking: bool, tau: TauInterval) -> None:
+        self.ranking = ranking
+        self._recent.clear()  # what decided once does not decide again
+        figures = (tau.tau, tau.low, tau.high, tau.n)
+        if ranking:
+            logger.info("pars-fast: scores order the answers again (Kendall tau-b %.2f, 95 %% interval "
+                        "%.2f to %.2f, %d requests); the queue is ranked", *figures)
+        else:
+            self._counters["pars_fallback_calibration"] += 1
+            logger.warning("pars-fast: scores do not order the answers (Kendall tau-b %.2f, 95 %% interval "
+                           "%.2f to %.2f, %d requests); the queue is in arrival order until they do",
+                           *figures)

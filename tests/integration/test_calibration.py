@@ -1,0 +1,157 @@
+"""Calibration on vLLM's real scheduler: a ranker that becomes useless in mid-run, and then good again."""
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import Request, RequestStatus
+
+from pars_fast.integration import scheduler as scheduler_module
+from pars_fast.integration.calibration import SHADOW_SHARE, ending_of
+from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler
+from pars_fast.live_calibration import Ending
+from tests.integration.test_scheduler import Engine
+
+
+class Server:
+    """A saturated engine: 20 requests wait before every step; `lengths` by order of arrival."""
+
+    def __init__(self, engine: Engine, make_request: Callable[..., Request]) -> None:
+        self.engine, self.make_request = engine, make_request
+        self.rng = random.Random(3)
+        self.lengths: list[int] = []
+        self.values = engine.scheduler._counters.values
+
+    def serve_until(self, done: Callable[[], bool], max_steps: int = 30_000) -> None:
+        for _ in range(max_steps):
+            while len(self.engine.scheduler.waiting) < 20:
+                self.lengths.append(self.rng.choice((1, 2, 4, 8, 16)))
+                self.engine.add([self.make_request(str(len(self.lengths) - 1), max_tokens=self.lengths[-1])])
+            self.engine.step()
+            self.engine.scheduler._background.drain(10.0)  # else a fast test outruns the thread
+            if done():
+                return
+        raise AssertionError("it never happened")
+
+
+@pytest.fixture(params=[RankedScheduler, RankedAsyncScheduler])
+def server(
+    request: pytest.FixtureRequest,
+    make_scheduler: Callable[..., Any],
+    make_request: Callable[..., Request],
+    fake_runtime: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Server:
+    monkeypatch.setattr(scheduler_module, "make_runtime", lambda settings, config: fake_runtime)
+    asynchronous = {"async_scheduling": True} if issubclass(request.param, AsyncScheduler) else {}
+    return Server(Engine(make_scheduler(request.param, **asynchronous)), make_request)
+
+
+def test_ranking_goes_off_with_shuffled_scores_and_comes_back_with_good_ones(
+    server: Server, fake_runtime: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    values, noise = server.values, random.Random(4)
+    with caplog.at_level(logging.INFO, "vllm.pars_fast"):
+        fake_runtime.answer = lambda prompt: float(server.lengths[prompt[0]])
+        server.serve_until(lambda: values["pars_kendall_tau"] > 0.9)
+        assert values["pars_kendall_tau_low"] > 0.8
+        assert (values["pars_active"], values["pars_fallback_calibration"]) == (1, 0)
+
+        fake_runtime.answer = lambda prompt: noise.uniform(1.0, 20.0)
+        server.serve_until(lambda: values["pars_active"] == 0)
+        assert values["pars_fallback_calibration"] == 1
+        assert values["pars_kendall_tau_high"] < 0.1
+
+        arrived, scored = len(server.lengths), len(fake_runtime.submitted)
+        server.serve_until(lambda: len(server.lengths) >= arrived + 400)
+        in_the_shadow = [seq for seq, _ in fake_runtime.submitted[scored:]]
+        assert 30 <= len(in_the_shadow) <= 60
+        assert {seq % SHADOW_SHARE for seq in in_the_shadow} == {0}
+        last = [int(request_id) for request_id in server.engine.admitted[-200:]]
+        assert last == sorted(last)
+
+        fake_runtime.answer = lambda prompt: float(server.lengths[prompt[0]])
+        server.serve_until(lambda: values["pars_active"] == 1)
+    said = [record.getMessage().partition(" (")[0] for record in caplog.records]
+    assert said.count("pars-fast: scores do not order the answers") == 1
+    assert said.count("pars-fast: scores order the answers again") == 1
+    server.engine.run()
+    tokens = {request_id: len(made) for request_id, made in server.engine.tokens.items()}
+    assert tokens == {str(seq): length for seq, length in enumerate(server.lengths)}
+
+
+def test_expected_tokens_follow_a_model_that_talks_more(server: Server, fake_runtime: Any) -> None:
+    """The ranker expects a fifth of what is served; later requests are charged with what it comes to."""
+    fake_runtime.answer = lambda prompt: server.lengths[prompt[0]] / 5
+    scale = server.engine.scheduler._calibration
+    server.serve_until(lambda: scale._scale(8 / 5) > 5.0)
+    server.serve_until(lambda: len(server.lengths) % 100 == 0)
+    expected = {
+        entry.expected_tokens: server.lengths[entry.seq]
+        for entry in server.engine.scheduler.waiting.entries.values()
+        if entry.expected_tokens is not None and entry.seq > len(server.lengths) - 15
+    }
+    assert expected
+    assert all(0.5 * length <= tokens <= 5 + 2 * length for tokens, length in expected.items())
+
+
+def test_without_calibration_nobody_looks(
+    server: Server, fake_runtime: Any, make_scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARS_CALIBRATION", "0")
+    blind = Server(Engine(make_scheduler(RankedScheduler)), server.make_request)
+    noise = random.Random(4)
+    fake_runtime.answer = lambda prompt: noise.uniform(1.0, 20.0)
+    blind.serve_until(lambda: len(blind.lengths) > 400)
+    assert (blind.values["pars_active"], blind.values["pars_fallback_calibration"]) == (1, 0)
+    assert blind.engine.scheduler._background._thread is None
+
+
+@pytest.mark.parametrize(
+    ("status", "ignore_eos", "ending"),
+    [
+        (RequestStatus.FINISHED_STOPPED, False, Ending.COMPLETE),
+        (RequestStatus.FINISHED_LENGTH_CAPPED, False, Ending.CAPPED),
+        (RequestStatus.FINISHED_LENGTH_CAPPED, True, Ending.COMPLETE),
+        (RequestStatus.FINISHED_REPETITION, False, Ending.COMPLETE),
+        (RequestStatus.FINISHED_ABORTED, True, Ending.CUT),
+        (RequestStatus.FINISHED_ERROR, False, Ending.CUT),
+        (RequestStatus.RUNNING, False, Ending.CUT),
+    ],
+)
+def test_how_an_answer_ended(
+    status: RequestStatus, ignore_eos: bool, ending: Ending, make_request: Callable[..., Request]
+) -> None:
+    request = make_request()
+    request.sampling_params = SamplingParams(max_tokens=5, ignore_eos=ignore_eos)
+    request.status = status
+    assert ending_of(request) is ending
+
+
+def test_how_a_pooling_request_ended(make_request: Callable[..., Request]) -> None:
+    request = make_request(pooling=True)
+    request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    assert ending_of(request) is Ending.CAPPED
+
+
+def test_waits_are_noted_and_the_state_is_logged_under_load(
+    server: Server, fake_runtime: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    fake_runtime.answer = lambda prompt: float(server.lengths[prompt[0]])
+    scheduler = server.engine.scheduler
+    with caplog.at_level(logging.INFO, "vllm.pars_fast"):
+        server.serve_until(lambda: len(server.engine.finished) >= 100)
+        assert not [record for record in caplog.records if " waiting, " in record.getMessage()]
+        scheduler._status_line._due_at = 0.0  # the next line is due
+        server.serve_until(lambda: len(server.engine.finished) >= 120)
+    (line,) = [record.getMessage() for record in caplog.records if " waiting, " in record.getMessage()]
+    assert line.startswith("pars-fast: ")
+    assert ", ranked; " in line
+    counts = scheduler._counters.histograms
+    assert sum(counts["pars_queue_wait_seconds"]._cells[:-1]) == len(server.engine.finished)
+    assert sum(counts["pars_score_latency_seconds"]._cells[:-1]) == server.values["pars_scored"]
