@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a ranker on length files"))
-    _add_evaluate(commands.add_parser("evaluate", help="measure a ranker on a length file"))
+    _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
+    _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
@@ -64,7 +65,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="starting weights: minilm, default, small, a local directory or a hub name (%(default)s)",
     )
     add("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
-    add("--loss", default=DEFAULT, help="margin (PARS) or huber")
+    add("--loss", default=DEFAULT, help="margin (PARS), margin_unfiltered, listmle (LTR) or huber")
     add("--pooling", default=DEFAULT, choices=["cls", "mean"])
     for name in ("epochs", "batch-prompts", "max-prompts-per-file", "max-tokens", "layers", "seed"):
         add(f"--{name}", type=int, default=DEFAULT)
@@ -88,26 +89,93 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"ranker written to {arguments.out}")
 
 
+def _add_baseline(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("names", nargs="+", metavar="NAME", help="prompt_length, tfidf_ridge, frozen_ridge, alise, elis")
+    add("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
+    add("--out", required=True, type=Path, help="folder; each baseline gets its own in it")
+    add("--encoder", default="minilm", help="frozen encoder: minilm, a local directory or a hub name")
+    add("--model-column", default="consensus", help="model whose lengths are learnt, or consensus")
+    add("--max-prompts-per-file", type=int)
+    add("--seed", type=int, default=42)
+    parser.set_defaults(run=_baseline)
+
+
+def _baseline(arguments: argparse.Namespace) -> None:
+    from pars_fast.baselines import fit_baseline
+    from pars_fast.data import read_length_file
+
+    make_writable(arguments.out)
+    files = [read_length_file(path) for path in arguments.data]
+    exclude = [read_length_file(path) for path in arguments.exclude]
+    for name in arguments.names:
+        predictor = fit_baseline(
+            name,
+            files,
+            exclude=exclude,
+            encoder=arguments.encoder,
+            model_column=arguments.model_column,
+            max_prompts_per_file=arguments.max_prompts_per_file,
+            seed=arguments.seed,
+        )
+        predictor.save_pretrained(arguments.out / name)
+        print(f"{name} written to {arguments.out / name}")
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranker", default="default", help="directory, default or small (%(default)s)")
-    parser.add_argument("--data", required=True, metavar="FILE", help="length file")
-    parser.add_argument("--split", default="test", choices=["train", "val", "test", "all"])
-    parser.add_argument("--json", type=Path, metavar="F", help="write the measures there")
+    add = parser.add_argument
+    add(
+        "--ranker",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        help="default, small, prompt_length, or a directory of train or baseline (default). With --all: "
+        "several, NAME=DIR,DIR for seeds of one, the first compared with all (default small prompt_length)",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help="length file")
+    what.add_argument("--all", action="store_true", help="every length file of --data-dir, every ranker")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for --all (%(default)s)")
+    add("--split", default="test", choices=["train", "val", "test", "all"], help="of --data (%(default)s)")
+    add("--json", type=Path, metavar="F", help="write the measures there")
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from pars_fast.data import read_length_file
-    from pars_fast.evaluation import evaluate
-    from pars_fast.ranker import Ranker
-
     if arguments.json:
         make_writable(arguments.json.parent)  # say so before the work, not after it
+    if arguments.all:
+        _evaluate_all(arguments)
+        return
+    from pars_fast.baselines import load_predictor
+    from pars_fast.data import read_length_file
+    from pars_fast.evaluation import evaluate
+
+    if len(names := arguments.ranker or ["default"]) > 1:
+        raise ParsFastError("--data takes one --ranker; several are compared with --all")
     file = read_length_file(arguments.data)
-    result = evaluate(Ranker.from_pretrained(arguments.ranker), file, arguments.split)
+    result = evaluate(load_predictor(names[0]), file, arguments.split)
     _print_quality(f"{file.name}, {arguments.split} split", result)
     if arguments.json:
         write_json(arguments.json, result)
+
+
+def _evaluate_all(arguments: argparse.Namespace) -> None:
+    from pars_fast.baselines import load_predictor
+    from pars_fast.benchmark import benchmark, read_length_files
+    from pars_fast.benchmark_table import BenchmarkTable
+
+    predictors = {}
+    for given in arguments.ranker or ["default", "small", "prompt_length"]:
+        name, paths = given.split("=", 1) if "=" in given else (Path(given).name, given)
+        predictors[name] = [load_predictor(path) for path in paths.split(",")]
+    table, results = BenchmarkTable(list(predictors)), {}
+    for name, result in benchmark(read_length_files(arguments.data_dir), predictors):
+        results[name] = result
+        table.add(name, result)
+        if arguments.json:
+            write_json(arguments.json, results)  # as far as it is done
+    table.print()
 
 
 def _print_quality(title: str, result: dict[str, Any]) -> None:

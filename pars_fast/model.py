@@ -29,8 +29,11 @@ class ScoreModel(PackedBertEncoder):
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T,) int32 ids and (B + 1,) int32 offsets -> (B,) float32 scores."""
-        hidden = super().forward(input_ids, cu_seqlens)
-        return self.score_head(self.pool(hidden, cu_seqlens))[:, 0].float()
+        return self.score_head(self.embed(input_ids, cu_seqlens))[:, 0].float()
+
+    def embed(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T,) int32 ids and (B + 1,) int32 offsets -> (B, H): each prompt's pooled hidden state."""
+        return self.pool(super().forward(input_ids, cu_seqlens), cu_seqlens)
 
     def pool(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T, H) -> (B, H): the first token of each prompt, or the mean of its tokens."""

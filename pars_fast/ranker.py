@@ -91,7 +91,7 @@ class Ranker:
             weights that are not finite.
         """
         directory = checkpoint_directory(path)
-        settings = _read_config(directory)
+        settings = read_config(directory)
         section = settings.get("pars_fast")
         if not isinstance(section, dict) or section.get("pooling") not in get_args(Pooling):
             raise CheckpointError(
@@ -120,7 +120,7 @@ class Ranker:
         Raises: CheckpointError: as `from_pretrained`.
         """
         directory = Path(path)
-        model, config = _build(directory, _read_config(directory), pooling)
+        model, config = _build(directory, read_config(directory), pooling)
         _load_weights(directory, model, new_head=True)
         return cls(model, config, _read_tokenizer(directory, config), max_tokens=max_tokens)
 
@@ -218,10 +218,11 @@ def is_ranker(directory: Path) -> bool:
 
     Raises: CheckpointError: if it has no readable config.json.
     """
-    return "pars_fast" in _read_config(directory)
+    return "pars_fast" in read_config(directory)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a model directory's config.json. Raises: CheckpointError: if it cannot be read."""
     try:
         settings = json.loads((directory / "config.json").read_text())
     except FileNotFoundError as error:

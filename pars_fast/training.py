@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pars_fast.calibration import fit_token_map
-from pars_fast.data import CONSENSUS, LabelledPrompts, LengthFile, distinct_prompts, label_prompts
+from pars_fast.data import CONSENSUS, LabelledPrompts, LengthFile, split_prompts
 from pars_fast.errors import CheckpointError, ParsFastError, make_writable, require_extra
 from pars_fast.losses import LOSSES
 from pars_fast.metrics import pair_accuracies
@@ -117,10 +117,7 @@ def train(
     """
     accelerator = require_extra("accelerate", "train").Accelerator()
     make_writable(out)
-    forbidden = distinct_prompts(exclude) | distinct_prompts(files, "test")
-    validation = label_prompts(files, "val", recipe.model_column, forbidden=forbidden)
-    forbidden |= distinct_prompts(files, "val")
-    training = label_prompts(files, "train", recipe.model_column, forbidden=forbidden)
+    training, validation = split_prompts(files, recipe.model_column, exclude)
     training = training.at_most(recipe.max_prompts_per_file, recipe.seed)
     if recipe.teacher is not None:
         taught = Ranker.from_pretrained(recipe.teacher, device=accelerator.device).score(training.prompts)
