@@ -13,6 +13,7 @@ import numpy as np
 
 from pars_fast.baselines import Predictor
 from pars_fast.data import LengthFile, LengthRow, Split, log_lengths, read_length_file
+from pars_fast.distribution import LEVELS
 from pars_fast.errors import DataError
 from pars_fast.metrics import kendall_tau
 from pars_fast.paired_bootstrap import (
@@ -23,6 +24,7 @@ from pars_fast.paired_bootstrap import (
     resample_weights,
     resampled_quality,
 )
+from pars_fast.ranker import Ranker
 
 CEILING = "ceiling"
 MIN_CEILING_MODELS = 3
@@ -116,6 +118,8 @@ def benchmark(
             }
             for name, q in quality.items()
         }
+        for name, seeds in predictors.items():
+            summary[name]["coverage"] = _coverage(seeds[0], scores[name][0], lengths)
         domain = DOMAINS.get(file.name)
         yield file.name, {"split": split, "n": len(rows), "domain": domain, "predictors": summary}
     if not by_file:
@@ -197,6 +201,18 @@ def _by_prompt_length(
         ]
         thirds.append(_number(np.nanmean(taus)) if np.isfinite(taus).any() else None)
     return thirds
+
+
+def _coverage(predictor: Predictor, scores: Floats, lengths: Floats) -> dict[str, float] | None:
+    """Share of all answers inside the intervals that the predictor gives; None if it gives none."""
+    if not isinstance(predictor, Ranker) or predictor.distribution is None:
+        return None
+    prompt, model = np.nonzero(~np.isnan(lengths))
+    weights = 1 / (~np.isnan(lengths)).sum(axis=1)[prompt]
+    logs = np.log(lengths[prompt, model])
+    return {
+        str(level): predictor.distribution.coverage(scores[prompt], logs, weights, level) for level in LEVELS
+    }
 
 
 def _mean_over_files(by_file: Mapping[str, Mapping[str, Floats]], name: str) -> Floats:

@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a ranker on length files"))
+    _add_collect(commands.add_parser("collect", help="collect answer lengths from an OpenAI-compatible server"))
+    _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
     _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
     _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
@@ -89,6 +91,28 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"ranker written to {arguments.out}")
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ranker", metavar="RANKER", help="default, small or a directory; changed in place")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
+    parser.add_argument("--model-column", default="consensus", help="model that is served (any model's)")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from pars_fast.data import read_length_file
+    from pars_fast.packaged import checkpoint_directory
+    from pars_fast.ranker import Ranker
+    from pars_fast.training import calibrate
+
+    ranker = Ranker.from_pretrained(arguments.ranker, device="cpu")
+    files = [read_length_file(path) for path in arguments.data]
+    exclude = [read_length_file(path) for path in arguments.exclude]
+    calibrate(ranker, files, model_column=arguments.model_column, exclude=exclude)
+    ranker.save_pretrained(checkpoint_directory(arguments.ranker))
+    print(f"distribution of lengths written to {checkpoint_directory(arguments.ranker)}")
+
+
 def _add_baseline(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="prompt_length, tfidf_ridge, frozen_ridge, alise, elis")
@@ -121,6 +145,41 @@ def _baseline(arguments: argparse.Namespace) -> None:
         )
         predictor.save_pretrained(arguments.out / name)
         print(f"{name} written to {arguments.out / name}")
+
+
+def _add_collect(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--endpoint", required=True, metavar="URL", help="an OpenAI-compatible server, with or without /v1")
+    add("--prompts", required=True, type=Path, metavar="F", help='.jsonl with "prompt", or a prompt a line')
+    add("--out", required=True, type=Path, metavar="F", help="length file for train; resumes by F.sqlite")
+    add("--model", default=DEFAULT, help="the first that the server names, if not given")
+    for name in ("samples", "concurrency", "max-tokens", "attempts"):
+        add(f"--{name}", type=int, default=DEFAULT)
+    for name in ("temperature", "timeout-s"):
+        add(f"--{name}", type=float, default=DEFAULT)
+    parser.set_defaults(run=_collect)
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    import os
+    from dataclasses import fields
+
+    from pars_fast.collect import Collection, collect, progress, read_prompts
+
+    names = {field.name for field in fields(Collection)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    collection = Collection(**given, api_key=os.environ.get("OPENAI_API_KEY"))
+    prompts = read_prompts(arguments.prompts)
+    make_writable(arguments.out.parent)
+    with progress(len(prompts) * collection.samples) as show:
+        report = collect(prompts, arguments.out, collection, on_answer=show)
+    print(
+        f"{arguments.out}: {report.already + report.collected} of {report.wanted} answers, {report.collected} "
+        f"new, {report.at_limit} of them cut at {collection.max_tokens} tokens; {report.refused} refused"
+    )
+    if report.failed:
+        print(f"{report.failed} failed; the same command tries them again", file=sys.stderr)
+    return 1 if report.failed else 0
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
