@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
     _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
     _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
+    _add_transfer(commands.add_parser("transfer", help="train on one model or set, measure on another"))
+    _add_duplicates(commands.add_parser("duplicates", help="near-duplicate prompts across splits"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
@@ -194,6 +196,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="FILE", help="length file")
     what.add_argument("--all", action="store_true", help="every length file of --data-dir, every ranker")
+    what.add_argument("--adversarial", action="store_true", help="the package's own pairs of hard prompts")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for --all (%(default)s)")
     add("--split", default="test", choices=["train", "val", "test", "all"], help="of --data (%(default)s)")
     add("--json", type=Path, metavar="F", help="write the measures there")
@@ -205,6 +208,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         make_writable(arguments.json.parent)  # say so before the work, not after it
     if arguments.all:
         _evaluate_all(arguments)
+        return
+    if arguments.adversarial:
+        _evaluate_adversarial(arguments)
         return
     from pars_fast.baselines import load_predictor
     from pars_fast.data import read_length_file
@@ -235,6 +241,99 @@ def _evaluate_all(arguments: argparse.Namespace) -> None:
         if arguments.json:
             write_json(arguments.json, results)  # as far as it is done
     table.print()
+
+
+def _evaluate_adversarial(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pars_fast.adversarial import judge, right_by_family
+    from pars_fast.baselines import load_predictor
+
+    names = arguments.ranker or ["default", "small"]
+    verdicts = {name: judge(load_predictor(name)) for name in names}
+    families = {name: right_by_family(judged) for name, judged in verdicts.items()}
+    table = Table("family", "pairs", *names, title="pairs in the right order")
+    for family, (_, count) in families[names[0]].items():
+        table.add_row(family, str(count), *(str(families[name][family][0]) for name in names))
+    totals = (str(sum(right for right, _ in families[name].values())) for name in names)
+    table.add_row("all", str(len(verdicts[names[0]])), *totals)
+    Console().print(table)
+    if arguments.json:
+        write_json(
+            arguments.json, {name: [asdict(verdict) for verdict in judged] for name, judged in verdicts.items()}
+        )
+
+
+def _add_transfer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    parser.add_argument("--encoder", default="minilm", help="as of baseline")
+    parser.add_argument("--max-models", type=int, default=12, help="of each file (%(default)s)")
+    parser.add_argument("--max-prompts-per-file", type=int, default=2000, help="across sets (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write all cells there")
+    parser.set_defaults(run=_transfer)
+
+
+def _transfer(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pars_fast.baselines.encoder import FrozenEncoder
+    from pars_fast.data import read_length_file
+    from pars_fast.transfer import across_models, across_sets
+
+    if arguments.json:
+        make_writable(arguments.json.parent)
+    console, encoder = Console(), FrozenEncoder.of(arguments.encoder)
+    files = [read_length_file(path) for path in arguments.data]
+    result: dict[str, Any] = {"models": {}, "sets": []}
+    for file in (file for file in files if len(file.models) > 1):
+        models = across_models(file, encoder, arguments.max_models)
+        result["models"][file.name] = asdict(models)
+        table = Table("trained on", *models.models, title=f"{file.name}: tau on the model of the column")
+        for name, row in zip(models.models, models.tau, strict=True):
+            table.add_row(name, *(f"{tau:.2f}" for tau in row))
+        table.add_row("all the others", *(f"{tau:.2f}" for tau in models.others))
+        console.print(table)
+    if len(files) > 1:
+        sets = across_sets(files, encoder, max_prompts_per_file=arguments.max_prompts_per_file)
+        result["sets"] = [asdict(one) for one in sets]
+        table = Table("set", "learnt from it alone", "from all", "from all but it", title="mean tau over models")
+        for one in sets:
+            table.add_row(one.name, *(f"{tau:.3f}" for tau in (one.own, one.all_files, one.all_but_this)))
+        console.print(table)
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _add_duplicates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    parser.add_argument("--json", type=Path, metavar="F", help="write every pair there")
+    parser.set_defaults(run=_duplicates)
+
+
+def _duplicates(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pars_fast.data import read_length_file
+    from pars_fast.duplicates import leaking_prompts, near_duplicates
+
+    files = [read_length_file(path) for path in arguments.data]
+    pairs = near_duplicates(files)
+    leaks = {split: leaking_prompts(pairs, split) for split in ("val", "test")}
+    table = Table("file", "val", "test", title="prompts with a near-duplicate in train")
+    for file in files:
+        table.add_row(file.name, *(str(leaks[split][file.name]) for split in ("val", "test")))
+    Console().print(table)
+    if arguments.json:
+        write_json(arguments.json, [asdict(pair) for pair in pairs])
 
 
 def _print_quality(title: str, result: dict[str, Any]) -> None:
