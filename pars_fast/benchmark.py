@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pars_fast.baselines import Predictor
 from pars_fast.data import LengthFile, LengthRow, Split, log_lengths, read_length_file
@@ -87,55 +88,58 @@ def benchmark(
             for name, seeds in predictors.items()
         }
         weights = resample_weights(len(rows), resamples, seed + index)
-        quality = {
-            name: np.stack(
-                [[resampled_quality(s, lengths[:, i], weights) for i in columns] for s in of_seeds]
-            )
-            for name, of_seeds in scores.items()
-        }  # each (seeds, columns, measures, 1 + resamples)
-        if len(file.models) >= MIN_CEILING_MODELS:
-            others = [_others(lengths, i) for i in columns]
-            each = [
-                resampled_quality(o, np.where(np.isnan(o), np.nan, lengths[:, i]), weights)
-                for o, i in zip(others, columns, strict=True)
-            ]
-            quality[CEILING] = np.stack([each])
+        quality = _quality(scores, lengths, columns, weights)
         by_file[file.name] = {name: np.nanmean(q, axis=(0, 1)) for name, q in quality.items()}
-        summary = {
-            name: {
-                **_summary(by_file[file.name], name, ours),
-                "seeds": len(q),
-                "tau_std_over_seeds": float(np.nanmean(q[:, :, 0, 0], axis=1).std(ddof=1))
-                if len(q) > 1
-                else None,
-                "tau_by_prompt_length": _by_prompt_length(scores[name], prompts, lengths, columns)
-                if name in scores
-                else None,
-                "models": {
-                    file.models[i]: _column(np.nanmean(q, axis=0)[j], lengths[:, i])
-                    for j, i in enumerate(columns)
-                },
+        summary = {name: _summary(by_file[file.name], name, ours) for name in quality}
+        for name, q in quality.items():
+            summary[name]["models"] = {
+                file.models[i]: _column(np.nanmean(q, axis=0)[j], lengths[:, i]) for j, i in enumerate(columns)
             }
-            for name, q in quality.items()
-        }
         for name, seeds in predictors.items():
-            summary[name]["coverage"] = _coverage(seeds[0], scores[name][0], lengths)
+            taus = np.nanmean(quality[name][:, :, 0, 0], axis=1)
+            summary[name] |= {
+                "seeds": len(seeds),
+                "tau_std_over_seeds": float(taus.std(ddof=1)) if len(seeds) > 1 else None,
+                "tau_by_prompt_length": _by_prompt_length(scores[name], prompts, lengths, columns),
+                "coverage": _coverage(seeds[0], scores[name][0], lengths),
+            }
         domain = DOMAINS.get(file.name)
         yield file.name, {"split": split, "n": len(rows), "domain": domain, "predictors": summary}
     if not by_file:
         raise DataError("no file has a test or val split with lengths to rank")
-    means = {name: _mean_over_files(by_file, name) for name in predictors}
-    domains = {
-        domain: {
-            name: _number(
-                np.mean([q[name][0, 0] for file, q in by_file.items() if DOMAINS.get(file) == domain])
-            )
-            for name in predictors
-        }
-        for domain in dict.fromkeys(filter(None, map(DOMAINS.get, by_file)))
-    }
+    means = {name: np.mean([quality[name] for quality in by_file.values()], axis=0) for name in predictors}
     summary = {name: _summary(means, name, ours) for name in means}
-    yield "all", {"predictors": summary, "tau_by_domain": domains}
+    yield "all", {"predictors": summary, "tau_by_domain": _by_domain(by_file, list(predictors))}
+
+
+def _quality(
+    scores: Mapping[str, Sequence[Floats]],
+    lengths: Floats,
+    columns: Sequence[int],
+    weights: NDArray[np.float32],
+) -> dict[str, Floats]:
+    """(seeds, columns, measures, 1 + resamples) of each predictor, and of the ceiling where there is one."""
+    quality = {
+        name: np.array([[resampled_quality(s, lengths[:, i], weights) for i in columns] for s in of_seeds])
+        for name, of_seeds in scores.items()
+    }
+    if lengths.shape[1] >= MIN_CEILING_MODELS:
+        others = ((_others(lengths, i), lengths[:, i]) for i in columns)
+        known = [resampled_quality(o, np.where(np.isnan(o), np.nan, t), weights) for o, t in others]
+        quality[CEILING] = np.array([known])
+    return quality
+
+
+def _by_domain(by_file: Mapping[str, Mapping[str, Floats]], names: Sequence[str]) -> dict[str, Any]:
+    """Mean tau over the files of each domain, of files whose domain is known."""
+    domains = dict.fromkeys(filter(None, map(DOMAINS.get, by_file)))
+    return {
+        domain: {
+            name: _number(np.mean([q[name][0, 0] for f, q in by_file.items() if DOMAINS.get(f) == domain]))
+            for name in names
+        }
+        for domain in domains
+    }
 
 
 def held_out_rows(file: LengthFile) -> tuple[tuple[LengthRow, ...], Split]:
@@ -213,11 +217,6 @@ def _coverage(predictor: Predictor, scores: Floats, lengths: Floats) -> dict[str
     return {
         str(level): predictor.distribution.coverage(scores[prompt], logs, weights, level) for level in LEVELS
     }
-
-
-def _mean_over_files(by_file: Mapping[str, Mapping[str, Floats]], name: str) -> Floats:
-    mean: Floats = np.mean([quality[name] for quality in by_file.values()], axis=0)
-    return mean
 
 
 def _number(value: float) -> float | None:

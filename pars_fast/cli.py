@@ -117,7 +117,12 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 def _add_baseline(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("names", nargs="+", metavar="NAME", help="prompt_length, tfidf_ridge, frozen_ridge, alise, elis")
+    add(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="prompt_length, tfidf_ridge, frozen_ridge, alise, elis, head_LOSS with a loss of train",
+    )
     add("--data", nargs="+", required=True, metavar="FILE", help="length files")
     add("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
     add("--out", required=True, type=Path, help="folder; each baseline gets its own in it")

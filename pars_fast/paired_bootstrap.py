@@ -31,7 +31,8 @@ def resampled_quality(scores: Floats, lengths: Floats, weights: NDArray[np.float
         scores: (n,), finite.
         lengths: (n,) tokens; NaN where the model has no answer.
         weights: (R, n) of `resample_weights`.
-    Returns: (3, R) in the order of `MEASURES`; NaN where a measure is not defined.
+    Returns: (3, R) in the order of `MEASURES`; NaN where no two lengths differ enough. Scores that are all equal
+        give no order: a tau of 0, accuracies of 0.5.
     """
     present = ~np.isnan(lengths)
     if present.sum() > MAX_PAIR_PROMPTS:
@@ -49,7 +50,8 @@ def resampled_quality(scores: Floats, lengths: Floats, weights: NDArray[np.float
         return np.einsum("ri,ri->r", w @ pairs, w, dtype=np.float64)
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        tau = total(agreement) / np.sqrt(total(np.abs(higher)) * total(np.abs(longer)))
+        untied = np.sqrt(total(np.abs(higher)) * total(np.abs(longer)))
+        tau = np.where(total(np.abs(higher)) > 0, total(agreement) / untied, 0.0)
         kept = informative.astype(np.float32)
         accuracy = (1 + total(agreement * kept) / total(kept)) / 2
         impact_accuracy = (1 + total(agreement * impact) / total(impact)) / 2

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pars_fast.ranker import Ranker
+from pars_fast.ranker import MAX_TOKENS, Ranker, read_config
 from pars_fast.tokenization import encode, pack
 from pars_fast.training import resolve_encoder
 
@@ -20,7 +20,9 @@ class FrozenEncoder:
     def __init__(self, name: str) -> None:
         self.name = name
         self.directory = resolve_encoder(name)
-        self.ranker = Ranker.from_encoder(self.directory, pooling="mean")
+        positions = read_config(self.directory).get("max_position_embeddings", MAX_TOKENS)
+        window = min(MAX_TOKENS, positions)
+        self.ranker = Ranker.from_encoder(self.directory, pooling="mean", max_tokens=window)
         self._last: tuple[list[str], NDArray[np.float32]] | None = None
 
     @classmethod

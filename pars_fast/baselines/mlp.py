@@ -7,8 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pars_fast.losses import Loss, huber
+from pars_fast.metrics import kendall_tau
+
 EPOCHS = 40
-PATIENCE = 6  # epochs without a better held-out loss
+PATIENCE = 6  # epochs without a better held-out tau
 BATCH = 64
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
@@ -24,9 +27,13 @@ def build_mlp(widths: Sequence[int]) -> nn.Sequential:
 
 
 def fit_mlp(
-    features: NDArray[np.float32], targets: NDArray[np.float64], hidden: Sequence[int], seed: int
+    features: NDArray[np.float32],
+    targets: NDArray[np.float64],
+    hidden: Sequence[int],
+    seed: int,
+    loss: Loss = huber,
 ) -> nn.Sequential:
-    """Smooth L1 by AdamW; the epoch that is best on a held-out tenth of the rows is kept.
+    """Minimise a loss by AdamW; the epoch that orders a held-out tenth of the rows best is kept.
 
     Args:
         features: (n, H) float32.
@@ -44,19 +51,18 @@ def fit_mlp(
     assert isinstance(last, nn.Linear)
     nn.init.constant_(last.bias, float(y.mean()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    best, best_loss, waited = model.state_dict(), float("inf"), 0
+    best, best_tau, waited = model.state_dict(), -2.0, 0
     for _ in range(EPOCHS):
         for rows in kept[torch.randperm(len(kept))].split(BATCH):
-            loss = nn.functional.smooth_l1_loss(model(x[rows])[:, 0], y[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss(model(x[rows])[:, 0], y[rows]).backward()
             optimizer.step()
         with torch.no_grad():
-            held_loss = float(nn.functional.smooth_l1_loss(model(x[held])[:, 0], y[held]))
+            tau = kendall_tau(model(x[held])[:, 0].numpy(), y[held].numpy())
         waited += 1
-        if held_loss < best_loss:
+        if tau > best_tau:
             best = {name: value.clone() for name, value in model.state_dict().items()}
-            best_loss, waited = held_loss, 0
+            best_tau, waited = tau, 0
         elif waited == PATIENCE:
             break
     model.load_state_dict(best)
