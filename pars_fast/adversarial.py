@@ -40,7 +40,9 @@ def adversarial_pairs() -> list[Pair]:
 def judge(predictor: Predictor) -> list[Verdict]:
     """Every pair, scored in one batch."""
     pairs = adversarial_pairs()
-    scores = predictor.score([text for pair in pairs for text in (pair.shorter, pair.longer)]).double().numpy()
+    scores = (
+        predictor.score([text for pair in pairs for text in (pair.shorter, pair.longer)]).double().numpy()
+    )
     tokens = [None] * len(scores) if predictor.token_map is None else predictor.token_map(scores).tolist()
     return [
         Verdict(pair, float(long - short), short_tokens, long_tokens)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pars_fast.baselines import Predictor
-from pars_fast.data import LengthFile, LengthRow, Split, log_lengths, read_length_file
+from pars_fast.data import LengthFile, LengthRow, Split, read_length_file
 from pars_fast.distribution import LEVELS
 from pars_fast.errors import DataError
 from pars_fast.metrics import kendall_tau
@@ -59,6 +59,7 @@ def benchmark(
     files: Sequence[LengthFile],
     predictors: Mapping[str, Sequence[Predictor]],
     *,
+    max_prompts_per_file: int | None = None,
     resamples: int = 300,
     seed: int = 0,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -67,6 +68,7 @@ def benchmark(
     Args:
         files: measured on test; on val where a file has no test rows.
         predictors: seeds of each by name; the first is compared with every other. Each has at least one.
+        max_prompts_per_file: a seeded sample of so many where a file has more; None measures all.
         resamples: of the prompts, for intervals and tests.
 
     A result holds, per predictor, the mean over model columns of each measure with its 95 % interval, the
@@ -78,6 +80,7 @@ def benchmark(
     by_file: dict[str, dict[str, Floats]] = {}
     for index, file in enumerate(files):
         rows, split = held_out_rows(file)
+        rows = _sample(rows, max_prompts_per_file, seed)
         lengths = _lengths(rows, file.models)
         columns = [i for i in range(len(file.models)) if _is_rankable(lengths[:, i])]
         if not columns:
@@ -93,7 +96,8 @@ def benchmark(
         summary = {name: _summary(by_file[file.name], name, ours) for name in quality}
         for name, q in quality.items():
             summary[name]["models"] = {
-                file.models[i]: _column(np.nanmean(q, axis=0)[j], lengths[:, i]) for j, i in enumerate(columns)
+                file.models[i]: _column(np.nanmean(q, axis=0)[j], lengths[:, i])
+                for j, i in enumerate(columns)
             }
         for name, seeds in predictors.items():
             taus = np.nanmean(quality[name][:, :, 0, 0], axis=1)
@@ -147,6 +151,12 @@ def held_out_rows(file: LengthFile) -> tuple[tuple[LengthRow, ...], Split]:
     split: Split = "test" if file.select("test").rows else "val"
     rows = {row.prompt: row for row in file.select(split).rows}
     return tuple(rows.values()), split
+
+
+def _sample(rows: Sequence[LengthRow], most: int | None, seed: int) -> Sequence[LengthRow]:
+    if most is None or len(rows) <= most:
+        return rows
+    return [rows[i] for i in np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])]
 
 
 def _lengths(rows: Sequence[LengthRow], models: Sequence[str]) -> Floats:

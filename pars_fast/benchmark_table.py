@@ -28,7 +28,11 @@ class BenchmarkTable:
             tau, row = measures["kendall_tau"], [predictor]
             row += [f"{tau['mean']:.3f}", _span(tau["ci95"])]
             if (difference := measures.get("ours_minus_this")) is not None:
-                row += [f"{difference['mean']:+.3f}", _span(difference["ci95"]), f"{difference['p_value']:.3f}"]
+                row += [
+                    f"{difference['mean']:+.3f}",
+                    _span(difference["ci95"]),
+                    f"{difference['p_value']:.3f}",
+                ]
             self._tests.add_row(*row)
 
     def print(self) -> None:

@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a ranker on length files"))
-    _add_collect(commands.add_parser("collect", help="collect answer lengths from an OpenAI-compatible server"))
+    _add_collect(
+        commands.add_parser("collect", help="collect answer lengths from an OpenAI-compatible server")
+    )
     _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
     _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
     _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
@@ -181,8 +183,8 @@ def _collect(arguments: argparse.Namespace) -> int:
     with progress(len(prompts) * collection.samples) as show:
         report = collect(prompts, arguments.out, collection, on_answer=show)
     print(
-        f"{arguments.out}: {report.already + report.collected} of {report.wanted} answers, {report.collected} "
-        f"new, {report.at_limit} of them cut at {collection.max_tokens} tokens; {report.refused} refused"
+        f"{arguments.out}: {report.already + report.collected} of {report.wanted} answers, "
+        f"{report.collected} new, {report.at_limit} of them cut at {collection.max_tokens} tokens; {report.refused} refused"
     )
     if report.failed:
         print(f"{report.failed} failed; the same command tries them again", file=sys.stderr)
@@ -203,6 +205,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--all", action="store_true", help="every length file of --data-dir, every ranker")
     what.add_argument("--adversarial", action="store_true", help="the package's own pairs of hard prompts")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for --all (%(default)s)")
+    add("--max-prompts-per-file", type=int, help="with --all: a sample of so many, for a quick look")
     add("--split", default="test", choices=["train", "val", "test", "all"], help="of --data (%(default)s)")
     add("--json", type=Path, metavar="F", help="write the measures there")
     parser.set_defaults(run=_evaluate)
@@ -240,7 +243,8 @@ def _evaluate_all(arguments: argparse.Namespace) -> None:
         name, paths = given.split("=", 1) if "=" in given else (Path(given).name, given)
         predictors[name] = [load_predictor(path) for path in paths.split(",")]
     table, results = BenchmarkTable(list(predictors)), {}
-    for name, result in benchmark(read_length_files(arguments.data_dir), predictors):
+    files = read_length_files(arguments.data_dir)
+    for name, result in benchmark(files, predictors, max_prompts_per_file=arguments.max_prompts_per_file):
         results[name] = result
         table.add(name, result)
         if arguments.json:
@@ -268,7 +272,8 @@ def _evaluate_adversarial(arguments: argparse.Namespace) -> None:
     Console().print(table)
     if arguments.json:
         write_json(
-            arguments.json, {name: [asdict(verdict) for verdict in judged] for name, judged in verdicts.items()}
+            arguments.json,
+            {name: [asdict(verdict) for verdict in judged] for name, judged in verdicts.items()},
         )
 
 
@@ -307,7 +312,9 @@ def _transfer(arguments: argparse.Namespace) -> None:
     if len(files) > 1:
         sets = across_sets(files, encoder, max_prompts_per_file=arguments.max_prompts_per_file)
         result["sets"] = [asdict(one) for one in sets]
-        table = Table("set", "learnt from it alone", "from all", "from all but it", title="mean tau over models")
+        table = Table(
+            "set", "learnt from it alone", "from all", "from all but it", title="mean tau over models"
+        )
         for one in sets:
             table.add_row(one.name, *(f"{tau:.3f}" for tau in (one.own, one.all_files, one.all_but_this)))
         console.print(table)

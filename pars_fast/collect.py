@@ -135,12 +135,16 @@ class AnswerStore:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute(SCHEMA)
         except sqlite3.Error as error:
-            raise DataError(f"{path}: not a file of collected answers ({error}); give another --out") from error
+            raise DataError(
+                f"{path}: not a file of collected answers ({error}); give another --out"
+            ) from error
 
     def close(self) -> None:
         self._connection.close()
 
-    def add(self, model: str, settings: str, prompt: str, sample: int, tokens: int, reason: str | None) -> None:
+    def add(
+        self, model: str, settings: str, prompt: str, sample: int, tokens: int, reason: str | None
+    ) -> None:
         with self._connection:
             row = (model, settings, prompt, sample, tokens, reason)
             self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
@@ -158,7 +162,8 @@ class AnswerStore:
         """
         samples: dict[str, dict[str, list[int]]] = {}
         query = (
-            "SELECT prompt, model, output_tokens FROM answers WHERE settings = ? ORDER BY prompt, model, sample"
+            "SELECT prompt, model, output_tokens FROM answers WHERE settings = ? "
+            "ORDER BY prompt, model, sample"
         )
         for prompt, model, tokens in self._connection.execute(query, (settings,)):
             samples.setdefault(prompt, {}).setdefault(model, []).append(tokens)
@@ -174,7 +179,11 @@ class AnswerStore:
 
 
 def collect(
-    prompts: Sequence[str], out: Path, collection: Collection, *, on_answer: Callable[[Report], None] | None = None
+    prompts: Sequence[str],
+    out: Path,
+    collection: Collection,
+    *,
+    on_answer: Callable[[Report], None] | None = None,
 ) -> Report:
     """Ask for what is still missing, and write the length file `out`; answers are kept in `out`.sqlite.
 
@@ -222,9 +231,9 @@ async def _collect(
             for prompt, sample in todo:  # shared: each worker takes the next
                 try:
                     tokens, reason = await _ask(client, collection, model, prompt)
-                except _Refused:
+                except _RefusedError:
                     report.refused += 1
-                except _GaveUp as error:
+                except _GaveUpError as error:
                     report.failed += 1
                     failed_in_a_row += 1
                     if failed_in_a_row > FAILURES_PER_WORKER * collection.concurrency:
@@ -245,18 +254,18 @@ async def _collect(
     return report
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """This prompt will never be answered."""
 
 
-class _GaveUp(Exception):
+class _GaveUpError(Exception):
     """All attempts failed; the next run may try again."""
 
 
 async def _served_model(client: Any, collection: Collection) -> str:
     try:
         answer = await _attempts(collection, lambda: client.get("/models"))
-    except _GaveUp as error:
+    except _GaveUpError as error:
         raise CollectError(f"{collection.base_url}/models cannot be had ({error}); is it running?") from error
     try:
         return str(answer.json()["data"][0]["id"])
@@ -277,9 +286,11 @@ async def _ask(client: Any, collection: Collection, model: str, prompt: str) -> 
         content = answer.json()
         tokens, reason = content["usage"]["completion_tokens"], content["choices"][0].get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CollectError(f"{collection.base_url} gives no usage.completion_tokens with an answer") from error
+        raise CollectError(
+            f"{collection.base_url} gives no usage.completion_tokens with an answer"
+        ) from error
     if not isinstance(tokens, int) or tokens < 1:
-        raise _Refused  # an empty answer is no length
+        raise _RefusedError  # an empty answer is no length
     return tokens, reason
 
 
@@ -298,13 +309,13 @@ async def _attempts(collection: Collection, request: Callable[[], Any]) -> Any:
                 return response
             reason = f"HTTP {response.status_code}: {response.text[:200]}"
             if response.status_code in REFUSED_PROMPT and response.request.method == "POST":
-                raise _Refused
+                raise _RefusedError
             if response.status_code not in RETRIED:
                 raise CollectError(f"{collection.base_url} answered {reason}")
             pause_s = max(pause_s, _retry_after(response))
         if attempt + 1 < collection.attempts:
             await asyncio.sleep(min(pause_s, MAX_BACKOFF_S))
-    raise _GaveUp(reason)
+    raise _GaveUpError(reason)
 
 
 def _retry_after(response: Any) -> float:

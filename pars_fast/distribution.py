@@ -120,7 +120,11 @@ class Answers:
 
 
 def recorded_answers(
-    files: Sequence[LengthFile], split: Split, *, model: str = CONSENSUS, forbidden: frozenset[str] = frozenset()
+    files: Sequence[LengthFile],
+    split: Split,
+    *,
+    model: str = CONSENSUS,
+    forbidden: frozenset[str] = frozenset(),
 ) -> Answers:
     """The answers of `model`, or of every model for `consensus`; none to prompts in `forbidden`.
 

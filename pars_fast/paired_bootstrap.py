@@ -31,8 +31,8 @@ def resampled_quality(scores: Floats, lengths: Floats, weights: NDArray[np.float
         scores: (n,), finite.
         lengths: (n,) tokens; NaN where the model has no answer.
         weights: (R, n) of `resample_weights`.
-    Returns: (3, R) in the order of `MEASURES`; NaN where no two lengths differ enough. Scores that are all equal
-        give no order: a tau of 0, accuracies of 0.5.
+    Returns: (3, R) in the order of `MEASURES`; NaN where no two lengths differ enough.
+        Scores that are all equal give no order: a tau of 0, accuracies of 0.5.
     """
     present = ~np.isnan(lengths)
     if present.sum() > MAX_PAIR_PROMPTS:
@@ -72,7 +72,9 @@ def paired_difference(ours: Floats, theirs: Floats) -> Difference:
     resampled = (ours - theirs)[1:]
     above = (1 + (resampled >= 0).sum()) / (1 + len(resampled))
     below = (1 + (resampled <= 0).sum()) / (1 + len(resampled))
-    return Difference(float(ours[0] - theirs[0]), interval(ours - theirs), float(min(1, 2 * min(above, below))))
+    return Difference(
+        float(ours[0] - theirs[0]), interval(ours - theirs), float(min(1, 2 * min(above, below)))
+    )
 
 
 def interval(resampled: Floats) -> tuple[float, float]:

@@ -270,7 +270,9 @@ def _knots(directory: Path, section: dict[str, Any], name: str, kind: Callable[.
     if (knots := section.get(name)) is None:
         return None
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in knots.items()})
+        return kind(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in knots.items()}
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}/config.json: damaged {name} ({error})") from error
 

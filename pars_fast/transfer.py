@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pars_fast.baselines.encoder import FrozenEncoder
 from pars_fast.baselines.frozen_ridge import ALPHAS
-from pars_fast.benchmark import held_out_rows
+from pars_fast.benchmark import MIN_ROWS, held_out_rows
 from pars_fast.data import CONSENSUS, LengthFile, LengthRow, distinct_prompts, label_prompts
 from pars_fast.errors import DataError, require_extra
 from pars_fast.metrics import kendall_tau
@@ -24,9 +24,12 @@ MIN_ANSWERED = 0.95  # a model that answered fewer of a file's prompts is left o
 
 @dataclass(frozen=True, slots=True)
 class ModelTransfer:
-    """`tau[i][j]`: trained on model i's lengths, measured on model j's; `own_tau[i][j]`: model i's real lengths
-    as the score for model j, what a perfect predictor of model i would get. `others[j]`: trained on the consensus
-    of all models but j."""
+    """Cells are tau-b, rows what is learnt from, columns what is measured.
+
+    `tau[i][j]`: trained on model i, measured on model j. `own_tau[i][j]`: model i's real lengths as the score
+    for model j, what a perfect predictor of model i would get. `others[j]`: trained on the consensus of all
+    models but j.
+    """
 
     models: list[str]
     train_prompts: int
@@ -77,8 +80,7 @@ def across_models(file: LengthFile, encoder: FrozenEncoder, max_models: int = 12
 
 @dataclass(frozen=True, slots=True)
 class SetTransfer:
-    """Mean tau over a file's models, of a predictor that learnt from this file alone, from all files, and from
-    all files but this one."""
+    """Mean tau over a file's models, learnt from this file alone, from all files, from all but this one."""
 
     name: str
     own: float
@@ -93,7 +95,9 @@ def across_sets(
     if len(files) < 2:
         raise DataError("to leave one file out needs at least two")
     forbidden = distinct_prompts(files, "test") | distinct_prompts(files, "val")
-    training = label_prompts(files, "train", CONSENSUS, forbidden=forbidden).at_most(max_prompts_per_file, seed)
+    training = label_prompts(files, "train", CONSENSUS, forbidden=forbidden).at_most(
+        max_prompts_per_file, seed
+    )
     held_out = [held_out_rows(file)[0] for file in files]
     prompts = [row.prompt for rows in held_out for row in rows]
     everything = np.ones(len(training.prompts), dtype=bool)
@@ -121,7 +125,9 @@ def _features(encoder: FrozenEncoder, prompts: list[str]) -> Floats:
     return np.hstack([encoder.embed(prompts).astype(np.float64), characters])
 
 
-def _fit_and_score(encoder: FrozenEncoder, prompts: list[str], targets: Floats, measured: list[str]) -> Floats:
+def _fit_and_score(
+    encoder: FrozenEncoder, prompts: list[str], targets: Floats, measured: list[str]
+) -> Floats:
     everything = np.ones(len(prompts), dtype=bool)
     features = _features(encoder, prompts)
     return _ridge(features, targets, everything, _features(encoder, measured))
@@ -142,5 +148,6 @@ def _mean_tau(file: LengthFile, rows: Sequence[LengthRow], scores: Floats) -> fl
     for model in file.models:
         lengths = np.array([row.output_tokens.get(model, np.nan) for row in rows], dtype=float)
         there = ~np.isnan(lengths)
-        taus.append(kendall_tau(scores[there], lengths[there]))
+        if there.sum() >= MIN_ROWS:
+            taus.append(kendall_tau(scores[there], lengths[there]))
     return float(np.nanmean(taus))

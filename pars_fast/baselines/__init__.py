@@ -27,6 +27,7 @@ __all__ = ["BASELINES", "Baseline", "Predictor", "fit_baseline", "load_predictor
 SAMPLE_SEED = 42  # seeds of a baseline vary what it learns, not what it learns from
 Fit = Callable[[Sequence[str], NDArray[np.float64], str, int], Predictor]
 
+
 def _fit_head(
     loss: str, prompts: Sequence[str], lengths: NDArray[np.float64], encoder: str, seed: int
 ) -> Predictor:
@@ -49,7 +50,9 @@ BASELINES: dict[str, Fit] = {
 for _loss in LOSSES:
     BASELINES[f"head_{_loss}"] = functools.partial(_fit_head, _loss)
 
-_CLASSES: dict[str, type[Baseline]] = {kind.name: kind for kind in (Alise, Elis, Head, PromptLength, TfidfRidge)}
+_CLASSES: dict[str, type[Baseline]] = {
+    kind.name: kind for kind in (Alise, Elis, Head, PromptLength, TfidfRidge)
+}
 
 
 def fit_baseline(
@@ -71,7 +74,9 @@ def fit_baseline(
     if name not in BASELINES:
         raise ParsFastError(f"baseline must be one of {', '.join(BASELINES)}, got {name!r}")
     training, validation = split_prompts(files, model_column, exclude)
-    training, validation = (split.at_most(max_prompts_per_file, SAMPLE_SEED) for split in (training, validation))
+    training, validation = (
+        split.at_most(max_prompts_per_file, SAMPLE_SEED) for split in (training, validation)
+    )
     predictor = BASELINES[name](training.prompts, training.log_length, encoder, seed)
     scores = predictor.score(validation.prompts).numpy()
     predictor.token_map = fit_token_map(scores, np.exp(validation.log_length))

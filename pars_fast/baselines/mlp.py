@@ -1,6 +1,7 @@
 """A small fully connected network on fixed features, as ALISE and ELIS use one."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ HELD_OUT = 0.1
 def build_mlp(widths: Sequence[int]) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -80,9 +81,7 @@ def mlp_tensors(model: nn.Sequential) -> dict[str, Tensor]:
 
 def mlp_from_tensors(tensors: Mapping[str, Tensor]) -> nn.Sequential:
     """The network that gave these tensors; others are passed over."""
-    state = {
-        name.removeprefix("mlp."): value for name, value in tensors.items() if name.startswith("mlp.")
-    }
+    state = {name.removeprefix("mlp."): value for name, value in tensors.items() if name.startswith("mlp.")}
     names = sorted((name for name in state if name.endswith("weight")), key=_position)
     weights = [state[name] for name in names]
     model = build_mlp([weights[0].shape[1], *(weight.shape[0] for weight in weights)])

@@ -33,8 +33,8 @@ class Exact:
         raise NotImplementedError
 
 
-def results(files: Any, predictors: Any) -> dict[str, Any]:
-    return dict(benchmark(files, predictors, resamples=50))
+def results(files: Any, predictors: Any, most: int | None = None) -> dict[str, Any]:
+    return dict(benchmark(files, predictors, max_prompts_per_file=most, resamples=50))
 
 
 @pytest.fixture
@@ -46,7 +46,9 @@ def file(write_lengths: WriteLengths) -> Any:
         noisy = [max(1, round(len(prompt) * float(rng.lognormal(0, 0.3)))) for _ in range(2)]
         lengths = {"m": len(prompt), "n": noisy[0], "o": noisy[1]} | ({"few": 3 + index} if index < 5 else {})
         rows.append(("test", prompt, lengths))
-    return read_length_file(write_lengths([*rows, ("train", "other", {"m": 3})], "lengths_arena_hard_v0.1.jsonl"))
+    return read_length_file(
+        write_lengths([*rows, ("train", "other", {"m": 3})], "lengths_arena_hard_v0.1.jsonl")
+    )
 
 
 def test_a_perfect_order_beats_a_reversed_one(file: Any) -> None:
@@ -99,6 +101,11 @@ def test_a_ranker_with_a_distribution_has_its_coverage_measured(file: Any, tiny_
     assert columns["prompt_length"]["coverage"] is None
 
 
+def test_a_sample_of_a_large_file(file: Any) -> None:
+    result = results([file], {"x": [Exact(len)]}, most=25)["arena_hard_v0.1"]
+    assert result["n"] == result["predictors"]["x"]["models"]["m"]["n"] == 25
+
+
 def test_val_stands_in_for_a_missing_test_split(write_lengths: WriteLengths) -> None:
     rows = [("val", "a", {"m": 3}), ("train", "b", {"m": 3}), ("val", "a", {"m": 9})]
     kept, split = held_out_rows(read_length_file(write_lengths(rows)))
@@ -106,7 +113,9 @@ def test_val_stands_in_for_a_missing_test_split(write_lengths: WriteLengths) -> 
     assert [row.output_tokens for row in kept] == [{"m": 9}]
 
 
-def test_a_folder_without_files_and_files_without_lengths(tmp_path: Path, write_lengths: WriteLengths) -> None:
+def test_a_folder_without_files_and_files_without_lengths(
+    tmp_path: Path, write_lengths: WriteLengths
+) -> None:
     with pytest.raises(DataError, match=r"no lengths_\*\.jsonl"):
         read_length_files(tmp_path)
     file = read_length_file(write_lengths([("test", "a", {"m": 3})]))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pars_fast.cli import main
-from pars_fast.collect import Collection, CollectError, collect, read_prompts, split_of
+from pars_fast.collect import CollectError, Collection, collect, read_prompts, split_of
 from pars_fast.data import read_length_file
 from pars_fast.errors import DataError, ParsFastError
 
@@ -137,7 +137,7 @@ def test_a_request_given_up_is_asked_for_by_the_next_run_alone(server: FakeServe
     assert len(read_length_file(tmp_path / "out.jsonl").rows) == 11
     second = collect(PROMPTS, tmp_path / "out.jsonl", asking(server, attempts=2))
     assert (second.already, second.collected, second.failed) == (11, 1, 0)
-    assert server.asked == Counter({prompt: 1 for prompt in PROMPTS} | {"prompt 3": 3})
+    assert server.asked == Counter(dict.fromkeys(PROMPTS, 1) | {"prompt 3": 3})
 
 
 def test_a_run_that_is_ended_keeps_what_it_has(server: FakeServer, tmp_path: Path) -> None:
@@ -217,7 +217,11 @@ def test_prompts_of_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r'p\.jsonl:2: expected a JSON object with a "prompt"'),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"text": "b"}\n',
+            r'p\.jsonl:2: expected a JSON object with a "prompt"',
+        ),
         ("p.jsonl", '{"prompt": " "}\n', r'p\.jsonl:1: "prompt" must be a non-empty string'),
         ("p.jsonl", "[3]\n", r"p\.jsonl:1: expected"),
         ("p.txt", " \n", "no prompts there"),

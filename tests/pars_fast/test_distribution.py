@@ -37,8 +37,9 @@ def test_a_weight_counts_as_so_many_answers() -> None:
     many = fit_length_distribution(
         np.repeat(scores, weights), np.repeat(logs, weights), np.ones(weights.sum())
     )
-    low, high = once.coverage(scores, logs, weights.astype(float), 0.8), many.coverage(
-        np.repeat(scores, weights), np.repeat(logs, weights), np.ones(weights.sum()), 0.8
+    low, high = (
+        once.coverage(scores, logs, weights.astype(float), 0.8),
+        many.coverage(np.repeat(scores, weights), np.repeat(logs, weights), np.ones(weights.sum()), 0.8),
     )
     assert low == pytest.approx(high, abs=0.15)
 
@@ -96,7 +97,9 @@ def test_the_command_writes_it_into_the_ranker(
     checkpoint: Path, write_lengths: WriteLengths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [("val", f"write {letter} story", {"m": 5 + n, "n": 90}) for n, letter in enumerate("abcdefgh")]
-    assert main(["calibrate", str(checkpoint), "--data", str(write_lengths(rows)), "--model-column", "m"]) == 0
+    assert (
+        main(["calibrate", str(checkpoint), "--data", str(write_lengths(rows)), "--model-column", "m"]) == 0
+    )
     assert str(checkpoint) in capsys.readouterr().out
     fit = Ranker.from_pretrained(checkpoint, device="cpu").distribution
     assert fit is not None
@@ -116,6 +119,8 @@ def test_the_command_writes_it_into_the_ranker(
     ],
     ids=["empty", "lengths differ", "mu falls", "scores fall", "sigma zero", "nan", "dof"],
 )
-def test_unsound_knots_are_refused(knots: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]) -> None:
+def test_unsound_knots_are_refused(
+    knots: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float],
+) -> None:
     with pytest.raises(CheckpointError, match="must be three equally long lists"):
         LengthDistribution(*knots)

@@ -18,11 +18,12 @@ HALF = " ".join([*WORDS[:30], *(f"new{n}" for n in range(30))])
 def test_edited_prompts_are_found_across_splits_and_files_only(write_lengths: WriteLengths) -> None:
     first = [("train", LONG, {"m": 3}), ("test", EDITED, {"m": 3}), ("test", HALF, {"m": 3})]
     second = [("val", LONG.upper() + "!", {"m": 3}), ("train", EDITED, {"m": 3}), ("test", "short", {"m": 3})]
-    files = [read_length_file(write_lengths(rows, name)) for rows, name in ((first, "a.jsonl"), (second, "b.jsonl"))]
+    files = [
+        read_length_file(write_lengths(rows, name))
+        for rows, name in ((first, "a.jsonl"), (second, "b.jsonl"))
+    ]
     pairs = near_duplicates(files)
-    found = {
-        frozenset({(p.first.file, p.first.split), (p.second.file, p.second.split)}) for p in pairs
-    }
+    found = {frozenset({(p.first.file, p.first.split), (p.second.file, p.second.split)}) for p in pairs}
     assert found == {
         frozenset({("a", "train"), ("a", "test")}),
         frozenset({("a", "train"), ("b", "val")}),
@@ -37,11 +38,9 @@ def test_edited_prompts_are_found_across_splits_and_files_only(write_lengths: Wr
     assert leaking_prompts(pairs, "val") == {"b": 1}
 
 
-def test_the_command(
-    write_lengths: WriteLengths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(write_lengths: WriteLengths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_lengths([("train", LONG, {"m": 3}), ("test", EDITED, {"m": 3})])
     assert main(["duplicates", "--data", str(path), "--json", str(tmp_path / "d.json")]) == 0
-    assert "near-duplicate in train" in capsys.readouterr().out
+    assert "near-duplicate" in capsys.readouterr().out
     (pair,) = json.loads((tmp_path / "d.json").read_text())
     assert {pair["first"]["split"], pair["second"]["split"]} == {"train", "test"}

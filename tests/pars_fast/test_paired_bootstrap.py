@@ -11,7 +11,6 @@ SAMPLES = st.lists(st.tuples(st.integers(-4, 4), st.integers(1, 60)), min_size=2
 )
 
 
-
 def tau_or_no_order(scores: np.ndarray, lengths: np.ndarray) -> float:
     """Equal scores order nothing: 0, so that means over files stay defined."""
     return kendall_tau(scores, lengths) if len(set(scores)) > 1 else 0.0

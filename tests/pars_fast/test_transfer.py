@@ -25,7 +25,11 @@ def rows(seed: int, *, longer_is_longer: bool) -> list[Any]:
         prompt = " ".join(rng.choice(list("abcdefghij"), size=size))
         signal = size if longer_is_longer else 30 - size
         lengths = {"up": 10 * signal, "up2": 7 * signal + int(rng.integers(0, 9)), "down": 10 * (32 - signal)}
-        found[prompt] = ("train" if index < 100 else "test", prompt, lengths | ({"rare": 5} if index < 3 else {}))
+        found[prompt] = (
+            "train" if index < 100 else "test",
+            prompt,
+            lengths | ({"rare": 5} if index < 3 else {}),
+        )
     return list(found.values())
 
 
@@ -56,7 +60,9 @@ def test_a_set_of_another_kind_is_not_learnt_from_the_others(
     names = ("lengths_a.jsonl", "lengths_b.jsonl", "lengths_c.jsonl")
     kinds = ((0, True), (1, True), (2, False))
     files = [
-        read_length_file(write_lengths([(s, p, {"up": n["up"]}) for s, p, n in rows(seed, longer_is_longer=up)], name))
+        read_length_file(
+            write_lengths([(s, p, {"up": n["up"]}) for s, p, n in rows(seed, longer_is_longer=up)], name)
+        )
         for name, (seed, up) in zip(names, kinds, strict=True)
     ]
     same, _, other = across_sets(files, encoder, max_prompts_per_file=80)
@@ -66,7 +72,9 @@ def test_a_set_of_another_kind_is_not_learnt_from_the_others(
 
 
 def test_too_little_data_is_said(write_lengths: WriteLengths, encoder: FrozenEncoder) -> None:
-    file = read_length_file(write_lengths([("train", "a", {"m": 3, "n": 4}), ("test", "b", {"m": 3, "n": 5})]))
+    file = read_length_file(
+        write_lengths([("train", "a", {"m": 3, "n": 4}), ("test", "b", {"m": 3, "n": 5})])
+    )
     with pytest.raises(DataError, match="not two models with 20 prompts in common"):
         across_models(file, encoder)
     with pytest.raises(DataError, match="needs at least two"):
