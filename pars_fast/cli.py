@@ -184,7 +184,8 @@ def _collect(arguments: argparse.Namespace) -> int:
         report = collect(prompts, arguments.out, collection, on_answer=show)
     print(
         f"{arguments.out}: {report.already + report.collected} of {report.wanted} answers, "
-        f"{report.collected} new, {report.at_limit} of them cut at {collection.max_tokens} tokens; {report.refused} refused"
+        f"{report.collected} new, {report.at_limit} of them cut at {collection.max_tokens} tokens; "
+        f"{report.refused} refused"
     )
     if report.failed:
         print(f"{report.failed} failed; the same command tries them again", file=sys.stderr)
