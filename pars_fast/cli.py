@@ -305,9 +305,10 @@ def _transfer(arguments: argparse.Namespace) -> None:
     for file in (file for file in files if len(file.models) > 1):
         models = across_models(file, encoder, arguments.max_models)
         result["models"][file.name] = asdict(models)
-        table = Table("trained on", *models.models, title=f"{file.name}: tau on the model of the column")
-        for name, row in zip(models.models, models.tau, strict=True):
-            table.add_row(name, *(f"{tau:.2f}" for tau in row))
+        numbers = [str(number) for number in range(1, 1 + len(models.models))]
+        table = Table("trained on", *numbers, title=f"{file.name}: tau on the model of the column", box=None)
+        for number, name, row in zip(numbers, models.models, models.tau, strict=True):
+            table.add_row(f"{number} {name}", *(f"{tau:.2f}" for tau in row))
         table.add_row("all the others", *(f"{tau:.2f}" for tau in models.others))
         console.print(table)
     if len(files) > 1:

@@ -81,7 +81,7 @@ def fit_length_distribution(scores: Floats, log_lengths: Floats, weights: Floats
     position = (np.cumsum(w) - w / 2) / w.sum()
     _, bins = np.unique((position * BINS).astype(int), return_inverse=True)
     count = bins.max() + 1
-    total = np.bincount(bins, w, count)
+    total = np.bincount(bins, w, count).astype(np.float64)
     centres = np.bincount(bins, w * s, count) / total
     mu = isotonic_regression(np.bincount(bins, w * y, count) / total, weights=total).x
     residual = y - np.interp(s, centres, mu)
@@ -147,5 +147,5 @@ def recorded_answers(
             prompts.append(prompt)
     if not entries:
         raise DataError(f"no {split} answers of {model!r} in {', '.join(str(file.path) for file in files)}")
-    index, log_length, weight = (np.array(column) for column in zip(*entries, strict=True))
-    return Answers(prompts, index, log_length, weight)
+    index, logs, weights = (np.array(column) for column in zip(*entries, strict=True))
+    return Answers(prompts, index, logs, weights)
