@@ -96,7 +96,7 @@ def benchmark(
         summary = {name: _summary(by_file[file.name], name, ours) for name in quality}
         for name, q in quality.items():
             summary[name]["models"] = {
-                file.models[i]: _column(np.nanmean(q, axis=0)[j], lengths[:, i])
+                file.models[i]: _column(q.mean(axis=0)[j], lengths[:, i])
                 for j, i in enumerate(columns)
             }
         for name, seeds in predictors.items():
