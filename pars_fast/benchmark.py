@@ -96,8 +96,7 @@ def benchmark(
         summary = {name: _summary(by_file[file.name], name, ours) for name in quality}
         for name, q in quality.items():
             summary[name]["models"] = {
-                file.models[i]: _column(q.mean(axis=0)[j], lengths[:, i])
-                for j, i in enumerate(columns)
+                file.models[i]: _column(q.mean(axis=0)[j], lengths[:, i]) for j, i in enumerate(columns)
             }
         for name, seeds in predictors.items():
             taus = np.nanmean(quality[name][:, :, 0, 0], axis=1)
@@ -139,7 +138,9 @@ def _by_domain(by_file: Mapping[str, Mapping[str, Floats]], names: Sequence[str]
     domains = dict.fromkeys(filter(None, map(DOMAINS.get, by_file)))
     return {
         domain: {
-            name: _number(np.mean([q[name][0, 0] for f, q in by_file.items() if DOMAINS.get(f) == domain]))
+            name: _number(
+                float(np.mean([q[name][0, 0] for f, q in by_file.items() if DOMAINS.get(f) == domain]))
+            )
             for name in names
         }
         for domain in domains
@@ -153,10 +154,10 @@ def held_out_rows(file: LengthFile) -> tuple[tuple[LengthRow, ...], Split]:
     return tuple(rows.values()), split
 
 
-def _sample(rows: Sequence[LengthRow], most: int | None, seed: int) -> Sequence[LengthRow]:
+def _sample(rows: tuple[LengthRow, ...], most: int | None, seed: int) -> tuple[LengthRow, ...]:
     if most is None or len(rows) <= most:
         return rows
-    return [rows[i] for i in np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])]
+    return tuple(rows[i] for i in np.sort(np.random.default_rng(seed).permutation(len(rows))[:most]))
 
 
 def _lengths(rows: Sequence[LengthRow], models: Sequence[str]) -> Floats:
@@ -213,7 +214,7 @@ def _by_prompt_length(
             for i in columns
             if (there := ~np.isnan(lengths[third, i])).sum() >= MIN_ROWS
         ]
-        thirds.append(_number(np.nanmean(taus)) if np.isfinite(taus).any() else None)
+        thirds.append(_number(float(np.nanmean(taus))) if np.isfinite(taus).any() else None)
     return thirds
 
 

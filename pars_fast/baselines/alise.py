@@ -26,6 +26,7 @@ class Alise(Baseline):
     """`stored` is (N, H) float16 of unit length, `log_lengths` (N,) float32 of the same prompts."""
 
     name = "alise"
+    encoder: FrozenEncoder
 
     def __init__(
         self, stored: Tensor, log_lengths: Tensor, network: nn.Sequential, encoder: FrozenEncoder

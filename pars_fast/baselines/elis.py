@@ -24,6 +24,7 @@ HIDDEN = (256,) * 7  # seven and the output: eight linear layers; the paper's wi
 
 class Elis(Baseline):
     name = "elis"
+    encoder: FrozenEncoder
 
     def __init__(self, network: nn.Sequential, encoder: FrozenEncoder) -> None:
         self.network, self.encoder = network, encoder

@@ -23,6 +23,7 @@ HIDDEN = (256,)
 
 class Head(Baseline):
     name = "head"
+    encoder: FrozenEncoder
 
     def __init__(self, network: nn.Sequential, encoder: FrozenEncoder) -> None:
         self.network, self.encoder = network, encoder

@@ -70,8 +70,8 @@ def fit_mlp(
     first = model[0]
     assert isinstance(first, nn.Linear)
     with torch.no_grad():  # the standardisation becomes part of the first layer
-        first.weight /= spread
-        first.bias -= first.weight @ centre
+        first.weight.div_(spread)
+        first.bias.sub_(first.weight @ centre)
     return model.requires_grad_(False)
 
 

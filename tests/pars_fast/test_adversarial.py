@@ -13,7 +13,7 @@ from pars_fast.cli import main
 class Knowing:
     """Knows the set by heart."""
 
-    token_map = TokenMap((0.0, 1.0), (10.0, 100.0))
+    token_map: TokenMap | None = TokenMap((0.0, 1.0), (10.0, 100.0))
 
     def score(self, prompts: Sequence[str]) -> torch.Tensor:
         longer = {pair.longer for pair in adversarial_pairs()}

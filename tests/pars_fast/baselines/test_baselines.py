@@ -111,7 +111,8 @@ def test_a_network_is_the_same_after_its_tensors() -> None:
 
 def test_prompts_that_cannot_be_scored(tiny_encoder: Path) -> None:
     prompt_length = load_predictor("prompt_length")
-    for prompts in ([], "one string"):
+    nothing: list[str] = []
+    for prompts in (nothing, "one string"):
         with pytest.raises(PromptError, match="prompts must be a list of strings, at least one"):
             prompt_length.score(prompts)
     with pytest.raises(PromptError, match="prompt 1 is empty"):
