@@ -36,7 +36,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a ranker on length files"))
-    _add_evaluate(commands.add_parser("evaluate", help="measure a ranker on a length file"))
+    _add_collect(
+        commands.add_parser("collect", help="collect answer lengths from an OpenAI-compatible server")
+    )
+    _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
+    _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
+    _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
+    _add_transfer(commands.add_parser("transfer", help="train on one model or set, measure on another"))
+    _add_duplicates(commands.add_parser("duplicates", help="near-duplicate prompts across splits"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
@@ -65,7 +72,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="starting weights: minilm, default, small, a local directory or a hub name (%(default)s)",
     )
     add("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
-    add("--loss", default=DEFAULT, help="margin (PARS) or huber")
+    add("--loss", default=DEFAULT, help="margin (PARS), margin_unfiltered, listmle (LTR) or huber")
     add("--pooling", default=DEFAULT, choices=["cls", "mean"])
     for name in ("epochs", "batch-prompts", "max-prompts-per-file", "max-tokens", "layers", "seed"):
         add(f"--{name}", type=int, default=DEFAULT)
@@ -89,26 +96,259 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"ranker written to {arguments.out}")
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ranker", metavar="RANKER", help="default, small or a directory; changed in place")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
+    parser.add_argument("--model-column", default="consensus", help="model that is served (any model's)")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from pars_fast.data import read_length_file
+    from pars_fast.packaged import checkpoint_directory
+    from pars_fast.ranker import Ranker
+    from pars_fast.training import calibrate
+
+    ranker = Ranker.from_pretrained(arguments.ranker, device="cpu")
+    files = [read_length_file(path) for path in arguments.data]
+    exclude = [read_length_file(path) for path in arguments.exclude]
+    calibrate(ranker, files, model_column=arguments.model_column, exclude=exclude)
+    ranker.save_pretrained(checkpoint_directory(arguments.ranker))
+    print(f"distribution of lengths written to {checkpoint_directory(arguments.ranker)}")
+
+
+def _add_baseline(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="prompt_length, tfidf_ridge, frozen_ridge, alise, elis, head_LOSS with a loss of train",
+    )
+    add("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
+    add("--out", required=True, type=Path, help="folder; each baseline gets its own in it")
+    add("--encoder", default="minilm", help="frozen encoder: minilm, a local directory or a hub name")
+    add("--model-column", default="consensus", help="model whose lengths are learnt, or consensus")
+    add("--max-prompts-per-file", type=int)
+    add("--seed", type=int, default=42)
+    parser.set_defaults(run=_baseline)
+
+
+def _baseline(arguments: argparse.Namespace) -> None:
+    from pars_fast.baselines import fit_baseline
+    from pars_fast.data import read_length_file
+
+    make_writable(arguments.out)
+    files = [read_length_file(path) for path in arguments.data]
+    exclude = [read_length_file(path) for path in arguments.exclude]
+    for name in arguments.names:
+        predictor = fit_baseline(
+            name,
+            files,
+            exclude=exclude,
+            encoder=arguments.encoder,
+            model_column=arguments.model_column,
+            max_prompts_per_file=arguments.max_prompts_per_file,
+            seed=arguments.seed,
+        )
+        predictor.save_pretrained(arguments.out / name)
+        print(f"{name} written to {arguments.out / name}")
+
+
+def _add_collect(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--endpoint", required=True, metavar="URL", help="an OpenAI-compatible server, with or without /v1")
+    add("--prompts", required=True, type=Path, metavar="F", help='.jsonl with "prompt", or a prompt a line')
+    add("--out", required=True, type=Path, metavar="F", help="length file for train; resumes by F.sqlite")
+    add("--model", default=DEFAULT, help="the first that the server names, if not given")
+    for name in ("samples", "concurrency", "max-tokens", "attempts"):
+        add(f"--{name}", type=int, default=DEFAULT)
+    for name in ("temperature", "timeout-s"):
+        add(f"--{name}", type=float, default=DEFAULT)
+    parser.set_defaults(run=_collect)
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    import os
+    from dataclasses import fields
+
+    from pars_fast.collect import Collection, collect, progress, read_prompts
+
+    names = {field.name for field in fields(Collection)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    collection = Collection(**given, api_key=os.environ.get("OPENAI_API_KEY"))
+    prompts = read_prompts(arguments.prompts)
+    make_writable(arguments.out.parent)
+    with progress(len(prompts) * collection.samples) as show:
+        report = collect(prompts, arguments.out, collection, on_answer=show)
+    print(
+        f"{arguments.out}: {report.already + report.collected} of {report.wanted} answers, "
+        f"{report.collected} new, {report.at_limit} of them cut at {collection.max_tokens} tokens; "
+        f"{report.refused} refused"
+    )
+    if report.failed:
+        print(f"{report.failed} failed; the same command tries them again", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranker", default="default", help="directory, default or small (%(default)s)")
-    parser.add_argument("--data", required=True, metavar="FILE", help="length file")
-    parser.add_argument("--split", default="test", choices=["train", "val", "test", "all"])
-    parser.add_argument("--json", type=Path, metavar="F", help="write the measures there")
+    add = parser.add_argument
+    add(
+        "--ranker",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        help="default, small, prompt_length, or a directory of train or baseline (default). With --all: "
+        "several, NAME=DIR,DIR for seeds of one, the first compared with all (default small prompt_length)",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help="length file")
+    what.add_argument("--all", action="store_true", help="every length file of --data-dir, every ranker")
+    what.add_argument("--adversarial", action="store_true", help="the package's own pairs of hard prompts")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for --all (%(default)s)")
+    add("--max-prompts-per-file", type=int, help="with --all: a sample of so many, for a quick look")
+    add("--split", default="test", choices=["train", "val", "test", "all"], help="of --data (%(default)s)")
+    add("--json", type=Path, metavar="F", help="write the measures there")
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from pars_fast.data import read_length_file
-    from pars_fast.evaluation import evaluate
-    from pars_fast.ranker import Ranker
-
     if arguments.json:
         make_writable(arguments.json.parent)  # say so before the work, not after it
+    if arguments.all:
+        _evaluate_all(arguments)
+        return
+    if arguments.adversarial:
+        _evaluate_adversarial(arguments)
+        return
+    from pars_fast.baselines import load_predictor
+    from pars_fast.data import read_length_file
+    from pars_fast.evaluation import evaluate
+
+    if len(names := arguments.ranker or ["default"]) > 1:
+        raise ParsFastError("--data takes one --ranker; several are compared with --all")
     file = read_length_file(arguments.data)
-    result = evaluate(Ranker.from_pretrained(arguments.ranker), file, arguments.split)
+    result = evaluate(load_predictor(names[0]), file, arguments.split)
     _print_quality(f"{file.name}, {arguments.split} split", result)
     if arguments.json:
         write_json(arguments.json, result)
+
+
+def _evaluate_all(arguments: argparse.Namespace) -> None:
+    from pars_fast.baselines import load_predictor
+    from pars_fast.benchmark import benchmark, read_length_files
+    from pars_fast.benchmark_table import BenchmarkTable
+
+    predictors = {}
+    for given in arguments.ranker or ["default", "small", "prompt_length"]:
+        name, paths = given.split("=", 1) if "=" in given else (Path(given).name, given)
+        predictors[name] = [load_predictor(path) for path in paths.split(",")]
+    table, results = BenchmarkTable(list(predictors)), {}
+    files = read_length_files(arguments.data_dir)
+    for name, result in benchmark(files, predictors, max_prompts_per_file=arguments.max_prompts_per_file):
+        results[name] = result
+        table.add(name, result)
+        if arguments.json:
+            write_json(arguments.json, results)  # as far as it is done
+    table.print()
+
+
+def _evaluate_adversarial(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pars_fast.adversarial import judge, right_by_family
+    from pars_fast.baselines import load_predictor
+
+    names = arguments.ranker or ["default", "small"]
+    verdicts = {name: judge(load_predictor(name)) for name in names}
+    families = {name: right_by_family(judged) for name, judged in verdicts.items()}
+    table = Table("family", "pairs", *names, title="pairs in the right order")
+    for family, (_, count) in families[names[0]].items():
+        table.add_row(family, str(count), *(str(families[name][family][0]) for name in names))
+    totals = (str(sum(right for right, _ in families[name].values())) for name in names)
+    table.add_row("all", str(len(verdicts[names[0]])), *totals)
+    Console().print(table)
+    if arguments.json:
+        write_json(
+            arguments.json,
+            {name: [asdict(verdict) for verdict in judged] for name, judged in verdicts.items()},
+        )
+
+
+def _add_transfer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    parser.add_argument("--encoder", default="minilm", help="as of baseline")
+    parser.add_argument("--max-models", type=int, default=12, help="of each file (%(default)s)")
+    parser.add_argument("--max-prompts-per-file", type=int, default=2000, help="across sets (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write all cells there")
+    parser.set_defaults(run=_transfer)
+
+
+def _transfer(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pars_fast.baselines.encoder import FrozenEncoder
+    from pars_fast.data import read_length_file
+    from pars_fast.transfer import across_models, across_sets
+
+    if arguments.json:
+        make_writable(arguments.json.parent)
+    console, encoder = Console(), FrozenEncoder.of(arguments.encoder)
+    files = [read_length_file(path) for path in arguments.data]
+    result: dict[str, Any] = {"models": {}, "sets": []}
+    for file in (file for file in files if len(file.models) > 1):
+        models = across_models(file, encoder, arguments.max_models)
+        result["models"][file.name] = asdict(models)
+        numbers = [str(number) for number in range(1, 1 + len(models.models))]
+        table = Table("trained on", *numbers, title=f"{file.name}: tau on the model of the column", box=None)
+        for number, name, row in zip(numbers, models.models, models.tau, strict=True):
+            table.add_row(f"{number} {name}", *(f"{tau:.2f}" for tau in row))
+        table.add_row("all the others", *(f"{tau:.2f}" for tau in models.others))
+        console.print(table)
+    if len(files) > 1:
+        sets = across_sets(files, encoder, max_prompts_per_file=arguments.max_prompts_per_file)
+        result["sets"] = [asdict(one) for one in sets]
+        table = Table(
+            "set", "learnt from it alone", "from all", "from all but it", title="mean tau over models"
+        )
+        for one in sets:
+            table.add_row(one.name, *(f"{tau:.3f}" for tau in (one.own, one.all_files, one.all_but_this)))
+        console.print(table)
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _add_duplicates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
+    parser.add_argument("--json", type=Path, metavar="F", help="write every pair there")
+    parser.set_defaults(run=_duplicates)
+
+
+def _duplicates(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pars_fast.data import read_length_file
+    from pars_fast.duplicates import leaking_prompts, near_duplicates
+
+    files = [read_length_file(path) for path in arguments.data]
+    pairs = near_duplicates(files)
+    leaks = {split: leaking_prompts(pairs, split) for split in ("val", "test")}
+    table = Table("file", "val", "test", title="prompts with a near-duplicate in train")
+    for file in files:
+        table.add_row(file.name, *(str(leaks[split][file.name]) for split in ("val", "test")))
+    Console().print(table)
+    if arguments.json:
+        write_json(arguments.json, [asdict(pair) for pair in pairs])
 
 
 def _print_quality(title: str, result: dict[str, Any]) -> None:

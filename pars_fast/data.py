@@ -190,3 +190,18 @@ def label_prompts(
         names = ", ".join(str(file.path) for file in files)
         raise DataError(f"no {split} prompts with a length of {model!r} in {names}")
     return LabelledPrompts(prompts, np.array(labels), np.array(group))
+
+
+def split_prompts(
+    files: Sequence[LengthFile], model: str, exclude: Sequence[LengthFile] = ()
+) -> tuple[LabelledPrompts, LabelledPrompts]:
+    """(train, validation) prompts of all files; none crosses splits, none stands in a file of `exclude`.
+
+    A prompt that some file holds out (test before validation) is held out of all of them.
+
+    Raises: DataError: as `label_prompts`.
+    """
+    forbidden = distinct_prompts(exclude) | distinct_prompts(files, "test")
+    validation = label_prompts(files, "val", model, forbidden=forbidden)
+    training = label_prompts(files, "train", model, forbidden=forbidden | distinct_prompts(files, "val"))
+    return training, validation

@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pars_fast.baselines import Predictor
 from pars_fast.data import LengthFile, Split
 from pars_fast.metrics import ranking_quality
-from pars_fast.ranker import Ranker
 
 
-def evaluate(ranker: Ranker, file: LengthFile, split: Split | Literal["all"]) -> dict[str, Any]:
+def evaluate(ranker: Predictor, file: LengthFile, split: Split | Literal["all"]) -> dict[str, Any]:
     """Quality per model column: `{"models": {name: {...} | {"n", "null": reason}}, "mean_kendall_tau"}`.
 
     A column that cannot be ranked (no rows, one row, all lengths or all scores equal) has null measures

@@ -18,32 +18,58 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 MARGIN = 1.0
 # Logs in float32 are off by up to 1e-6: without it a pair exactly at the filter's edge may fall out.
 EDGE_SLACK = 2e-6
+LEAST_DIFFERENCE = 1e-5  # less than one token in 20,000, more than the slack
+LTR_BUCKET_TOKENS = 10
 
 
-def informative_pairs(log_lengths: Tensor) -> tuple[Tensor, Tensor]:
+def informative_pairs(
+    log_lengths: Tensor, min_relative_difference: float = MIN_RELATIVE_DIFFERENCE
+) -> tuple[Tensor, Tensor]:
     """Index pairs (i, j), i < j, that pass PARS's filter |La - Lb| / max(La, Lb) >= 0.2.
 
     On logs the filter reads |log La - log Lb| >= -log(1 - 0.2).
     """
     n = len(log_lengths)
     first, second = torch.triu_indices(n, n, offset=1, device=log_lengths.device)
-    edge = -math.log(1 - MIN_RELATIVE_DIFFERENCE) - EDGE_SLACK
+    edge = -math.log(1 - min_relative_difference) - EDGE_SLACK
     keep = (log_lengths[first] - log_lengths[second]).abs() >= edge
     return first[keep], second[keep]
 
 
-def margin(scores: Tensor, log_lengths: Tensor) -> Tensor:
+def margin(
+    scores: Tensor, log_lengths: Tensor, *, min_relative_difference: float = MIN_RELATIVE_DIFFERENCE
+) -> Tensor:
     """PARS's margin ranking loss over the filtered pairs of the batch: max(0, 1 - y (s_i - s_j)).
 
     PARS runs both prompts of each of 128 pairs through the encoder. Here every prompt is encoded once and
     meets all others of its batch: 16 prompts give 120 pairs, 15 partners a prompt and epoch (the paper: 10
     to 50), for a sixteenth of the encoder's work. Source: arXiv 2510.03243, margin ranking loss.
     """
-    first, second = informative_pairs(log_lengths)
+    first, second = informative_pairs(log_lengths, min_relative_difference)
     if not len(first):
         return scores.sum() * 0.0
     sign = torch.sign(log_lengths[first] - log_lengths[second])
     return F.margin_ranking_loss(scores[first], scores[second], sign, margin=MARGIN)
+
+
+def margin_unfiltered(scores: Tensor, log_lengths: Tensor) -> Tensor:
+    """The margin ranking loss over all pairs whose lengths differ at all: what PARS's filter is judged by."""
+    return margin(scores, log_lengths, min_relative_difference=LEAST_DIFFERENCE)
+
+
+def listmle(scores: Tensor, log_lengths: Tensor) -> Tensor:
+    """LTR's list loss: the negative log likelihood of the batch's true order, longest first, per prompt.
+
+    Plackett-Luce: at every place the right prompt is drawn among those not yet placed, by softmax of score.
+    Lengths are compared in buckets of 10 tokens, and the order within a bucket is drawn anew each time (from
+    torch's generator). Source: LTR (arXiv 2408.15792); Xia et al. 2008, ListMLE.
+    """
+    buckets = (log_lengths.exp() / LTR_BUCKET_TOKENS).floor()
+    shuffled = torch.randperm(len(scores)).to(scores.device)
+    order = shuffled[buckets[shuffled].argsort(descending=True, stable=True)]
+    placed = scores[order]
+    remaining = placed.flip(0).logcumsumexp(0).flip(0)
+    return (remaining - placed).mean()
 
 
 def huber(scores: Tensor, log_lengths: Tensor) -> Tensor:
@@ -51,4 +77,9 @@ def huber(scores: Tensor, log_lengths: Tensor) -> Tensor:
     return F.smooth_l1_loss(scores, log_lengths)
 
 
-LOSSES: dict[str, Loss] = {"margin": margin, "huber": huber}
+LOSSES: dict[str, Loss] = {
+    "margin": margin,
+    "margin_unfiltered": margin_unfiltered,
+    "listmle": listmle,
+    "huber": huber,
+}

@@ -29,10 +29,11 @@ class ScoreModel(PackedBertEncoder):
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T,) int32 ids and (B + 1,) int32 offsets -> (B,) float32 scores."""
-        return self.score_head(self.pooled(input_ids, cu_seqlens))[:, 0].float()
+        return self.score_head(self.embed(input_ids, cu_seqlens))[:, 0].float()
 
-    def pooled(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """(B, H): the last hidden state of each prompt's first token, or the mean over its tokens."""
+    def embed(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T,) int32 ids and (B + 1,) int32 offsets -> (B, H): the last hidden state of each prompt's first
+        token, or the mean over its tokens."""
         if self.pooling == "cls":
             return self.hidden_states(input_ids, cu_seqlens, first_tokens=True)
         hidden = self.hidden_states(input_ids, cu_seqlens)

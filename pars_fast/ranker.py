@@ -5,9 +5,10 @@ A checkpoint is a Hugging Face style directory: `config.json` (a BERT config wit
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +19,14 @@ from torch import Tensor
 from transformers import BertConfig, BertTokenizerFast
 
 from pars_fast.calibration import TokenMap
+from pars_fast.distribution import LengthDistribution
 from pars_fast.errors import CheckpointError, PromptError
 from pars_fast.model import Pooling, ScoreModel
 from pars_fast.packaged import checkpoint_directory
 from pars_fast.packed_weights import ACTIVATION, PackedWeights
 from pars_fast.tokenization import PackedBatch, encode, pack
 
+Knots = TypeVar("Knots", TokenMap, LengthDistribution)
 MAX_TOKENS = 128  # PARS's window
 SUPPORTED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
@@ -36,6 +39,7 @@ class Ranker:
         tokenizer: WordPiece tokenizer, truncating to `max_tokens`.
         max_tokens: prompt window in WordPiece tokens, [CLS] and [SEP] included.
         token_map: isotonic map from score to expected output tokens, None for an uncalibrated ranker.
+        distribution: from scores to mu and sigma of log output tokens, None where it was not fitted.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Ranker:
         *,
         max_tokens: int = MAX_TOKENS,
         token_map: TokenMap | None = None,
+        distribution: LengthDistribution | None = None,
     ) -> None:
         if not 3 <= max_tokens <= config.max_position_embeddings:
             raise CheckpointError(
@@ -56,6 +61,7 @@ class Ranker:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.token_map = token_map
+        self.distribution = distribution
         self._packed: PackedWeights | None = None
         tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()
@@ -91,7 +97,7 @@ class Ranker:
             weights that are not finite.
         """
         directory = checkpoint_directory(path)
-        settings = _read_config(directory)
+        settings = read_config(directory)
         section = settings.get("pars_fast")
         if not isinstance(section, dict) or section.get("pooling") not in get_args(Pooling):
             raise CheckpointError(
@@ -101,7 +107,8 @@ class Ranker:
         max_tokens = section.get("max_tokens", MAX_TOKENS)
         if not isinstance(max_tokens, int):
             raise CheckpointError(f"{directory}: max_tokens must be a whole number, got {max_tokens!r}")
-        token_map = _token_map(directory, section.get("token_map"))
+        token_map = _knots(directory, section, "token_map", TokenMap)
+        distribution = _knots(directory, section, "distribution", LengthDistribution)
         model, config = _build(directory, settings, section["pooling"])
         _load_weights(directory, model)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -111,6 +118,7 @@ class Ranker:
             _read_tokenizer(directory, config),
             max_tokens=max_tokens,
             token_map=token_map,
+            distribution=distribution,
         )
 
     @classmethod
@@ -120,7 +128,7 @@ class Ranker:
         Raises: CheckpointError: as `from_pretrained`.
         """
         directory = Path(path)
-        model, config = _build(directory, _read_config(directory), pooling)
+        model, config = _build(directory, read_config(directory), pooling)
         _load_weights(directory, model, new_head=True)
         return cls(model, config, _read_tokenizer(directory, config), max_tokens=max_tokens)
 
@@ -197,7 +205,9 @@ class Ranker:
         directory.mkdir(parents=True, exist_ok=True)
         section: dict[str, Any] = {"pooling": self.model.pooling, "max_tokens": self.max_tokens}
         if self.token_map is not None:
-            section["token_map"] = {"scores": self.token_map.scores, "tokens": self.token_map.tokens}
+            section["token_map"] = asdict(self.token_map)
+        if self.distribution is not None:
+            section["distribution"] = asdict(self.distribution)
         settings = {
             **self.config.to_diff_dict(),
             "architectures": ["BertModel"],
@@ -218,10 +228,11 @@ def is_ranker(directory: Path) -> bool:
 
     Raises: CheckpointError: if it has no readable config.json.
     """
-    return "pars_fast" in _read_config(directory)
+    return "pars_fast" in read_config(directory)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a model directory's config.json. Raises: CheckpointError: if it cannot be read."""
     try:
         settings = json.loads((directory / "config.json").read_text())
     except FileNotFoundError as error:
@@ -254,11 +265,16 @@ def _build(directory: Path, settings: dict[str, Any], pooling: Pooling) -> tuple
         raise CheckpointError(f"{directory}/config.json: {reason}") from error
 
 
-def _token_map(directory: Path, knots: Any) -> TokenMap | None:
+def _knots(directory: Path, section: dict[str, Any], name: str, kind: Callable[..., Knots]) -> Knots | None:
+    """The score-to-token map or the distribution, as `asdict` wrote it."""
+    if (knots := section.get(name)) is None:
+        return None
     try:
-        return None if knots is None else TokenMap(tuple(knots["scores"]), tuple(knots["tokens"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory}/config.json: damaged token_map ({error})") from error
+        return kind(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in knots.items()}
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}/config.json: damaged {name} ({error})") from error
 
 
 def _read_tokenizer(directory: Path, config: BertConfig) -> Tokenizer:

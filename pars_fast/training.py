@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pars_fast.calibration import fit_token_map
-from pars_fast.data import CONSENSUS, LabelledPrompts, LengthFile, distinct_prompts, label_prompts
+from pars_fast.data import CONSENSUS, LabelledPrompts, LengthFile, distinct_prompts, split_prompts
+from pars_fast.distribution import fit_length_distribution, recorded_answers
 from pars_fast.errors import CheckpointError, ParsFastError, make_writable, require_extra
 from pars_fast.losses import LOSSES
 from pars_fast.metrics import pair_accuracies
@@ -118,10 +119,7 @@ def train(
     """
     accelerator = require_extra("accelerate", "train").Accelerator()
     make_writable(out)
-    forbidden = distinct_prompts(exclude) | distinct_prompts(files, "test")
-    validation = label_prompts(files, "val", recipe.model_column, forbidden=forbidden)
-    forbidden |= distinct_prompts(files, "val")
-    training = label_prompts(files, "train", recipe.model_column, forbidden=forbidden)
+    training, validation = split_prompts(files, recipe.model_column, exclude)
     training = training.at_most(recipe.max_prompts_per_file, recipe.seed)
     if recipe.teacher is not None:
         taught = Ranker.from_pretrained(recipe.teacher, device=accelerator.device).score(training.prompts)
@@ -129,7 +127,30 @@ def train(
     ranker = _start(init, recipe, float(training.log_length.mean()))
     run = _Run(accelerator, ranker, recipe, out, training, validation)
     run.fit()
-    return Ranker.from_pretrained(out, device="cpu")
+    ranker = Ranker.from_pretrained(out, device="cpu")
+    if accelerator.is_main_process:
+        calibrate(ranker, files, model_column=recipe.model_column, exclude=exclude)
+        ranker.save_pretrained(out)
+    return ranker
+
+
+def calibrate(
+    ranker: Ranker,
+    files: Sequence[LengthFile],
+    *,
+    model_column: str = CONSENSUS,
+    exclude: Sequence[LengthFile] = (),
+) -> None:
+    """Fit the ranker's distribution of lengths on the answers to the validation split.
+
+    With a model's column the distribution is of that model's answers; with the consensus, of any model's.
+
+    Raises: DataError: if there are no such answers.
+    """
+    forbidden = frozenset(distinct_prompts(exclude) | distinct_prompts(files, "test"))
+    answers = recorded_answers(files, "val", model=model_column, forbidden=forbidden)
+    scores = ranker.score(answers.prompts).double().numpy()[answers.prompt_index]
+    ranker.distribution = fit_length_distribution(scores, answers.log_length, answers.weight)
 
 
 def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:

@@ -116,7 +116,9 @@ def test_an_unknown_model_column_lists_those_there_are(
 ) -> None:
     command = ("train", "--data", lengths, "--out", tmp_path / "out", "--init", tiny_encoder)
     assert "no model column 'opt'; it has: gpt" in error_of(capsys, *command, "--model-column", "opt")
-    assert "loss must be one of margin, huber, got 'mse'" in error_of(capsys, *command, "--loss", "mse")
+    assert "loss must be one of margin, margin_unfiltered, listmle, huber, got 'mse'" in error_of(
+        capsys, *command, "--loss", "mse"
+    )
 
 
 def test_an_output_that_cannot_be_written_is_named(

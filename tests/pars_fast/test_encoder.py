@@ -41,7 +41,7 @@ def padded_reference(directory: Path, batch: PackedBatch, pooling: Pooling) -> T
 
 @torch.no_grad()
 def packed(ranker: Ranker, batch: PackedBatch) -> Tensor:
-    return ranker.model.pooled(batch.input_ids, batch.cu_seqlens)
+    return ranker.model.embed(batch.input_ids, batch.cu_seqlens)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

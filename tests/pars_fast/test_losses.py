@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pars_fast.losses import LOSSES, huber, informative_pairs, margin
+from pars_fast.losses import LOSSES, huber, informative_pairs, listmle, margin, margin_unfiltered
 
 LENGTHS = st.integers(1, 20_000)
 
@@ -66,3 +66,24 @@ def test_huber_is_quadratic_near_and_linear_far() -> None:
 def test_every_loss_prefers_the_right_order(name: str) -> None:
     log_lengths = torch.tensor([math.log(n) for n in (5, 50, 500)])
     assert LOSSES[name](log_lengths * 1.5, log_lengths) < LOSSES[name](-log_lengths, log_lengths)
+
+
+def test_margin_unfiltered_also_meets_pairs_that_are_close() -> None:
+    scores, log_lengths = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([100.0, 101.0, 101.0]).log()
+    assert float(margin(scores, log_lengths)) == 0
+    assert float(margin_unfiltered(scores, log_lengths)) == pytest.approx(1)  # equal lengths make no pair
+
+
+def test_listmle_is_the_likelihood_of_the_true_order() -> None:
+    scores = torch.tensor([0.3, -1.0, 2.0])
+    log_lengths = torch.tensor([5.0, 500.0, 50.0]).log()
+    placed = scores[[1, 2, 0]]
+    likelihood = sum(float(placed[i:].log_softmax(0)[0]) for i in range(3))
+    assert float(listmle(scores, log_lengths)) == pytest.approx(-likelihood / 3)
+
+
+def test_listmle_takes_lengths_of_one_bucket_in_any_order() -> None:
+    scores, log_lengths = torch.tensor([1.0, -1.0]), torch.tensor([12.0, 18.0]).log()
+    torch.manual_seed(0)
+    losses = {round(float(listmle(scores, log_lengths)), 3) for _ in range(30)}
+    assert len(losses) == 2

@@ -244,7 +244,7 @@ def test_an_unwritable_folder_is_told_before_the_work(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "ndcg"}, "loss must be one of margin, huber, got 'ndcg'"),
+        ({"loss": "ndcg"}, "loss must be one of margin, margin_unfiltered, listmle, huber, got 'ndcg'"),
         ({"epochs": 0}, "need epochs >= 1 and batch_prompts >= 2, got 0, 16"),
         ({"batch_prompts": 1}, "need epochs >= 1 and batch_prompts >= 2, got 3, 1"),
     ],
