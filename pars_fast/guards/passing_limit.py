@@ -17,6 +17,9 @@ smaller part of the work (`docs/simulator.md`), and because a count is exact wha
 limit grows while the queue does, because those who come later in a rush wait longer in any order. It reads no
 clock.
 
+So that a request is served even if the queue grows for ever, the longest queue counts up to 16 times the one
+that the request met, itself taken for 256 at least (`docs/wait_bound.md`).
+
 A request that is aborted while it waits counts as having gone ahead of those before it.
 """
 
@@ -27,6 +30,9 @@ from typing import ClassVar
 
 from pars_fast.guards.base import Moment, WaitingRequest
 from pars_fast.guards.charges import ChargedWatch
+
+MAX_GROWTH = 16
+GROWTH_FROM = 256  # requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,8 @@ class Passes(ChargedWatch):
 
     def remaining(self, seq: int) -> float:
         """How many later arrivals may still go ahead of the waiting request `seq`."""
-        longest = self._peaks[bisect_left(self._peak_seqs, seq)]
+        met = self._settings.floor_requests - self._waiting.members[seq]
+        longest = min(self._peaks[bisect_left(self._peak_seqs, seq)], MAX_GROWTH * max(met, GROWTH_FROM))
         return super().remaining(seq) + (1 + self._settings.beta) * longest
 
     def ahead_of(self, seq: int, tokens: float, now: Moment) -> int | None:

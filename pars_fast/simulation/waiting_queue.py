@@ -33,6 +33,7 @@ from pars_fast.guards import (
     RelativeAgeing,
     UniBoost,
 )
+from pars_fast.guards.passing_limit import GROWTH_FROM, MAX_GROWTH
 from pars_fast.host_index import MAX_EXPECTED_TOKENS
 from pars_fast.simulation.arrays import Floats, Ints, Records, compiled
 from pars_fast.simulation.heaps import EMPTY, meld, pop
@@ -531,7 +532,9 @@ def _remaining(q: Queue, order: Order, e: int, i: int) -> float:
     requests = q.request
     budget = requests[i].budget
     if order.guard == PASSING_LIMIT:
-        budget += (1 + order.a) * (requests[_highest(q, i)].ahead - requests[i].ahead)
+        met = requests[i].ahead
+        longest = min(requests[_highest(q, i)].ahead, MAX_GROWTH * max(met, GROWTH_FROM))
+        budget += (1 + order.a) * (longest - met)
     return budget - _charged_beyond(q, e, i)
 
 

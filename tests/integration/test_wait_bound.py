@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.guards import OvertakingBudget
+from pars_fast.guards import OvertakingBudget, PassingLimit
 from pars_fast.integration.runtime import READY, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.settings import Settings
@@ -91,6 +91,8 @@ class Arrival:
     request: Request
     ahead: list[str]  # of its class, waiting when it came
     expected_ahead: float
+    queue: int  # of those ahead, less the preempted ones
+    came: int  # number of first admissions before it came
     left: int = 0  # number of first admissions before its own, or before its abort
 
 
@@ -98,7 +100,7 @@ class Run:
     """Serves `count` requests and keeps what the bound speaks of."""
 
     def __init__(
-        self, seed: int, score: str, guard: OvertakingBudget, *, count: int, priorities: int
+        self, seed: int, score: str, guard: OvertakingBudget | PassingLimit, *, count: int, priorities: int
     ) -> None:
         self.rng = random.Random(seed)
         self.guard, self.count, self.priorities = guard, count, priorities
@@ -106,7 +108,7 @@ class Run:
         scores = [SCORES[score](self.rng, answer) for answer in self.answers]
         ranker = MadeUpRanker(scores.__getitem__, self.rng.choice([0.0, 0.7]), random.Random(seed))
         members = {
-            "_read_settings": lambda self: Settings(policy="pars_fast", guard=guard),
+            "_read_settings": lambda self: Settings(policy="pars_fast", guard=guard, calibration=False),
             "_make_runtime": lambda self, settings: ranker,
         }
         self.scheduler: Any = make_scheduler(type("Ranked", (with_ranking(Scheduler),), members), ENGINE)
@@ -151,7 +153,11 @@ class Run:
         ahead = [entry for entry in index if entry.priority == request.priority]
         expected_ahead = sum(index.expected(entry) for entry in ahead)
         self.arrivals[request.request_id] = Arrival(
-            request, [entry.payload.request_id for entry in ahead], expected_ahead
+            request,
+            [entry.payload.request_id for entry in ahead],
+            expected_ahead,
+            queue=sum(entry.lane for entry in ahead),
+            came=len(self.admitted),
         )
         self.scheduler.add_request(request)
 
@@ -184,20 +190,51 @@ class Run:
         for number, answer in enumerate(self.answers):
             assert made[str(number)] == answer or str(number) in self.aborted
         assert not self.scheduler.waiting
-        unknown = SEATS * (LONGEST - 1)
         order = {i: place for place, i in enumerate(self.arrivals)}
         for request_id, arrival in self.arrivals.items():
-            same = [
-                i
-                for i in self.admitted[: arrival.left]
-                if self.arrivals[i].request.priority == arrival.request.priority
-            ]
-            passed_by = sum(made[i] for i in same if order[i] > order[request_id])
-            tolerated = self.guard.floor_tokens + self.guard.beta * arrival.expected_ahead
-            assert passed_by <= tolerated + unknown + 1e-6
-            ahead = set(arrival.ahead)
-            older = sum(made[i] for i in same if i in ahead)
-            assert older + passed_by <= sum(made[i] for i in ahead) + tolerated + unknown + 1e-6
+            priority = arrival.request.priority
+            same = [i for i in self.admitted[: arrival.left] if self.arrivals[i].request.priority == priority]
+            later = [i for i in same if order[i] > order[request_id]]
+            if isinstance(self.guard, OvertakingBudget):
+                self._check_work(self.guard, arrival, same, later, made)
+            else:
+                since = [a for i, a in self.arrivals.items() if order[i] >= order[request_id]]
+                since = [a for a in since if a.request.priority == priority and a.came <= arrival.left]
+                longest = max(a.queue for a in since)
+                older = [i for i in same if i in arrival.ahead and i in self.admitted[arrival.came :]]
+                limit = self.guard.floor_requests + (1 + self.guard.beta) * longest
+                assert len(older) + len(later) <= limit
+
+    def _check_work(
+        self,
+        guard: OvertakingBudget,
+        arrival: Arrival,
+        same: list[str],
+        later: list[str],
+        made: dict[str, int],
+    ) -> None:
+        unknown = SEATS * (LONGEST - 1)
+        passed_by = sum(made[i] for i in later)
+        tolerated = guard.floor_tokens + guard.beta * arrival.expected_ahead
+        assert passed_by <= tolerated + unknown + 1e-6
+        older = sum(made[i] for i in same if i in arrival.ahead)
+        assert older + passed_by <= sum(made[i] for i in arrival.ahead) + tolerated + unknown + 1e-6
+
+
+@pytest.mark.parametrize("score", SCORES)
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    beta=st.sampled_from([0.0, 0.5, 2.0]),
+    floor=st.sampled_from([0, 3]),
+    priorities=st.sampled_from([1, 1, 3]),
+)
+def test_the_passing_limit_holds_for_every_request(
+    score: str, seed: int, beta: float, floor: int, priorities: int
+) -> None:
+    run = Run(seed, score, PassingLimit(beta, floor), count=80, priorities=priorities)
+    run.serve()
+    run.check()
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -217,7 +254,7 @@ def test_the_bound_holds_for_every_request(
 
 
 def test_what_the_bound_is_tested_on() -> None:
-    """Requests are preempted, passed and promoted; without a guard the bound of one would be broken."""
+    """Requests are preempted, passed and promoted; without a guard the bounds would be broken."""
     run = Run(1, "long_ones_shortest", OvertakingBudget(0.0, 50.0), count=200, priorities=1)
     run.serve()
     run.check()
@@ -228,6 +265,7 @@ def test_what_the_bound_is_tested_on() -> None:
 
     free = Run(1, "long_ones_shortest", OvertakingBudget(0.0, math.inf), count=200, priorities=1)
     free.serve()
-    free.guard = OvertakingBudget(0.0, 50.0)
-    with pytest.raises(AssertionError):
-        free.check()
+    for guard in (OvertakingBudget(0.0, 50.0), PassingLimit(0.0, 0)):
+        free.guard = guard
+        with pytest.raises(AssertionError):
+            free.check()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pars_fast.guards import Moment, PassingLimit
-from pars_fast.guards.passing_limit import Passes
+from pars_fast.guards.passing_limit import GROWTH_FROM, MAX_GROWTH, Passes
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
@@ -136,6 +136,14 @@ def test_a_longer_queue_later_lets_more_pass() -> None:
     assert passes.remaining(0) == 2
     passes.arrive(Entry(5, 0, None), 0.0, NOW)
     assert passes.remaining(5) == 1.5 - 1
+
+
+def test_the_limit_does_not_grow_for_ever() -> None:
+    passes = Passes(PassingLimit(beta=0.5, floor_requests=0))
+    for seq in range(MAX_GROWTH * GROWTH_FROM + 500):
+        passes.arrive(Entry(seq, 0, None), 0.0, NOW)
+    assert passes.remaining(0) == 1.5 * MAX_GROWTH * GROWTH_FROM
+    assert passes.remaining(1) == 1.5 * MAX_GROWTH * GROWTH_FROM - 1
 
 
 def test_a_request_skipped_in_every_step_leaves_nothing_behind() -> None:
