@@ -127,10 +127,10 @@ class RankingMixin:
     def _before_step(self) -> None:
         if self.finished_req_ids:  # type: ignore[attr-defined]
             self._forget_finished()
-        for entry in self.waiting.forgotten:
-            self._learn_from(entry)
-        self.waiting.forgotten.clear()
         self.waiting.begin_step()
+        forgotten, self.waiting.forgotten = self.waiting.forgotten, []
+        for entry in forgotten:
+            self._learn_from(entry)
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
 

@@ -115,6 +115,7 @@ def server(
         "PARS_RECORD": str(folder / "lengths_served.jsonl"),
         "PARS_RECORD_PROMPTS": "plain",
         "TRITON_INTERPRET": "0",
+        "VLLM_LOGGING_LEVEL": "INFO",  # a test before may have asked for less
         "PYTHONPATH": f"{folder}:{REPOSITORY}",
     }
     with vllm_server(str(served_model), arguments, variables, folder / "log.txt") as url:

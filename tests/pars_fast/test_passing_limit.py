@@ -146,6 +146,14 @@ def test_the_limit_does_not_grow_for_ever() -> None:
     assert passes.remaining(1) == 1.5 * MAX_GROWTH * GROWTH_FROM - 1
 
 
+def test_requests_that_come_back_to_a_new_watch_are_new_to_it() -> None:
+    passes = Passes(PassingLimit(beta=0.5, floor_requests=0))
+    for seq in (7, 9):
+        passes.rejoin(Entry(seq, 0, None), NOW)
+    assert [passes.remaining(7), passes.remaining(9)] == [1.5, 0.5]
+    assert passes.ahead_of(9, 1.0, NOW) is None
+
+
 def test_a_request_skipped_in_every_step_leaves_nothing_behind() -> None:
     passes = Passes(PassingLimit(beta=0.0, floor_requests=0))
     skipped = Entry(0, 0, None)
