@@ -76,7 +76,7 @@ class Passes(ChargedWatch):
         self._give(request, budget, budget + (1 + self._settings.beta) * queue)
 
     def rejoin(self, request: WaitingRequest, now: Moment) -> None:
-        if not self._peak_seqs or request.seq > self._peak_seqs[-1]:  # its class was empty and is watched anew
+        if not self._peak_seqs or request.seq > self._peak_seqs[-1]:  # its class is watched anew
             self.arrive(request, 0.0, now)
             return
         self._charge(request.seq, -1.0)
