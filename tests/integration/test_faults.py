@@ -20,6 +20,7 @@ from pars_fast.data import read_length_file
 from pars_fast.demo.server import vllm_server
 from tests.integration.serving import Client, check, lengths
 
+pytestmark = pytest.mark.slow  # waits for restarts of an idle-priority process: wants a quiet machine
 REPOSITORY = Path(__file__).parents[2]
 FAULTS = '''
 import importlib.abc, importlib.machinery, sys
