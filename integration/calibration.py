@@ -1,7 +1,7 @@
 """Ranking is switched off while the ranker does not order what is served, and its scale is kept right.
 
-On the scheduling thread scores and endings are only noted; tau and the isotonic fit are computed in a
-background thread, once a cohort. `docs/operations.md` says what is concluded from them.
+All of it but `in_tokens` and `wants` runs in the background thread, to which `Learning` hands scores and endings.
+`docs/operations.md` says what is concluded from them.
 """
 
 import logging
@@ -10,7 +10,6 @@ from collections import deque
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.host_index import Entry
-from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.live_calibration import (
     COHORT_SIZE,
@@ -53,7 +52,6 @@ class LiveCalibration:
     def __init__(
         self,
         counters: CounterFile,
-        background: Background,
         *,
         min_tau: float,
         enabled: bool = True,
@@ -61,7 +59,7 @@ class LiveCalibration:
     ) -> None:
         self.ranking = True
         self._enabled = enabled
-        self._counters, self._background, self._min_tau = counters.values, background, min_tau
+        self._counters, self._min_tau = counters.values, min_tau
         self._cohorts = ArrivalCohorts(cohort_size)
         self._recent: deque[list[Observation]] = deque(maxlen=WINDOW_COHORTS)
         self._served: deque[Observation] = deque(maxlen=SCALE_WINDOW)
@@ -71,24 +69,27 @@ class LiveCalibration:
         """Whether a waiting request is to be scored."""
         return self.ranking or entry.seq % SHADOW_SHARE == 0
 
-    def scored(self, entry: Entry, expected_tokens: float) -> float:
-        """Note a score; gives it in tokens of the served model."""
+    def in_tokens(self, expected_tokens: float) -> float:
+        """What the ranker expects in tokens of the served model; on the scheduling thread."""
+        return self._scale(max(expected_tokens, 1.0))
+
+    def scored(self, entry: Entry, expected_tokens: float) -> None:
+        """Take in a score, as the ranker gave it; in the background thread, as all that follows."""
         if not self._enabled:
-            return expected_tokens
-        request, expected_tokens = entry.payload, max(expected_tokens, 1.0)
-        self._cohorts.add(entry.seq, expected_tokens, request)
+            return
+        request = entry.payload
+        self._cohorts.add(entry.seq, max(expected_tokens, 1.0), request)
         if request.is_finished():  # before its score came: left out, it would be missed among the short
             self.finished(entry, ending_of(request))
-        return self._scale(expected_tokens)
 
     def finished(self, entry: Entry, ending: Ending) -> None:
-        """Note the end of a request, scored or not."""
+        """Take in the end of a request, scored or not."""
         cohort = self._cohorts.end(entry.seq, ending)
         if cohort is not None:
-            self._background.submit(lambda: self.learn(cohort))
+            self.learn(cohort)
 
     def learn(self, cohort: list[Observation]) -> None:
-        """Take in a cohort that has ended; in the background thread."""
+        """Take in a cohort that has ended."""
         self._recent.append(cohort)
         self._served.extend(cohort)
         window = [observation for cohort in self._recent for observation in cohort]

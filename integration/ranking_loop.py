@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 from pars_fast.host_index import Entry
 from pars_fast.integration.calibration import LiveCalibration
+from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.runtime import READY, RankerRuntime
+from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, RankerRuntime
 
 logger = logging.getLogger("vllm.pars_fast")
 
-MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
 MAX_RESTART_DELAY_S = 60.0
 
 
@@ -36,13 +36,14 @@ class RankingLoop:
         runtime: RankerRuntime,
         counters: CounterFile,
         calibration: LiveCalibration,
+        learning: Learning,
         *,
         stale_after_s: float,
         shadow: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue, self._runtime, self._counters, self._clock = queue, runtime, counters.values, clock
-        self._calibration = calibration
+        self._calibration, self._learning = calibration, learning
         self._score_latency = counters.histograms["pars_score_latency_seconds"]
         self._stale_after_s, self._shadow = stale_after_s, shadow
         self._in_flight: dict[int, tuple[Entry, float]] = {}  # with the moment of the hand-over
@@ -125,8 +126,8 @@ class RankingLoop:
             if self._queue.entries.get(entry.payload.request_id) is not entry:  # finished meanwhile
                 self._queue.finished.append(seq)
             if math.isfinite(expected_tokens):
-                expected_tokens = self._calibration.scored(entry, expected_tokens)
-                self._queue.set_expected_tokens(entry, expected_tokens)
+                self._learning.scored(entry, expected_tokens)
+                self._queue.set_expected_tokens(entry, self._calibration.in_tokens(expected_tokens))
                 self._counters["pars_scored"] += 1
                 self._score_latency.observe(self._heard_at - handed_over_at)
             else:
@@ -149,6 +150,6 @@ class RankingLoop:
 
     def _order(self) -> None:
         """Ranked while the ranker answers and what it answers is of use."""
-        ranked = not self._shadow and not self._failures and self._calibration.ranking
-        if ranked != self._queue.index.ranking:
-            self._queue.set_ranking(ranked)
+        self.ranking = not self._shadow and not self._failures and self._calibration.ranking
+        if self.ranking != self._queue.index.ranking:
+            self._queue.set_ranking(self.ranking)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
-from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS
+from pars_fast.integration.runtime import MAX_PROMPT_IDS
 from pars_fast.live_calibration import Ending
 from pars_fast.text import HASHED_PROMPT, normalised
 

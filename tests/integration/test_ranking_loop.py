@@ -13,9 +13,11 @@ from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
 from pars_fast.integration.background import Background
 from pars_fast.integration.calibration import SHADOW_SHARE, LiveCalibration
+from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS, MAX_RESTART_DELAY_S, RankingLoop
+from pars_fast.integration.ranking_loop import MAX_RESTART_DELAY_S, RankingLoop
+from pars_fast.integration.runtime import MAX_PROMPT_IDS
 from pars_fast.policies import POLICIES
 
 STALE_AFTER_S = 5.0
@@ -32,12 +34,15 @@ class Bench:
         file = CounterFile(None, 0)
         file.values = self.counters
         self.make_request = make_request
-        self.calibration = LiveCalibration(file, Background("test", max_jobs=100), min_tau=0.1)
+        self.calibration = LiveCalibration(file, min_tau=0.1)
+        wait = file.histograms["pars_queue_wait_seconds"]
+        learning = Learning(self.calibration, wait, None, None, Background("test", max_jobs=100))
         self.loop = RankingLoop(
             self.queue,
             runtime,
             file,
             self.calibration,
+            learning,
             stale_after_s=STALE_AFTER_S,
             shadow=shadow,
             clock=lambda: self.now,

@@ -224,4 +224,5 @@ def test_heaps_of_a_request_skipped_in_every_step_stay_small() -> None:
             index.begin_step(float(step))
             index.put_back(index.pop())
         watch = index._classes[0].watch
+        assert watch is not None
         assert sum(len(v) for v in vars(watch).values() if isinstance(v, list)) < 200
