@@ -4,6 +4,7 @@ On the scheduling thread scores and endings are only noted; tau and the isotonic
 background thread, once a cohort. `docs/operations.md` says what is concluded from them.
 """
 
+import hashlib
 import logging
 from collections import deque
 
@@ -42,6 +43,15 @@ def ending_of(request: Request) -> Ending:
     return Ending.CUT
 
 
+def in_shadow_share(seq: int) -> bool:
+    """Whether a request is scored while ranking is off: one in `SHADOW_SHARE`, by a hash of its number.
+
+    By the number itself, of clients that take turns it would be the same one each time.
+    """
+    digest = hashlib.blake2b(seq.to_bytes(8, "little"), digest_size=2).digest()
+    return int.from_bytes(digest, "little") % SHADOW_SHARE == 0
+
+
 class LiveCalibration:
     """Watches scored requests of one engine.
 
@@ -69,7 +79,7 @@ class LiveCalibration:
 
     def wants(self, entry: Entry) -> bool:
         """Whether a waiting request is to be scored."""
-        return self.ranking or entry.seq % SHADOW_SHARE == 0
+        return self.ranking or in_shadow_share(entry.seq)
 
     def scored(self, entry: Entry, expected_tokens: float) -> float:
         """Note a score; gives it in tokens of the served model."""

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.integration import scheduler as scheduler_module
-from pars_fast.integration.calibration import SHADOW_SHARE, ending_of
+from pars_fast.integration.calibration import ending_of, in_shadow_share
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler
 from pars_fast.live_calibration import Ending
 from tests.integration.test_scheduler import Engine
@@ -71,7 +71,7 @@ def test_ranking_goes_off_with_shuffled_scores_and_comes_back_with_good_ones(
         server.serve_until(lambda: len(server.lengths) >= arrived + 400)
         in_the_shadow = [seq for seq, _ in fake_runtime.submitted[scored:]]
         assert 30 <= len(in_the_shadow) <= 60
-        assert {seq % SHADOW_SHARE for seq in in_the_shadow} == {0}
+        assert all(map(in_shadow_share, in_the_shadow))
         last = [int(request_id) for request_id in server.engine.admitted[-200:]]
         assert last == sorted(last)
 
