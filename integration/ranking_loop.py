@@ -29,10 +29,10 @@ class RankingLoop:
     """Feeds a ranker from a queue and the queue from the ranker.
 
     Load gate: nothing is submitted while `after_step` is told that nothing is left waiting, so below
-    saturation no prompt is scored. A ranker that fails, is not ready `START_DEADLINE_S` after its start, or is
-    silent for `stale_after_s` with work in hand, is started anew with growing delays; meanwhile the order is
-    that of arrival. So it is while `calibration` finds that scores do not order the answers, and a share of the
-    requests is scored for it; the others are when it finds that they do again.
+    saturation no prompt is scored. A ranker that fails, is not ready `START_DEADLINE_S` after its start, or
+    is silent for `stale_after_s` with work in hand, is started anew with growing delays; meanwhile the order
+    is that of arrival. So it is while `calibration` finds that scores do not order the answers, and a share
+    of the requests is scored for it; the others are as soon as it finds that they do again.
     """
 
     def __init__(

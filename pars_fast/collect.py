@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pars_fast.data import Split
+from pars_fast.data import split_of
 from pars_fast.errors import DataError, ParsFastError, require_extra
-from pars_fast.text import is_text, normalised
+from pars_fast.text import is_text
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -28,7 +28,6 @@ CREATE TABLE IF NOT EXISTS answers (
     output_tokens INTEGER NOT NULL, finish_reason TEXT,
     PRIMARY KEY (model, settings, prompt, sample)
 ) WITHOUT ROWID"""
-TRAIN_PERCENT, VAL_PERCENT = 70, 15
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 REFUSED_PROMPT = {400, 413, 422}  # too long, or against the server's rules: the other prompts can go on
 MAX_BACKOFF_S = 60.0
@@ -114,15 +113,6 @@ def _prompt_of(path: Path, number: int, line: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
         raise DataError(f'{path}:{number}: "prompt" must be a non-empty string of text')
     return prompt
-
-
-def split_of(prompt: str) -> Split:
-    """train 70, val 15, test 15 %, by a hash of the prompt, so that a prompt has one split for good."""
-    digest = hashlib.sha256(normalised(prompt).encode()).digest()
-    percent = int.from_bytes(digest[:8], "big") % 100
-    if percent < TRAIN_PERCENT:
-        return "train"
-    return "val" if percent < TRAIN_PERCENT + VAL_PERCENT else "test"
 
 
 class AnswerStore:

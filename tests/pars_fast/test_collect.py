@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pars_fast.cli import main
-from pars_fast.collect import CollectError, Collection, collect, read_prompts, split_of
-from pars_fast.data import read_length_file
+from pars_fast.collect import CollectError, Collection, collect, read_prompts
+from pars_fast.data import read_length_file, split_of
 from pars_fast.errors import DataError, ParsFastError
 
 pytest.importorskip("httpx")
