@@ -8,6 +8,8 @@ import hashlib
 import logging
 from collections import deque
 
+# Used by the fit: imported by the background thread, half a second of Python would delay the steps meanwhile.
+import scipy.optimize  # noqa: F401
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.host_index import Entry
@@ -34,10 +36,12 @@ SHADOW_SHARE = 8  # one request in so many is scored while ranking is off
 
 
 def ending_of(request: Request) -> Ending:
-    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: its length is whole."""
+    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: if it did, its length is
+    whole, and if the model's context ended first, it is not."""
     if request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
         params = request.sampling_params
-        return Ending.COMPLETE if params is not None and params.ignore_eos else Ending.CAPPED
+        made_all = request.num_output_tokens >= request.max_tokens
+        return Ending.COMPLETE if params is not None and params.ignore_eos and made_all else Ending.CAPPED
     if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION):
         return Ending.COMPLETE
     return Ending.CUT

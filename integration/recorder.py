@@ -6,7 +6,6 @@ tokenizer. Whatever stops it, serving goes on: it is said once, and what is not 
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS
 from pars_fast.live_calibration import Ending
-from pars_fast.text import HASHED_PROMPT, is_text, normalised
+from pars_fast.text import HASHED_PROMPT, hashed, is_text
 
 logger = logging.getLogger("vllm.pars_fast")
 
@@ -92,11 +91,10 @@ class Recorder:
             self._count("pars_recorded" if written else "pars_record_dropped")
 
     def _row(self, prompt: str, count: int, output_tokens: int, ending: Ending) -> bytes:
-        same = hashlib.sha256(normalised(prompt).encode()).hexdigest()
         row = {
-            "id": same[:16],
+            "id": hashed(prompt).removeprefix(HASHED_PROMPT)[:16],
             "split": split_of(prompt),
-            "prompt": prompt if self._plain else HASHED_PROMPT + same,
+            "prompt": prompt if self._plain else hashed(prompt),
             "prompt_tokens": count,
             "output_tokens": {self._model: output_tokens},
             "finish_reason": "length" if ending is Ending.CAPPED else "stop",
@@ -157,9 +155,7 @@ class LineFile:
         elif last.startswith(ROW_START):
             os.ftruncate(self._descriptor, size - len(last))
         else:
-            raise OutputError(
-                f"{self._path} ends in half a line that is not of a recording; name another file, or end that line"
-            )
+            raise OutputError(f"{self._path} ends in half a line of something else; name another file")
 
     def _error(self, reason: str | None) -> OutputError:
         return OutputError(f"{self._path}: cannot be written ({reason})")

@@ -71,7 +71,7 @@ class RankingMixin:
         self._steps = 0
         self._shadow: ShadowReport | None = None
         if settings.mode == "shadow":
-            self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard)
+            self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard, background, self.clock)
         self._ranking_loop: RankingLoop | None = None
         if policy.uses_ranker:
             self._ranking_loop = RankingLoop(

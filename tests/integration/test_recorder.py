@@ -67,7 +67,7 @@ def test_hashed_prompts_tell_equal_ones_and_nothing_else(tmp_path: Path) -> None
     assert first["prompt"] != other["prompt"]
     assert "word" not in path.read_text()
     with pytest.raises(DataError, match="PARS_RECORD_PROMPTS=plain"):
-        label_prompts([read_length_file(path)], first["split"], "my-model")
+        read_length_file(path)
 
 
 def test_of_a_long_prompt_as_much_is_kept_as_the_ranker_sees(tmp_path: Path) -> None:
@@ -229,6 +229,21 @@ def test_a_file_that_is_full_ends_the_recording(
         0 < len(rows(path)) == counters.values["pars_recorded"] == 20 - counters.values["pars_record_dropped"]
     )
     assert sum("has reached 1000 bytes" in message for message in caplog.messages) == 1
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    background, done = Background("chores", max_jobs=10), []
+
+    def no_room(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_room)
+        assert not background.submit(lambda: done.append("refused"))
+        assert background.drain(20.0)
+    assert background.submit(lambda: done.append("taken"))
+    assert background.drain(20.0)
+    assert done == ["taken"]
 
 
 def test_a_job_that_fails_is_said_once_and_others_run(caplog: pytest.LogCaptureFixture) -> None:

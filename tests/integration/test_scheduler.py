@@ -430,6 +430,29 @@ def test_shadow_mode_keeps_arrival_order_and_estimates_the_gain(
     assert shadow.estimate(list(shadow._finished)).startswith("Kendall tau-b 1.00 over ")
 
 
+def test_shadow_mode_goes_by_the_schedulers_clock(
+    make_engine: Any,
+    make_request: MakeRequest,
+    use_policy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A simulation's seconds are its own: here a step takes one of them."""
+    now = 0.0
+    monkeypatch.setattr(RankingMixin, "clock", staticmethod(lambda: now))
+    runtime = use_policy("pars_fast", PARS_MODE="shadow")
+    runtime.answer = lambda prompt: 500.0 - prompt[0]
+    engine = make_engine(RankedScheduler, max_num_seqs=2)
+    engine.add([make_request(str(i), max_tokens=10) for i in range(40)])
+    with caplog.at_level(logging.INFO, "vllm.pars_fast"):
+        while engine.scheduler.has_requests():
+            engine.step()
+            now += 1.0
+        assert engine.scheduler._background.drain(10.0)
+    assert {request.service_s for request in engine.scheduler._shadow._finished} == {10.0}
+    assert sum("pars-fast shadow: Kendall tau-b" in message for message in caplog.messages) >= 2
+
+
 def test_shutdown_ends_the_ranker(make_engine: Any, use_policy: Any) -> None:
     runtime = use_policy("pars_fast")
     engine = make_engine(RankedScheduler)
