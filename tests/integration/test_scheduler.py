@@ -307,6 +307,48 @@ def test_all_requests_can_be_aborted_at_once(
     assert engine.finished >= {"r0"}
 
 
+@pytest.mark.parametrize("answers", [True, False], ids=["scored", "ranker silent"])
+def test_ten_thousand_users_hang_up(
+    answers: bool, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """While they come: the two that stay are served in order, and nothing is kept of the others."""
+    runtime = use_policy("pars_fast", PARS_STALE_AFTER_S="3600")
+    if answers:
+        runtime.answer = lambda prompt: 1000.0 if prompt[0] == 1 else 10.0
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    scheduler, rng = engine.scheduler, random.Random(0)
+    engine.add([make_request("running", max_tokens=5000), make_request("long", max_tokens=5)])
+    engine.step()
+    under_way: list[str] = []
+    for i in range(10_000):
+        under_way.append(f"user {i}")
+        engine.add([make_request(under_way[-1], max_tokens=5)])
+        if len(under_way) > 50:
+            engine.abort(under_way.pop(rng.randrange(len(under_way))))
+        if i % 10 == 0:
+            engine.step()
+    engine.add([make_request("short", max_tokens=5)])
+    for request_id in under_way:
+        engine.abort(request_id)
+    for _ in range(5):
+        engine.step()
+    waiting, loop = scheduler.waiting, scheduler._ranking_loop
+    assert set(waiting.entries) == {"running", "long", "short"}
+    assert [request.request_id for request in waiting] == (["short", "long"] if answers else ["long", "short"])
+    engine.abort("running")
+    engine.run()
+    engine.step()
+    assert engine.admitted == ["running", *(["short", "long"] if answers else ["long", "short"])]
+    if not answers:
+        runtime.score(lambda prompt: 7.0)  # late: they are gone
+        engine.step()
+        engine.step()
+    held = (waiting.entries, waiting.arrivals, waiting.finished, waiting.forgotten, loop._in_flight,
+            loop._known, loop._passed_over)
+    assert [len(one) for one in held] == [0] * len(held)
+    assert len(waiting) == len(scheduler.requests) == 0
+
+
 def test_an_id_can_be_used_again_before_the_next_step(
     make_engine: Any, make_request: MakeRequest, use_policy: Any
 ) -> None:
