@@ -11,7 +11,8 @@ class ArrivalOrder(Generic[T]):
     """Members by `seq`, each with a value; all operations are O(1), but for a member that comes back.
 
     What arrives is the newest and goes to the end of a deque; what comes back goes to a small heap. Members
-    that have left are dropped when they come to the front. `members` may be read, not written.
+    that have left are dropped when they come to the front. Of `members` others may read all
+    and delete what has left; only `add` puts in.
     """
 
     __slots__ = ("_arrived", "_returned", "members")
