@@ -4,9 +4,12 @@ All of it but `in_tokens` and `wants` runs in the background thread, to which `L
 `docs/operations.md` says what is concluded from them.
 """
 
+import hashlib
 import logging
 from collections import deque
 
+# Used by the fit: imported by the background thread, half a second of Python would delay the steps meanwhile.
+import scipy.optimize  # noqa: F401
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.host_index import Entry
@@ -32,13 +35,24 @@ SHADOW_SHARE = 8  # one request in so many is scored while ranking is off
 
 
 def ending_of(request: Request) -> Ending:
-    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: its length is whole."""
+    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: if it did, its length is
+    whole, and if the model's context ended first, it is not."""
     if request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
         params = request.sampling_params
-        return Ending.COMPLETE if params is not None and params.ignore_eos else Ending.CAPPED
+        made_all = request.num_output_tokens >= request.max_tokens
+        return Ending.COMPLETE if params is not None and params.ignore_eos and made_all else Ending.CAPPED
     if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION):
         return Ending.COMPLETE
     return Ending.CUT
+
+
+def in_shadow_share(seq: int) -> bool:
+    """Whether a request is scored while ranking is off: one in `SHADOW_SHARE`, by a hash of its number.
+
+    By the number itself, of clients that take turns it would be the same one each time.
+    """
+    digest = hashlib.blake2b(seq.to_bytes(8, "little"), digest_size=2).digest()
+    return int.from_bytes(digest, "little") % SHADOW_SHARE == 0
 
 
 class LiveCalibration:
@@ -67,7 +81,7 @@ class LiveCalibration:
 
     def wants(self, entry: Entry) -> bool:
         """Whether a waiting request is to be scored."""
-        return self.ranking or entry.seq % SHADOW_SHARE == 0
+        return self.ranking or in_shadow_share(entry.seq)
 
     def in_tokens(self, expected_tokens: float) -> float:
         """What the ranker expects in tokens of the served model; on the scheduling thread."""

@@ -76,7 +76,7 @@ class RankingMixin:
         self._failed = False
         self._shadow: ShadowReport | None = None
         if settings.mode == "shadow":
-            self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard)
+            self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard, background, self.clock)
         self._learning = Learning(
             self._calibration,
             self._counters.histograms["pars_queue_wait_seconds"],

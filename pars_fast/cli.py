@@ -180,7 +180,6 @@ def _collect(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in names}
     collection = Collection(**given, api_key=os.environ.get("OPENAI_API_KEY"))
     prompts = read_prompts(arguments.prompts)
-    make_writable(arguments.out.parent)
     with progress(len(prompts) * collection.samples) as show:
         report = collect(prompts, arguments.out, collection, on_answer=show)
     print(

@@ -30,7 +30,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
     add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
     add("--policies", default="all", help="by comma, or all (%(default)s)")
-    guards = "own, all, frontier, or by comma, as in none,overtaking_budget:beta=1 (%(default)s)"
+    guards = "own, all, frontier, or by comma, as in none,passing_limit:beta=1 (%(default)s)"
     add("--guards", default="own", help=guards)
     add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")
     add("--tau", type=_numbers, metavar="T", help="noisy scores of these Kendall taus instead of real ones")

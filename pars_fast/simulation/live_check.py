@@ -27,7 +27,7 @@ from pars_fast.simulation.workload import Workload, make_workload
 COMPARED = ("mean_e2e_s", "mean_latency_per_token_s", "mean_ttft_s")
 TOLERANCE = 0.15
 _KEYS = {"runs", "capacity_tok_s", "seed", "repeats", "arrivals_sha256", "served_model"}
-BATCH_DELAY_S = 0.15  # 4 prompts of 7 ms, on the fifth of a core that a full server leaves
+BATCH_DELAY_S = 0.15  # a guess: 4 prompts of 2 ms, and the wait for a core that a full server leaves
 
 
 def live_check(

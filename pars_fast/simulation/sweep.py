@@ -230,11 +230,11 @@ def _key(setup: Setup, case: Case) -> str:
 def _read_rows(path: Path | None) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     if path is not None and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
                 rows[entry["key"]] = entry["row"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError):
                 continue  # cut off while it was written
     return rows
 
