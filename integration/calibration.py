@@ -1,7 +1,7 @@
 """Ranking is switched off while the ranker does not order what is served, and its scale is kept right.
 
-All of it but `in_tokens` and `wants` runs in the background thread, to which `Learning` hands scores and endings.
-`docs/operations.md` says what is concluded from them.
+All of it but `in_tokens` and `wants` runs in the background thread, to which `Learning` hands scores and
+endings. `docs/operations.md` says what is concluded from them.
 """
 
 import hashlib

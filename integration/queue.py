@@ -22,7 +22,7 @@ from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex
 class RankedRequestQueue(RequestQueue):
     """Waiting requests in ranked order.
 
-    `clock` gives monotonic seconds; a simulation has its own. `on_failure` is told why the order failed, once.
+    `clock` gives monotonic seconds; a simulation has its own. `on_failure` is told once why the order failed.
 
     Attributes:
         index: the order itself.

@@ -8,7 +8,7 @@ from pars_fast.policies import POLICIES, Policy
 
 
 class ArrivalIndex:
-    """Waiting requests by `(priority, lane, seq)`; the part of `HostIndex` that a queue needs, and no more."""
+    """Waiting requests by `(priority, lane, seq)`; the part of `HostIndex` that a queue needs."""
 
     def __init__(self, waiting: Iterable[Entry]) -> None:
         self._order = sorted(waiting, key=_place)

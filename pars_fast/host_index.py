@@ -56,8 +56,8 @@ class Entry:
     """One waiting (or admitted, unfinished) request.
 
     `expected_tokens` and `key` are None until a score comes. `charged_to` is the class that knows of its
-    admission, None while it has not been admitted, and `charged_tokens` what that cost the requests it passed,
-    of a guard that counts tokens. Stamps are monotonic seconds. `waiting` is the queue's to write.
+    admission, None while it has not been admitted, and `charged_tokens` what that cost the requests it
+    passed, if the guard counts tokens. Stamps are monotonic seconds. `waiting` is the queue's to write.
     """
 
     seq: int
@@ -296,7 +296,7 @@ class HostIndex:
         self._priorities = sorted(self._classes)
 
     def _plan(self) -> None:
-        """Find out who runs next, and admit them as if they were popped. Raises: IndexError: if nothing waits."""
+        """Find out who runs next, and admit them as if popped. Raises: IndexError: if nothing waits."""
         if not self._unplanned:
             raise IndexError("this is an empty queue")
         for priority in self._priorities:

@@ -4,13 +4,14 @@ Requests are numbered by `place`, in order of arrival. Over the places stands on
 is the root, node n has the children 2n and 2n + 1, the leaf of a place is `capacity + place`. A node knows
 
 - the waiting place of the lowest key below it, so that the root names who runs next;
-- the least slack below it. The slack of a request is what may still go ahead of it. Whoever leaves the queue
-  uses up slack of all who came before: an addition to a prefix of the places, written into O(log n) nodes that
-  stand for all below them. Whether anybody would be passed beyond what he allows is seen at the root.
+- the least slack below it. The slack of a request is what may still go ahead of it. Whoever leaves the
+  queue uses up slack of all who came before: an addition to a prefix of the places, written into O(log n)
+  nodes that stand for all below them. Whether anybody would be passed beyond his limit is seen at the root.
 
 So every operation takes O(log n), and nobody has to be looked at again and again. What happens between two
-steps is noted in a log and applied at once (`apply`), because a call of compiled code costs as much as several
-operations in it; then `plan` takes out those who run next, and `undo` puts back whom the step had no room for.
+steps is noted in a log and applied at once (`apply`), because a call of compiled code costs as much as
+several operations in it; then `plan` takes out those who run next, and `undo` puts back whom the step had no
+room for.
 """
 
 import math
@@ -32,8 +33,8 @@ LOG_FIELDS = 5  # operation, seq, and three values
 OVERTAKES, PROMOTED = 1, 2  # flags of a planned request
 MIN_CAPACITY = 64
 
-# Places in `WaitingTree`'s arrays. What is read together lies together: two neighbours of the tree in one cache
-# line.
+# Places in `WaitingTree`'s arrays. What is read together lies together: two neighbours of the tree share a
+# cache line.
 _USED, _OLDEST, _UNKEYED, _NUM_WAITING, _NUM_UNKEYED, _NUM_UNSCORED, _NUM_PEAKS, _HINTED = range(8)
 _KIND, _FACTOR, _FLOOR, _MAX_GROWTH, _GROWTH_FROM, _WORK = range(6)
 _SEQ, _STATE, _PEAK_SEQ = range(3)
@@ -50,12 +51,11 @@ class WaitingTree(NamedTuple):
     """The state; seqs ascend with places.
 
     `count` (8,) int64: places used; lower bounds of the oldest waiting place and of the oldest one without a
-    key; waiting requests, those without a key, those without a score; peaks; used up of the hint. `limit` (6,) float64: a `Limit`,
-    and the expected tokens of the waiting requests that have a score. `ints` (capacity, 3) int64: seq, state,
+    key; waiting requests, those without a key, those without a score; peaks; used up of the hint. `limit`
+    (6,) float64: a `Limit`, and the expected tokens of the waiting requests that have a score. `ints` (capacity, 3) int64: seq, state,
     seqs of the peaks. `floats` (capacity, 5) float64: key and expected tokens, NaN while unknown; the two
-    slacks less what the tree adds; requests that waited before the peaks. `first` (2 * capacity, 2) float64: lowest
-    key below a node and its place.
-    `slack` (2 * capacity, 4) float64: least slack and least capped slack below a node, and what is added to
+    slacks less what the tree adds; requests that waited before the peaks. `first` (2 * capacity, 2) float64:
+    lowest key below a node, and its place. `slack` (2 * capacity, 4) float64: least slack and least capped slack below a node, and what is added to
     all below it of each.
 
     A peak is an arrival that met a longer queue than all since. Slack that grows with the longest queue has a
@@ -104,7 +104,7 @@ def new_hint(tree: WaitingTree) -> None:
     tree.count[_HINTED] = 0
 
 
-# --- What the queue calls: the arrays one by one, since a tuple of them costs more to hand over --------------
+# --- What the queue calls: the arrays one by one, since a tuple of them costs more to hand over -------------
 
 
 @_compiled
@@ -191,7 +191,9 @@ def plan(
         if ranking:
             while count[_HINTED] < len(hint) and not _waits_keyed(t, hint[count[_HINTED]]):
                 count[_HINTED] += 1
-            chosen = _place_of(t, hint[count[_HINTED]]) if count[_HINTED] < len(hint) else int(first[1, _FIRST])
+            chosen = int(first[1, _FIRST])
+            if count[_HINTED] < len(hint):
+                chosen = _place_of(t, hint[count[_HINTED]])
             if count[_NUM_UNKEYED] > 0:
                 unkeyed = _oldest_unkeyed(t)
                 if chosen == EMPTY or (typical_key, unkeyed) < (floats[chosen, _KEY], chosen):
@@ -394,7 +396,7 @@ def _meet_queue(t: WaitingTree, place: int, typical_tokens: float) -> None:
 
 @_compiled
 def _give(t: WaitingTree, place: int, ahead: float, longest: float) -> None:
-    """Slack of a request before which `ahead` waits, tokens or requests, `longest` having been the most since."""
+    """Slack of a request that has `ahead` before it, tokens or requests; `longest` is the longest queue since."""
     if t.limit[_KIND] == TOKENS:
         t.floats[place, _KEPT] = t.limit[_FLOOR] + t.limit[_FACTOR] * ahead
         t.floats[place, _KEPT_CAPPED] = math.inf

@@ -13,8 +13,8 @@ from pars_fast.errors import DataError
 from pars_fast.integration import recorder as recorder_module
 from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
-from pars_fast.integration.runtime import MAX_PROMPT_IDS
 from pars_fast.integration.recorder import Recorder
+from pars_fast.integration.runtime import MAX_PROMPT_IDS
 from pars_fast.live_calibration import Ending
 
 

@@ -56,7 +56,7 @@ class ReferencePasses:
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS, beta=st.sampled_from([0.0, 0.3, 0.5, 2.0]), floor=st.sampled_from([0.0, 0.7, 3.0]))
 def test_limit_equals_its_definition(seed: int, beta: float, floor: float) -> None:
-    """Random steps of arrivals, scores, admissions, skips and aborts; `seq` has gaps, as with other priorities."""
+    """Random arrivals, admissions, skips and aborts; `seq` has gaps, as it has with other priorities."""
     rng = random.Random(seed)
     guard = PassingLimit(beta, floor)
     index, reference = HostIndex(POLICIES["oracle"](), guard), ReferencePasses(guard)
@@ -91,7 +91,6 @@ def test_limit_equals_its_definition(seed: int, beta: float, floor: float) -> No
             reference.rejoin(chosen)
         for waiting in reference.waiting:
             assert index.slack(entries[waiting]) == math.floor(reference.remaining(waiting) + 1e-9)
-    assert index.overtakes and (index.promotions or beta == 2.0)
 
 
 @settings(max_examples=30, deadline=None)
