@@ -51,11 +51,13 @@ class WaitingTree(NamedTuple):
     """The state; seqs ascend with places.
 
     `count` (8,) int64: places used; lower bounds of the oldest waiting place and of the oldest one without a
-    key; waiting requests, those without a key, those without a score; peaks; used up of the hint. `limit`
-    (6,) float64: a `Limit`, and the expected tokens of the waiting requests that have a score. `ints` (capacity, 3) int64: seq, state,
-    seqs of the peaks. `floats` (capacity, 5) float64: key and expected tokens, NaN while unknown; the two
-    slacks less what the tree adds; requests that waited before the peaks. `first` (2 * capacity, 2) float64:
-    lowest key below a node, and its place. `slack` (2 * capacity, 4) float64: least slack and least capped slack below a node, and what is added to
+    key; waiting requests, those without a key, those without a score; peaks; used up of the hint.
+    `limit` (6,) float64: a `Limit`, and the expected tokens of the waiting requests that have a score.
+    `ints` (capacity, 3) int64: seq, state, seqs of the peaks.
+    `floats` (capacity, 5) float64: key and expected tokens, NaN while unknown; the two slacks less what the
+    tree adds; requests that waited before the peaks.
+    `first` (2 * capacity, 2) float64: lowest key below a node, and its place.
+    `slack` (2 * capacity, 4) float64: least slack and least capped slack below a node, and what is added to
     all below it of each.
 
     A peak is an arrival that met a longer queue than all since. Slack that grows with the longest queue has a
@@ -396,7 +398,7 @@ def _meet_queue(t: WaitingTree, place: int, typical_tokens: float) -> None:
 
 @_compiled
 def _give(t: WaitingTree, place: int, ahead: float, longest: float) -> None:
-    """Slack of a request that has `ahead` before it, tokens or requests; `longest` is the longest queue since."""
+    """Slack of a request with `ahead` before it, tokens or requests; `longest` is the longest queue since."""
     if t.limit[_KIND] == TOKENS:
         t.floats[place, _KEPT] = t.limit[_FLOOR] + t.limit[_FACTOR] * ahead
         t.floats[place, _KEPT_CAPPED] = math.inf
