@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pars_fast.arrival_order import ArrivalOrder
 from pars_fast.guards import Guard, Moment, Watch
-from pars_fast.policies import Policy
+from pars_fast.policies import Policy, SharingPolicy
 from pars_fast.sorted_blocks import SortedBlocks
 
 Lane = Literal[0, 1]
@@ -75,6 +75,7 @@ class HostIndex:
         overtakes: admissions ahead of an older waiting request.
         size: number of waiting requests.
         peeked: what `head` found, until something changes.
+        sharing: the policy, if it is one that has to be told what is served.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class HostIndex:
         if self.size:
             raise ValueError("the policy can change only while nothing waits")
         self.policy = policy
+        self.sharing = policy if isinstance(policy, SharingPolicy) else None
         self.guard = guard or policy.default_guard
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []
@@ -210,6 +212,8 @@ class HostIndex:
             entry.charged_tokens = tokens = self.expected(entry)
             entry.charged_by = group.watch
             group.watch.charge(entry.seq, tokens)
+        if self.sharing is not None:
+            self.sharing.admitted(entry.payload)
         oldest = group.fresh.arrivals.first()
         if oldest is not None and oldest < entry.seq:
             self.overtakes += 1
@@ -289,6 +293,8 @@ class HostIndex:
         if lane is group.preempted:
             return lane.shortest(self.policy.key(median))
         entry = lane.shortest(self.policy.key(median), self._hint(group) if self._device_order else None)
+        if self.sharing is not None:
+            entry = _with_key_now(lane, entry, self.sharing)
         ahead_of, waiting = group.watch.ahead_of, lane.arrivals.members
         while True:
             tokens = entry.expected_tokens
@@ -297,6 +303,18 @@ class HostIndex:
                 return entry
             entry = waiting[first]
             self._peeked_by_guard = True
+
+
+def _with_key_now(lane: "_Lane", entry: Entry, policy: SharingPolicy) -> Entry:
+    """The entry of the lowest key as keys are now; `entry` has the lowest of those that are known.
+
+    Keys only rise, so it is enough to look again at whoever comes to the front.
+    """
+    while entry.key is not None and (key := policy.key_now(entry.payload, entry.key)) > entry.key:
+        entry.key = key
+        lane.rekey(entry, had_no_key=False)
+        entry = lane.shortest(key)
+    return entry
 
 
 class _PriorityClass:
