@@ -43,7 +43,8 @@ RECORD_FLUSH_S = 5.0  # at the end, for what is not yet written
 class RankingMixin:
     """Goes before a vLLM scheduler class; see `with_ranking`.
 
-    `clock`, `_read_settings`, `_make_policy` and `_make_runtime` are what a simulation replaces; all else is the same there.
+    `clock`, `_read_settings`, `_make_policy` and `_make_runtime` are what a simulation replaces; all else is
+    the same there.
     """
 
     waiting: RankedRequestQueue

@@ -10,8 +10,8 @@ from pars_fast import __version__
 from pars_fast.bench_cli import add_bench
 from pars_fast.errors import ParsFastError, make_writable
 from pars_fast.output import write_json
-from pars_fast.simulation.fairness_cli import add_fairness
 from pars_fast.simulation.cli import add_live_check, add_profile, add_simulate, add_study
+from pars_fast.simulation.fairness_cli import add_fairness
 
 DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's own default
 
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     add_study(commands.add_parser("study", help="remake the simulators' tables: frontier, robustness, fleet"))
-    add_fairness(commands.add_parser("fairness", help="share an engine among applications, and compare orders"))
+    add_fairness(commands.add_parser("fairness", help="applications: make them, compare orders"))
     add_profile(commands.add_parser("profile", help="measure the step time of vLLM on this machine"))
     add_live_check(
         commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")

@@ -107,8 +107,9 @@ def load_demand(path: Path) -> MlpDemand:
     return demand
 
 
-def fit_demand(types: Sequence[str], first_prompt_tokens: ArrayLike, costs: ArrayLike, *, seed: int = 0
-               ) -> MlpDemand:
+def fit_demand(
+    types: Sequence[str], first_prompt_tokens: ArrayLike, costs: ArrayLike, *, seed: int = 0
+) -> MlpDemand:
     """Train on finished applications, one entry each; costs > 0. Needs scikit-learn.
 
     A type of fewer than 20 applications is left to the network for all types.
@@ -130,7 +131,9 @@ def _fit(prompt_tokens: NDArray[np.float64], costs: NDArray[np.float64], seed: i
     centre, spread = float(features.mean()), float(features.std()) or 1.0
     inputs, targets = ((features - centre) / spread)[:, None], np.log(costs)
     middle, width = float(targets.mean()), float(targets.std()) or 1.0
-    model = MLPRegressor(hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=1e-2, max_iter=500, random_state=seed)
+    model = MLPRegressor(
+        hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=1e-2, max_iter=500, random_state=seed
+    )
     model.fit(inputs, (targets - middle) / width)
     *first, last = model.coefs_
     *first_bias, last_bias = model.intercepts_
@@ -138,5 +141,7 @@ def _fit(prompt_tokens: NDArray[np.float64], costs: NDArray[np.float64], seed: i
     return Network(
         [matrix.tolist() for matrix in (*first, last * width)],
         [bias.tolist() for bias in (*first_bias, last_bias * width + middle)],
-        centre, spread, scale=float(costs.mean() / predicted.mean()),
+        centre,
+        spread,
+        scale=float(costs.mean() / predicted.mean()),
     )

@@ -37,7 +37,9 @@ class FairShare:
 
     def until_next(self) -> float:
         """Service after which the next application has had its share; infinity if there is none."""
-        return max(0.0, self._next[0][0] - self.virtual_time) * len(self._next) if self._next else float("inf")
+        return (
+            max(0.0, self._next[0][0] - self.virtual_time) * len(self._next) if self._next else float("inf")
+        )
 
     def serve(self, service: float) -> list[str]:
         """So much was done, whoever got it in reality; what nobody has a demand for is dropped.

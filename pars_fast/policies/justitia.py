@@ -2,8 +2,8 @@
 
 Source: Justitia (arXiv 2510.17015). Cost of a request: the KV cache tokens it holds, summed over its steps,
 p * d + d^2 / 2 with p prompt and d output tokens. The demand of an application, the cost of all its requests,
-is predicted when its first one arrives and gives its virtual finish time (`FairShare`); whoever has the lowest
-runs next, and nothing is preempted for it.
+is predicted when its first one arrives and gives its virtual finish time (`FairShare`); whoever has the
+lowest runs next, and nothing is preempted for it.
 
 What the paper leaves open here, and how it is filled:
 - The rate of service. The paper has M, the engine's KV tokens, always in use. Here each step serves what it

@@ -94,6 +94,9 @@ class VirtualTokenCounter(SharingPolicy):
 
     def _sweep(self) -> None:
         lift, busy = self._lift(), {application for _, application in self._unfinished.values()}
-        self._counters = {application: counter for application, counter in self._counters.items()
-                          if counter > lift or application in busy}
+        self._counters = {
+            application: counter
+            for application, counter in self._counters.items()
+            if counter > lift or application in busy
+        }
         self._sweep_at = max(_SWEEP_FROM, 2 * len(self._counters))

@@ -60,8 +60,10 @@ class Sources:
 
     def __init__(self, lengths: Mapping[str, LengthFile], traces: Mapping[str, Workload], half: Half) -> None:
         splits = ("train",) if half == "train" else ("val", "test")
-        self._rows = {name: [row for row in file.rows if row.split in splits and row.output_tokens]
-                      for name, file in lengths.items()}
+        self._rows = {
+            name: [row for row in file.rows if row.split in splits and row.output_tokens]
+            for name, file in lengths.items()
+        }
         first = 0 if half == "train" else 1
         self._traces = {name: trace.take(np.arange(first, len(trace), 2)) for name, trace in traces.items()}
         for name, kept in (self._rows | self._traces).items():
@@ -78,7 +80,9 @@ class Sources:
         rows = self._rows[kind.source]
         if kind.one_prompt:
             row = rows[rng.integers(len(rows))]
-            outputs = rng.choice(list(row.output_tokens.values()), count, replace=count > len(row.output_tokens))
+            outputs = rng.choice(
+                list(row.output_tokens.values()), count, replace=count > len(row.output_tokens)
+            )
             return np.full(count, _prompt_tokens(row)), outputs.astype(np.int64)
         picked = [rows[i] for i in rng.integers(len(rows), size=count)]
         outputs = np.array([rng.choice(list(row.output_tokens.values())) for row in picked], np.int64)
@@ -96,8 +100,11 @@ def read_sources(folder: Path, half: Half) -> Sources:
     """
     lengths, traces = {}, {}
     for name in {kind.source for kind in TYPES.values()}:
-        found = [path for pattern in (f"lengths_{name}.jsonl*", f"trace_{name}.csv*")
-                 for path in sorted(folder.glob(pattern))]
+        found = [
+            path
+            for pattern in (f"lengths_{name}.jsonl*", f"trace_{name}.csv*")
+            for path in sorted(folder.glob(pattern))
+        ]
         if not found:
             raise DataError(f"{folder}: has neither lengths_{name}.jsonl[.gz] nor trace_{name}.csv[.gz]")
         if found[0].name.startswith("trace_"):
@@ -122,9 +129,13 @@ def make_applications(sources: Sources, arrivals: Workload, count: int, *, seed:
     sizes = [len(outputs) for _, outputs in drawn]
     times = arrivals.arrival_s[:count] - arrivals.arrival_s[0]
     apps = [f"{kind}/{number}" for number, kind in enumerate(kinds)]
-    return make_workload(f"applications@{arrivals.name}", np.repeat(times, sizes),
-                         np.concatenate([prompts for prompts, _ in drawn]),
-                         np.concatenate([outputs for _, outputs in drawn]), app=np.repeat(apps, sizes))
+    return make_workload(
+        f"applications@{arrivals.name}",
+        np.repeat(times, sizes),
+        np.concatenate([prompts for prompts, _ in drawn]),
+        np.concatenate([outputs for _, outputs in drawn]),
+        app=np.repeat(apps, sizes),
+    )
 
 
 def write_trace(path: Path, workload: Workload) -> None:
@@ -133,5 +144,12 @@ def write_trace(path: Path, workload: Workload) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("arrival_s", "prompt_tokens", "output_tokens", "app"))
-        writer.writerows(zip(workload.arrival_s.tolist(), workload.prompt_tokens.tolist(),
-                             workload.output_tokens.tolist(), apps, strict=True))
+        writer.writerows(
+            zip(
+                workload.arrival_s.tolist(),
+                workload.prompt_tokens.tolist(),
+                workload.output_tokens.tolist(),
+                apps,
+                strict=True,
+            )
+        )

@@ -7,7 +7,7 @@ every moment (`FairShare`). It is not attainable: no request waits for its own e
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +69,9 @@ class Applications:
         rank[by_arrival] = np.arange(len(names))
         number, first = rank[number], first[by_arrival]
         demand = np.bincount(number, token_time(workload.prompt_tokens, workload.output_tokens))
-        return cls(names[by_arrival], number, workload.arrival_s[first], workload.prompt_tokens[first], demand)
+        return cls(
+            names[by_arrival], number, workload.arrival_s[first], workload.prompt_tokens[first], demand
+        )
 
     @property
     def types(self) -> list[str]:
@@ -82,8 +84,9 @@ class Applications:
         return finished
 
 
-def ideal_finish_s(arrival_s: NDArray[np.float64], demand: NDArray[np.float64], rate: float
-                   ) -> NDArray[np.float64]:
+def ideal_finish_s(
+    arrival_s: NDArray[np.float64], demand: NDArray[np.float64], rate: float
+) -> NDArray[np.float64]:
     """When ideal fair sharing would finish each application, (A,) seconds.
 
     Args:
@@ -95,7 +98,8 @@ def ideal_finish_s(arrival_s: NDArray[np.float64], demand: NDArray[np.float64], 
     finish = np.empty(len(arrival_s))
     for number, time_s in enumerate([*arrival_s.tolist(), np.inf]):
         while now + (step_s := share.until_next() / rate) <= time_s < np.inf or (
-                time_s == np.inf and len(share)):
+            time_s == np.inf and len(share)
+        ):
             now += step_s
             for application in share.serve(share.until_next()):
                 finish[int(application)] = now
@@ -124,8 +128,12 @@ def train_demand(workload: Workload, *, seed: int = 0) -> MlpDemand:
 
 def demand_errors(demand: Demand, applications: Applications) -> NDArray[np.float64]:
     """Predicted over true demand, (A,)."""
-    predicted = [demand(Application(name, kind), int(prompt)) for name, kind, prompt in
-                 zip(applications.names.tolist(), applications.types, applications.first_prompt_tokens, strict=True)]
+    predicted = [
+        demand(Application(name, kind), int(prompt))
+        for name, kind, prompt in zip(
+            applications.names.tolist(), applications.types, applications.first_prompt_tokens, strict=True
+        )
+    ]
     ratios: NDArray[np.float64] = np.array(predicted) / applications.demand
     return ratios
 
@@ -140,23 +148,23 @@ class Setup:
     data: Path
     arrivals: Path
     applications: int
-    loads: Sequence[float] = (0.8, 1.2)
-    seeds: Sequence[int] = (0, 1, 2)
+    loads: Sequence[float] = (0.9, 1.2)
+    seeds: Sequence[int] = (0, 1)
+
+    @property
+    def cases(self) -> int:
+        return len(self.loads) * len(self.seeds) * len(ORDERS)
 
 
-def fairness_table(setup: Setup, *, workers: int, on_row: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """One row for each seed, load and order.
+def fairness_rows(setup: Setup, *, workers: int) -> Iterator[dict[str, Any]]:
+    """One row for each seed, load and order, as they are done.
 
     Raises: DataError: if a file is missing or has too few requests.
     """
     demand = train_demand(workload_of(setup, "train", TRAINED_ON, _TRAINING_SEED))
     cases = [(setup, demand, *case) for case in itertools.product(setup.seeds, setup.loads, ORDERS)]
-    rows = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(_run, cases):
-            rows.append(row)
-            on_row(len(rows), len(cases))
-    return rows
+        yield from pool.map(_run, cases)
 
 
 def workload_of(setup: Setup, half: Half, count: int, seed: int) -> Workload:
@@ -174,8 +182,13 @@ def _run(case: tuple[Setup, MlpDemand, int, float, str]) -> dict[str, Any]:
     workload = workload_of(setup, "test", setup.applications, seed)
     tokens_per_s, rate = service_rates(workload, engine, step_time)
     workload = with_noisy_scores(at_load(workload, load, tokens_per_s), TAU, seed=seed)
-    return {"workload": workload.name, "load": load, "seed": seed, "order": order,
-            **measure(workload, order, demand, engine, step_time, rate)}
+    return {
+        "workload": workload.name,
+        "load": load,
+        "seed": seed,
+        "order": order,
+        **measure(workload, order, demand, engine, step_time, rate),
+    }
 
 
 def service_rates(workload: Workload, engine: EngineSettings, step_time: StepTime) -> tuple[float, float]:
@@ -188,8 +201,9 @@ def service_rates(workload: Workload, engine: EngineSettings, step_time: StepTim
     return float(tokens.sum() / (end - start)), float(costs.sum() / (end - start))
 
 
-def measure(workload: Workload, order: str, demand: Demand, engine: EngineSettings, step_time: StepTime,
-            rate: float) -> dict[str, Any]:
+def measure(
+    workload: Workload, order: str, demand: Demand, engine: EngineSettings, step_time: StepTime, rate: float
+) -> dict[str, Any]:
     """Serve a workload in one of `ORDERS` and compare with the ideal; times in seconds.
 
     A delay is how much later than in the ideal an application finished, negative if earlier; `bound_s` is
@@ -205,15 +219,24 @@ def measure(workload: Workload, order: str, demand: Demand, engine: EngineSettin
     longest_s = float((served.finished_s - served.first_scheduled_s).max())
     bound_s = 2 * longest_s + float(applications.demand.max()) / rate
     values = {
-        "mean_completion_s": completion.mean(), "p50_completion_s": np.median(completion),
-        "p99_completion_s": np.quantile(completion, 0.99), "max_completion_s": completion.max(),
-        "mean_delay_s": delay.mean(), "p99_delay_s": np.quantile(delay, 0.99), "max_delay_s": delay.max(),
-        "bound_s": bound_s, "mean_e2e_s": (served.finished_s - workload.arrival_s).mean(),
+        "mean_completion_s": completion.mean(),
+        "p50_completion_s": np.median(completion),
+        "p99_completion_s": np.quantile(completion, 0.99),
+        "max_completion_s": completion.max(),
+        "mean_delay_s": delay.mean(),
+        "p99_delay_s": np.quantile(delay, 0.99),
+        "max_delay_s": delay.max(),
+        "bound_s": bound_s,
+        "mean_e2e_s": (served.finished_s - workload.arrival_s).mean(),
     }
-    return {"applications": len(delay), "requests": len(workload),
-            **{name: float(f"{value:.5g}") for name, value in values.items()},
-            "later_than_ideal": round(float((delay > 0).mean()), 4), "preemptions": served.preemptions,
-            "arrivals_sha256": workload.sha256()[:12]}
+    return {
+        "applications": len(delay),
+        "requests": len(workload),
+        **{name: float(f"{value:.5g}") for name, value in values.items()},
+        "later_than_ideal": round(float((delay > 0).mean()), 4),
+        "preemptions": served.preemptions,
+        "arrivals_sha256": workload.sha256()[:12],
+    }
 
 
 def _policy(order: str, demand: Demand, applications: Applications) -> Policy:

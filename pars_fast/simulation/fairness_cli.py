@@ -37,8 +37,13 @@ def _applications(arguments: argparse.Namespace) -> None:
 
 
 def _add_demand(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trace", type=Path, required=True, metavar="F.csv",
-                        help="finished requests; the column app is TYPE/NAME")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        required=True,
+        metavar="F.csv",
+        help="finished requests; the column app is TYPE/NAME",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="F.json", help="for PARS_DEMAND")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_demand)
@@ -52,14 +57,15 @@ def _demand(arguments: argparse.Namespace) -> None:
 
     demand = train_demand(read_trace(arguments.trace), seed=arguments.seed)
     demand.save(arguments.out)
-    print(f"demand of {', '.join(name or 'any other type' for name in demand.networks)} written to {arguments.out}")
+    names = ", ".join(name or "any other type" for name in demand.networks)
+    print(f"demand of {names} written to {arguments.out}")
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="length files and traces of the types")
     add("--arrivals", type=Path, required=True, metavar="TRACE", help="an application at each of its times")
-    add("--applications", type=int, default=400, metavar="N", help="of each run (%(default)s)")
+    add("--applications", type=int, default=250, metavar="N", help="of each run (%(default)s)")
     add("--workers", type=int, default=2, metavar="N", help="processes (%(default)s)")
     add("--out", type=Path, required=True, metavar="F.csv")
     parser.set_defaults(run=_table)
@@ -70,13 +76,15 @@ def _table(arguments: argparse.Namespace) -> None:
     for module, extra in (("numba", "simulate"), ("vllm", "vllm"), ("sklearn", "train")):
         require_extra(module, extra)
     make_writable(arguments.out.parent)  # minutes before it is written
-    from pars_fast.simulation.fairness import Setup, fairness_table
+    from pars_fast.simulation.fairness import Setup, fairness_rows
     from pars_fast.simulation.study import write_table
 
     setup = Setup(arguments.data, arguments.arrivals, arguments.applications)
-    rows = fairness_table(setup, workers=arguments.workers,
-                          on_row=lambda done, total: print(f"{done} of {total}", end="\r", flush=True))
-    write_table(arguments.out, rows)
+    rows = []
+    for row in fairness_rows(setup, workers=arguments.workers):
+        rows.append(row)
+        write_table(arguments.out, rows)  # as far as it is done
+        print(f"{len(rows)} of {setup.cases}", end="\r", flush=True)
     print(f"table written to {arguments.out}")
 
 

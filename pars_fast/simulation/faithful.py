@@ -217,7 +217,9 @@ class _Record:
 def _request(workload: Workload, number: int, block_size: int) -> Request:
     """vLLM's request; every token of its prompt is its number."""
     sampling_params = SamplingParams(
-        max_tokens=int(workload.output_tokens[number]), ignore_eos=True, extra_args=_application(workload, number)
+        max_tokens=int(workload.output_tokens[number]),
+        ignore_eos=True,
+        extra_args=_application(workload, number),
     )
     return Request(
         request_id=str(number),

@@ -50,7 +50,7 @@ def capacity_tok_s(
 def closed_loop(
     workload: Workload, engine: EngineSettings, step_time: StepTime, *, seed: int = 0
 ) -> tuple[Workload, NDArray[np.float64]]:
-    """The mix, waiting from the start in random order, 40 times the seats; and when each finished, in seconds.
+    """The mix, waiting from the start in random order, 40 times the seats, and when each finished, in s.
 
     Raises: ParsFastError: if no request fits the engine.
     """

@@ -109,7 +109,7 @@ def _check(policy: str, router: str, engines: int, ranker_delay_s: float) -> Non
     if policy not in POLICIES:
         raise ParsFastError(f"no policy {policy!r}; there are: {', '.join(POLICIES)}")
     if policy not in FAST_POLICIES:
-        raise ParsFastError(f"{policy} goes by what was served; take the faithful simulator (--engine faithful)")
+        raise ParsFastError(f"{policy} goes by what was served: take --engine faithful")
     if router not in ROUTERS:
         raise ParsFastError(f"no router {router!r}; there are: {', '.join(ROUTERS)}")
     if not 1 <= engines <= MAX_ENGINES:

@@ -256,8 +256,8 @@ def with_burst(workload: Workload, share: float, *, at: float = 0.5, seed: int) 
     moved = rng.choice(len(workload), round(share * len(workload)), replace=False)
     times = workload.arrival_s.copy()
     times[moved] = times[0] + at * (times[-1] - times[0])
-    order = np.argsort(times, kind="stable")
-    return replace(workload.take(order), arrival_s=times[order])
+    return make_workload(workload.name, times, workload.prompt_tokens, workload.output_tokens,
+                         workload.expected_tokens, workload.app)
 
 
 def at_load(workload: Workload, load: float, capacity_tok_s: float) -> Workload:
