@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast import __version__
+from pars_fast.batch.cli import add_batch
 from pars_fast.bench_cli import add_bench
 from pars_fast.errors import ParsFastError, make_writable
 from pars_fast.output import write_json
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_collect(
         commands.add_parser("collect", help="collect answer lengths from an OpenAI-compatible server")
     )
+    add_batch(commands.add_parser("batch", help="complete a file of prompts, in batches of similar length"))
     _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
     _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
     _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
