@@ -90,7 +90,7 @@ class RankedRequestQueue(RequestQueue):
 
     def pop_request(self) -> Request:
         planned = self.index.planned
-        if not planned:
+        if not planned or self.index.sharing is not None:
             self._peek()
             return self.index.pop().payload
         entry = planned.pop()

@@ -30,7 +30,7 @@ from pars_fast.integration.runtime import RankerRuntime
 from pars_fast.integration.runtime_choice import make_recorder, make_runtime
 from pars_fast.integration.shadow import ShadowReport
 from pars_fast.integration.status_line import StatusLine
-from pars_fast.policies import POLICIES
+from pars_fast.policies import Policy
 from pars_fast.settings import Settings
 
 logger = logging.getLogger("vllm.pars_fast")
@@ -44,7 +44,8 @@ RECORD_FLUSH_S = 5.0  # at the end, for what is not yet written
 class RankingMixin:
     """Goes before a vLLM scheduler class; see `with_ranking`.
 
-    `clock`, `_read_settings` and `_make_runtime` are what a simulation replaces; all else is the same there.
+    `clock`, `_read_settings`, `_make_policy` and `_make_runtime` are what a simulation replaces; all else is
+    the same there.
     """
 
     waiting: RankedRequestQueue
@@ -54,7 +55,7 @@ class RankingMixin:
         super().__init__(*args, **kwargs)
         self._settings = settings = self._read_settings()
         config = self.vllm_config  # type: ignore[attr-defined]
-        policy = POLICIES[settings.policy]()
+        policy = self._make_policy(settings)
         guard = settings.guard_of(policy)
         self.waiting = RankedRequestQueue(
             HostIndex(policy, guard),
@@ -104,6 +105,9 @@ class RankingMixin:
     def _read_settings(self) -> Settings:
         return Settings.from_environ()
 
+    def _make_policy(self, settings: Settings) -> Policy:
+        return settings.make_policy()
+
     def _make_runtime(self, settings: Settings) -> RankerRuntime:
         return make_runtime(settings, self.vllm_config)  # type: ignore[attr-defined]
 
@@ -111,7 +115,7 @@ class RankingMixin:
         self._steps += 1
         if self._steps % TIMED_EVERY_STEPS:
             self._guarded(self._before_step)
-            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            output = self._plan(*args, **kwargs)
             self._guarded(self._after_step)
             return output
         return self._timed_schedule(*args, **kwargs)
@@ -122,13 +126,26 @@ class RankingMixin:
         started = time.perf_counter_ns()
         self._guarded(self._before_step)
         spent_ns = time.perf_counter_ns() - started
-        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output = self._plan(*args, **kwargs)
         started = time.perf_counter_ns()
         self._guarded(self._after_step)
         self._overhead.add(spent_ns + self.waiting.spent_ns + time.perf_counter_ns() - started)
         self.waiting.timed = False
         self._counters.values["pars_step_overhead_us_p50"] = self._overhead.median_us()
         return output
+
+    def _plan(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's own step; a policy that shares the engine is told of it."""
+        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self.waiting.index.sharing is not None:
+            self._guarded(functools.partial(self._tell_planned, output))
+        return output
+
+    def _tell_planned(self, output: SchedulerOutput) -> None:
+        num_tokens, requests = output.num_scheduled_tokens, self.requests  # type: ignore[attr-defined]
+        sharing = self.waiting.index.sharing
+        assert sharing is not None
+        sharing.planned([requests[request_id] for request_id in num_tokens], list(num_tokens.values()))
 
     def shutdown(self) -> None:
         try:
@@ -153,6 +170,9 @@ class RankingMixin:
             self._forget_finished()
         queue.begin_step(self.max_num_running_reqs - len(self.running))  # type: ignore[attr-defined]
         if queue.forgotten:
+            if queue.index.sharing is not None:
+                for entry in queue.forgotten:
+                    queue.index.sharing.ended(entry.payload)
             self._learning.ended(queue.forgotten)
             queue.forgotten = []
         self._learning.hand_over(queue.step_s)

@@ -15,6 +15,7 @@ class ArrivalIndex:
         self.planned: list[Entry] = []  # for ever: nothing is planned ahead
         self.room = 0
         self.ranking = False
+        self.sharing = None
         self.policy: Policy = POLICIES["fcfs"]()
         self.overtakes = self.promotions = 0
         self._step_s = 0.0

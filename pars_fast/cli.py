@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast import __version__
+from pars_fast.batch.cli import add_batch
 from pars_fast.bench_cli import add_bench
 from pars_fast.errors import ParsFastError, make_writable
 from pars_fast.output import write_json
 from pars_fast.simulation.cli import add_live_check, add_profile, add_simulate, add_study
+from pars_fast.simulation.fairness_cli import add_fairness
 
 DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's own default
 
@@ -39,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_collect(
         commands.add_parser("collect", help="collect answer lengths from an OpenAI-compatible server")
     )
+    add_batch(commands.add_parser("batch", help="complete a file of prompts, in batches of similar length"))
     _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
     _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
     _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     add_study(commands.add_parser("study", help="remake the simulators' tables: frontier, robustness, fleet"))
+    add_fairness(commands.add_parser("fairness", help="applications: make them, compare orders"))
     add_profile(commands.add_parser("profile", help="measure the step time of vLLM on this machine"))
     add_live_check(
         commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")

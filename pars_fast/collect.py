@@ -93,23 +93,26 @@ class Report:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The distinct prompts of a file: JSON lines with a "prompt", or of plain text, one prompt a line.
+    """The distinct prompts of a file, as `read_prompt_lines` reads them."""
+    return list(dict.fromkeys(prompt for _, prompt in read_prompt_lines(path)))
+
+
+def read_prompt_lines(path: str | Path) -> list[tuple[int, str]]:
+    """(line, prompt) of a file: JSON lines with a "prompt", or plain text, one prompt a line; blank ones are
+    skipped.
 
     Raises: DataError: if the file cannot be read, holds no prompt, or a JSON line has no prompt.
     """
     path = Path(path)
     try:  # split at the line feed alone: other ends of lines, such as U+2028, may stand in a prompt
-        lines = path.read_bytes().decode().split("\n")
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected JSON lines or plain text") from error
-    prompts = [
-        _prompt_of(path, number, line) if path.suffix == ".jsonl" else line.strip()
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not prompts:
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
         raise DataError(f"{path}: no prompts there; expected JSON lines or plain text, one prompt a line")
-    return list(dict.fromkeys(prompts))
+    is_json = path.suffix == ".jsonl"
+    return [(number, _prompt_of(path, number, line) if is_json else line.strip()) for number, line in lines]
 
 
 def _prompt_of(path: Path, number: int, line: str) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pars_fast.guards import Guard, Moment
 from pars_fast.guards.base import TOKENS
-from pars_fast.policies import Policy
+from pars_fast.policies import Policy, SharingPolicy
 from pars_fast.waiting_tree import (
     ARRIVE,
     CHARGE,
@@ -100,6 +100,7 @@ class HostIndex:
         planned: who runs next, the next one last; empty until somebody asks. Whoever takes the last one off
             this list and makes it wait no longer admits it, as `pop` does.
         room: how many admissions a step can make at most; no more are planned.
+        sharing: the policy, if it is one that has to be told what is served.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class HostIndex:
         if len(self):
             raise ValueError("the policy can change only while nothing waits")
         self.policy = policy
+        self.sharing = policy if isinstance(policy, SharingPolicy) else None
         self.guard = guard or policy.default_guard
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []
@@ -255,6 +257,8 @@ class HostIndex:
             self._plan()
         entry = self.planned.pop()
         entry.waiting = False
+        if self.sharing is not None:
+            self.sharing.admitted(entry.payload)
         return entry
 
     def finish(self, entry: Entry, output_tokens: int) -> None:
@@ -310,6 +314,8 @@ class HostIndex:
             made = group.plan_preempted(self.policy.key(typical), self._ranking)
         elif group.untouched and len(group.waiting) <= most:
             made = group.plan_all()
+        elif self.sharing is not None and self._ranking:
+            made = group.plan_shared(self.sharing, self.policy.key(typical), typical)
         elif group.watch is not None and self._ranking:
             made = group.plan_watched(self.policy.key(typical), self._now)
         else:
@@ -464,6 +470,20 @@ class _PriorityClass:
             made.flags[0] = PROMOTED | take(*self.tree, first)
         self.watch.leave(first)
         return made
+
+    def plan_shared(self, policy: SharingPolicy, typical_key: float, typical_tokens: float) -> _Plan:
+        """The next one by keys as they are now; they only rise, so it is enough to look at who comes first."""
+        while True:
+            made = self.plan_next(1, typical_key, typical_tokens, True, _NO_HINT)
+            entry = made.entries[0]
+            assert entry.key is not None
+            key = policy.key_now(entry.payload, entry.key)
+            if key <= entry.key:
+                return made
+            undo(*self.tree, typical_tokens, self._seqs[:1])
+            self.waiting[entry.seq] = entry
+            entry.key = key
+            self.note(SCORE, entry)
 
     def plan_preempted(self, typical_key: float, ranking: bool) -> _Plan:
         """The next one; one of lane 0 waits."""

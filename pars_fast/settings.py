@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pars_fast.errors import SettingsError
+from pars_fast.errors import DataError, SettingsError
 from pars_fast.guards import Guard, PassingLimit, parse_guard
 from pars_fast.packaged import AUTO, PACKAGED
 from pars_fast.policies import POLICIES, Policy
+from pars_fast.policies.demand import load_demand
+from pars_fast.policies.justitia import Justitia
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -57,6 +59,14 @@ def _file_to_append(text: str) -> Path:
     return path
 
 
+def _demand_file(text: str) -> Path:
+    try:
+        load_demand(Path(text))
+    except DataError as error:
+        raise ValueError(f"a file of `pars-fast fairness demand` ({error})") from None
+    return Path(text)
+
+
 def _setting(variable: str, default: Any, parse: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"variable": variable, "parse": parse})
 
@@ -69,8 +79,10 @@ class Settings:
         enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
         ranker: PARS_RANKER. Ranker directory, or `default` or `small`, which are in the package; `auto`
             (default) is `default` on a GPU and `small` on a CPU.
-        policy: PARS_POLICY. `pars_fast` (default), `pars`, `prompt_length`, `fcfs`, or `oracle` (reads
-            `max_tokens`; for replays).
+        policy: PARS_POLICY. `pars_fast` (default), `pars`, `prompt_length`, `fcfs`, `justitia` or `vtc`
+            (share the engine among applications), or `oracle` (reads `max_tokens`; for replays).
+        demand: PARS_DEMAND. Of `justitia`: file of `pars-fast fairness demand`; None: every application
+            counts as one request of 256 output tokens.
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
             `idle_quantum`, `relative_ageing`, `uniboost`, `overtaking_budget` or `passing_limit`, each with
@@ -98,6 +110,7 @@ class Settings:
     enable: bool = _setting("PARS_ENABLE", False, _flag)
     ranker: str = _setting("PARS_RANKER", AUTO, str)
     policy: str = _setting("PARS_POLICY", "pars_fast", _choice(*POLICIES))
+    demand: Path | None = _setting("PARS_DEMAND", None, _demand_file)  # noqa: RUF009
     mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
     guard: Guard | None = _setting("PARS_GUARD", None, parse_guard)  # noqa: RUF009
     guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
@@ -145,6 +158,12 @@ class Settings:
                 f"PARS_RANKER={settings.ranker!r} is not allowed: expected {names} or an existing directory"
             )
         return settings
+
+    def make_policy(self) -> Policy:
+        """The policy asked for, with what it reads from a file."""
+        if self.policy == "justitia" and self.demand is not None:
+            return Justitia(load_demand(self.demand))
+        return POLICIES[self.policy]()
 
     def guard_of(self, policy: Policy) -> Guard:
         """The guard that bounds `policy`: the one asked for, or the policy's own."""

@@ -33,7 +33,7 @@ from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
 from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
-from pars_fast.policies import POLICIES
+from pars_fast.policies import POLICIES, Policy
 from pars_fast.settings import Settings
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
@@ -45,7 +45,7 @@ _TOKEN = 0  # what the model says
 
 def simulate(
     workload: Workload,
-    policy: str,
+    policy: str | Policy,
     guard: Guard | None,
     engine: EngineSettings,
     step_time: StepTime,
@@ -56,19 +56,21 @@ def simulate(
 
     Args:
         workload: the requests; those without expected tokens stay without a score.
-        policy: a name of `POLICIES`.
+        policy: a name of `POLICIES`, or one that was made with something of its own; it serves once.
         guard: bounds the order; None is the policy's own guard.
         engine: room of the engine; a request that an empty one could not hold is refused.
         step_time: how long a step takes.
         ranker_delay_s: from handing prompts over (`ProcessRuntime.max_in_flight` at once) to their scores.
     Raises: ParsFastError: if there is no such policy, or the delay is negative.
     """
-    if policy not in POLICIES:
-        raise ParsFastError(f"no policy {policy!r}; there are: {', '.join(POLICIES)}")
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise ParsFastError(f"no policy {policy!r}; there are: {', '.join(POLICIES)}")
+        policy = POLICIES[policy]()
     if not ranker_delay_s >= 0:
         raise ParsFastError(f"ranker_delay_s must be >= 0, got {ranker_delay_s}")
     clock = VirtualClock()
-    settings = Settings(policy=policy, guard=guard, calibration=False, log_every_s=0.0)
+    settings = Settings(guard=guard or policy.default_guard, calibration=False, log_every_s=0.0)
     ranker = DelayedRanker(workload.expected_tokens, ranker_delay_s, clock)
     scheduler_cls = type(
         "SimulatedScheduler",
@@ -76,6 +78,7 @@ def simulate(
         {
             "clock": clock,
             "_read_settings": lambda self: settings,
+            "_make_policy": lambda self, settings: policy,
             "_make_runtime": lambda self, settings: ranker,
         },
     )
@@ -213,7 +216,11 @@ class _Record:
 
 def _request(workload: Workload, number: int, block_size: int) -> Request:
     """vLLM's request; every token of its prompt is its number."""
-    sampling_params = SamplingParams(max_tokens=int(workload.output_tokens[number]), ignore_eos=True)
+    sampling_params = SamplingParams(
+        max_tokens=int(workload.output_tokens[number]),
+        ignore_eos=True,
+        extra_args=_application(workload, number),
+    )
     return Request(
         request_id=str(number),
         prompt_token_ids=[number] * int(workload.prompt_tokens[number]),
@@ -222,6 +229,13 @@ def _request(workload: Workload, number: int, block_size: int) -> Request:
         arrival_time=float(workload.arrival_s[number]),
         block_hasher=functools.partial(_new_block_hashes, block_size),
     )
+
+
+def _application(workload: Workload, number: int) -> dict[str, str] | None:
+    if workload.app is None or not workload.app[number]:
+        return None
+    app = str(workload.app[number])
+    return {"pars_app": app, "pars_app_type": app.partition("/")[0] if "/" in app else ""}
 
 
 def _new_block_hashes(block_size: int, request: Request) -> list[BlockHash]:

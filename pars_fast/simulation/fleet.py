@@ -21,7 +21,7 @@ import pars_fast.simulation.heaps as heaps_module
 import pars_fast.simulation.waiting_queue as queue_module
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
-from pars_fast.policies import POLICIES
+from pars_fast.policies import POLICIES, SharingPolicy
 from pars_fast.simulation.arrays import Flags, Floats, Records, compiled
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
@@ -49,6 +49,7 @@ Router = Literal["round_robin", "least_loaded", "predicted_work"]
 ROUTERS: tuple[Router, ...] = get_args(Router)
 _ROUND_ROBIN, _LEAST_LOADED, _PREDICTED_WORK = range(3)
 MAX_ENGINES = 100_000
+FAST_POLICIES = [name for name, policy in POLICIES.items() if not issubclass(policy, SharingPolicy)]
 
 
 def simulate_fleet(
@@ -107,6 +108,8 @@ def fits(workload: Workload, engine: EngineSettings) -> Flags:
 def _check(policy: str, router: str, engines: int, ranker_delay_s: float) -> None:
     if policy not in POLICIES:
         raise ParsFastError(f"no policy {policy!r}; there are: {', '.join(POLICIES)}")
+    if policy not in FAST_POLICIES:
+        raise ParsFastError(f"{policy} goes by what was served: take --engine faithful")
     if router not in ROUTERS:
         raise ParsFastError(f"no router {router!r}; there are: {', '.join(ROUTERS)}")
     if not 1 <= engines <= MAX_ENGINES:

@@ -74,6 +74,8 @@ def test_without_a_guard_asked_for_each_policy_has_its_own() -> None:
         "oracle": NoGuard(),
         "pars": FixedThreshold(120.0),
         "pars_fast": PassingLimit(2.0, 7.0),
+        "justitia": NoGuard(),
+        "vtc": NoGuard(),
     }
 
 
