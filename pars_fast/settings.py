@@ -81,8 +81,6 @@ class Settings:
             (default) is `default` on a GPU and `small` on a CPU.
         policy: PARS_POLICY. `pars_fast` (default), `pars`, `prompt_length`, `fcfs`, `justitia` or `vtc`
             (share the engine among applications), or `oracle` (reads `max_tokens`; for replays).
-        demand: PARS_DEMAND. Of `justitia`: file of `pars-fast fairness demand`; None: every application
-            counts as one request of 256 output tokens.
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
             `idle_quantum`, `relative_ageing`, `uniboost`, `overtaking_budget` or `passing_limit`, each with
@@ -105,12 +103,13 @@ class Settings:
         record: PARS_RECORD. File to which finished requests' prompts and lengths are appended; None: none.
         record_prompts: PARS_RECORD_PROMPTS. `hashed` (default), or `plain`, which can be trained on.
         force: PARS_FORCE. 1 ranks on a vLLM version that was not tested, too.
+        demand: PARS_DEMAND. Of `justitia`: file of `pars-fast fairness demand`; None: every application
+            counts as one request of 256 output tokens.
     """
 
     enable: bool = _setting("PARS_ENABLE", False, _flag)
     ranker: str = _setting("PARS_RANKER", AUTO, str)
     policy: str = _setting("PARS_POLICY", "pars_fast", _choice(*POLICIES))
-    demand: Path | None = _setting("PARS_DEMAND", None, _demand_file)  # noqa: RUF009
     mode: str = _setting("PARS_MODE", "on", _choice("on", "shadow"))
     guard: Guard | None = _setting("PARS_GUARD", None, parse_guard)  # noqa: RUF009
     guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
@@ -126,6 +125,7 @@ class Settings:
     record: Path | None = _setting("PARS_RECORD", None, _file_to_append)  # noqa: RUF009
     record_prompts: str = _setting("PARS_RECORD_PROMPTS", "hashed", _choice("hashed", "plain"))
     force: bool = _setting("PARS_FORCE", False, _flag)
+    demand: Path | None = _setting("PARS_DEMAND", None, _demand_file)  # noqa: RUF009
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":

@@ -70,11 +70,10 @@ def _engine(arguments: argparse.Namespace) -> Engine:
 def _check_room(path: Path, lines: Sequence[tuple[int, str]], engine: Engine) -> None:
     """Raises: DataError: names the first prompt that leaves no room for an answer."""
     sizes = engine.prompt_tokens([prompt for _, prompt in lines])
+    most = engine.max_model_len - 1
     for (line, _), size in zip(lines, sizes, strict=True):
-        if not 0 < size < engine.max_model_len:
-            raise DataError(
-                f"{path}:{line}: the prompt has {size} tokens, the model takes 1 to {engine.max_model_len - 1}"
-            )
+        if not 0 < size <= most:
+            raise DataError(f"{path}:{line}: a prompt of {size} tokens; the model takes 1 to {most}")
 
 
 def _lengths(arguments: argparse.Namespace, engine: Engine) -> Lengths | None:

@@ -1,10 +1,10 @@
 """Batches of prompts whose answers should be of similar length: Sequence Scheduling (arXiv 2305.13144).
 
 A batch that is not refilled lasts as long as its longest answer, so similar lengths go together. Batches of
-short answers are larger, because each sequence holds less memory (variable batch size). An answer stops where
-its batch was expected to end; whoever has not finished there is computed again later (failure collection and
-recomputation). The paper leaves room for how far beyond the expected length a batch may go: `MARGIN`, in steps
-of `BUCKET` tokens.
+short answers are larger, because each sequence holds less memory (variable batch size). An answer stops
+where its batch was expected to end; whoever has not finished there is computed again later (failure
+collection and recomputation). How far beyond the expected length a batch may go is set here: `MARGIN`, in
+steps of `BUCKET` tokens.
 """
 
 import math

@@ -9,8 +9,8 @@ from pars_fast.errors import ParsFastError
 
 UNKNOWN_TOKENS = 256.0  # where no answer to the question held a number
 _QUESTION = (
-    "{prompt}\n\nDo not answer the above. Say how many tokens your answer would have, as a number and nothing "
-    "else:"
+    "{prompt}\n\nDo not answer the above. Say how many tokens your answer would have, as a number and "
+    "nothing else:"
 )
 _QUESTION_TOKENS = 64  # room for the question
 _ANSWER_TOKENS = 8

@@ -1,7 +1,7 @@
 """vLLM's offline engine (`LLM`, 0.32), for batch jobs: completions come out as they finish.
 
-`LLM.generate` gives all outputs at the end, and a job that is killed would lose them; so requests are given to
-the engine below it, and stepped, as `LLM.generate` does itself. Source: vllm/entrypoints/llm.py.
+`LLM.generate` gives all outputs at the end, and a job that is killed would lose them; so requests are given
+to the engine below it, and stepped, as `LLM.generate` does itself. Source: vllm/entrypoints/llm.py.
 """
 
 from collections.abc import Iterator, Sequence

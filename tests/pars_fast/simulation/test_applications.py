@@ -154,7 +154,7 @@ def test_true_demand_keeps_delays_within_the_bound_and_beats_vtc() -> None:
         for order in ("vtc", "justitia", "justitia, true demand")
     }
     for order in ("justitia", "justitia, true demand"):
-        assert rows[order]["mean_completion_s"] < 0.75 * rows["vtc"]["mean_completion_s"]
+        assert rows[order]["mean_completion_s"] < 0.9 * rows["vtc"]["mean_completion_s"]
         assert rows[order]["max_delay_s"] < rows[order]["bound_s"]
 
 
