@@ -17,7 +17,7 @@ _GIL_EVERY = 8  # events between two moments at which the scheduling thread may 
 
 
 class Learning:
-    """Scores and endings in the order of their coming; an ending is noted as the entry alone.
+    """Scores and endings in the order of their coming; endings are noted as the entries alone, after the time.
 
     To note one costs the scheduling thread an append. They are handed over in lots, so that the background
     thread wakes once a second or every 256 events, and a failure there is said once and leaves serving alone.
@@ -34,15 +34,16 @@ class Learning:
         self._calibration, self._queue_wait = calibration, queue_wait
         self._shadow, self._recorder = shadow, recorder
         self._background = background
-        self._events: list[Entry | tuple[Entry, float]] = []
+        self._events: list[float | Entry | tuple[Entry, float]] = []
         self._handed_over_at = 0.0
 
     def scored(self, entry: Entry, expected_tokens: float) -> None:
         """A request got a score: the tokens that the ranker itself expects."""
         self._events.append((entry, expected_tokens))
 
-    def ended(self, entries: list[Entry]) -> None:
+    def ended(self, entries: list[Entry], now_s: float) -> None:
         """Requests have ended, whichever way."""
+        self._events.append(now_s)
         self._events += entries
 
     def hand_over(self, now_s: float) -> None:
@@ -59,16 +60,19 @@ class Learning:
         if events:
             self._background.submit(functools.partial(self._take_in, events))
 
-    def _take_in(self, events: list[Entry | tuple[Entry, float]]) -> None:
+    def _take_in(self, events: list[float | Entry | tuple[Entry, float]]) -> None:
+        ended_s = 0.0
         for count, event in enumerate(events):
             if count % _GIL_EVERY == 0:
                 time.sleep(0)
-            if isinstance(event, Entry):
-                self._end(event)
+            if isinstance(event, float):
+                ended_s = event
+            elif isinstance(event, Entry):
+                self._end(event, ended_s)
             else:
                 self._calibration.scored(*event)
 
-    def _end(self, entry: Entry) -> None:
+    def _end(self, entry: Entry, ended_s: float) -> None:
         request, ending = entry.payload, ending_of(entry.payload)
         self._calibration.finished(entry, ending)
         if output_tokens := request.num_output_tokens:
@@ -76,6 +80,6 @@ class Learning:
         if ending is Ending.CUT:
             return
         if self._shadow is not None:
-            self._shadow.add(entry, output_tokens)
+            self._shadow.add(entry, output_tokens, ended_s)
         if self._recorder is not None:
             self._recorder.add(request.prompt_token_ids, output_tokens, ending)

@@ -91,8 +91,7 @@ class RankedRequestQueue(RequestQueue):
     def pop_request(self) -> Request:
         planned = self.index.planned
         if not planned or self.index.sharing is not None:
-            self._peek()
-            return self.index.pop().payload
+            return self._pop()
         entry = planned.pop()
         entry.waiting = False
         return entry.payload
@@ -198,6 +197,15 @@ class RankedRequestQueue(RequestQueue):
         if self.timed:
             self.spent_ns += time.perf_counter_ns() - started
         return entry.payload
+
+    def _pop(self) -> Request:
+        request = self._peek()
+        try:
+            self.index.pop()
+        except Exception as error:  # vLLM has seen the request and given it memory: it is the one to pop
+            self._fall_back(error)
+            self.index.remove(self.entries[request.request_id])
+        return request
 
     def _put_in_spite_of(self, error: Exception, entry: Entry) -> None:
         entry.waiting = False  # nobody knows how far it came

@@ -158,7 +158,7 @@ class RankingMixin:
         if loop is not None:
             loop.close()
         self._forget_finished()
-        self._learning.ended(self.waiting.forgotten)
+        self._learning.ended(self.waiting.forgotten, self.clock())
         self._learning.flush()
         self._background.drain(LEARN_S)
         if self._recorder is not None:
@@ -173,7 +173,7 @@ class RankingMixin:
             if queue.index.sharing is not None:
                 for entry in queue.forgotten:
                     queue.index.sharing.ended(entry.payload)
-            self._learning.ended(queue.forgotten)
+            self._learning.ended(queue.forgotten, queue.step_s)
             queue.forgotten = []
         self._learning.hand_over(queue.step_s)
         if self._ranking_loop is not None:

@@ -35,15 +35,14 @@ class ShadowReport:
         self._finished: deque[FinishedRequest] = deque(maxlen=WINDOW)
         self._reported_at = clock()
 
-    def add(self, entry: Entry, output_tokens: int) -> None:
+    def add(self, entry: Entry, output_tokens: int, finished_s: float) -> None:
         if entry.expected_tokens is None or output_tokens < 1:
             return
-        now = self._clock()
         self._finished.append(
-            FinishedRequest(entry.arrival_s, now - entry.admitted_s, entry.expected_tokens, output_tokens)
+            FinishedRequest(entry.arrival_s, finished_s - entry.admitted_s, entry.expected_tokens, output_tokens)
         )
-        if now - self._reported_at > REPORT_EVERY_S and len(self._finished) >= MIN_REQUESTS:
-            self._reported_at = now
+        if finished_s - self._reported_at > REPORT_EVERY_S and len(self._finished) >= MIN_REQUESTS:
+            self._reported_at = finished_s
             requests = sorted(self._finished, key=lambda request: request.arrival_s)
             self._background.submit(functools.partial(self._report, requests))
 

@@ -255,10 +255,10 @@ class HostIndex:
         """Admit who runs next and charge those it passes. Raises: IndexError: if nothing waits."""
         if not self.planned:
             self._plan()
+        if self.sharing is not None:
+            self.sharing.admitted(self.planned[-1].payload)
         entry = self.planned.pop()
         entry.waiting = False
-        if self.sharing is not None:
-            self.sharing.admitted(entry.payload)
         return entry
 
     def finish(self, entry: Entry, output_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -67,7 +68,6 @@ def test_ranking_goes_off_with_shuffled_scores_and_comes_back_with_good_ones(
         fake_runtime.answer = lambda prompt: noise.uniform(1.0, 20.0)
         server.serve_until(lambda: values["pars_active"] == 0)
         assert values["pars_fallback_calibration"] == 1
-        assert values["pars_kendall_tau_high"] < 0.1
 
         arrived, scored = len(server.lengths), len(fake_runtime.submitted)
         server.serve_until(lambda: len(server.lengths) >= arrived + 400)
@@ -111,7 +111,7 @@ def test_without_calibration_nobody_looks(
     fake_runtime.answer = lambda prompt: noise.uniform(1.0, 20.0)
     blind.serve_until(lambda: len(blind.lengths) > 400)
     assert (blind.values["pars_active"], blind.values["pars_fallback_calibration"]) == (1, 0)
-    assert blind.engine.scheduler._background._thread is None
+    assert math.isnan(blind.values["pars_kendall_tau"])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,8 @@ def test_waits_are_noted_and_the_state_is_logged_under_load(
     assert ", ranked; " in line
     counts = scheduler._counters.histograms
     server.engine.step()  # where the last endings are noted
+    scheduler._learning.flush()
+    scheduler._background.drain(10.0)
     noted = sum(counts["pars_queue_wait_seconds"]._cells[:-1])
     assert 120 <= noted <= len(server.engine.finished)
     assert sum(counts["pars_score_latency_seconds"]._cells[:-1]) == server.values["pars_scored"]

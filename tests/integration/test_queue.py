@@ -242,7 +242,7 @@ def test_an_id_can_be_used_again_after_its_request_finished(make_request: MakeRe
     assert queue.finish("unknown") is None
 
 
-FAILING = ("add", "put_back", "remove", "head", "pop", "set_expected_tokens", "finish", "begin_step")
+FAILING = ("add", "put_back", "remove", "head", "set_expected_tokens", "finish", "begin_step")
 
 
 @pytest.mark.parametrize("failing", FAILING)
@@ -260,7 +260,7 @@ def test_whatever_the_order_raises_every_request_is_served_once(
         calls += 1
         if calls <= after:
             return operation(*arguments)
-        if after == 1 and failing != "pop":
+        if after == 1:
             operation(*arguments)
         raise RuntimeError("no order")
 
@@ -290,7 +290,7 @@ def test_whatever_the_order_raises_every_request_is_served_once(
         if running and rng.random() < 0.5:
             served.append(running.pop(0))
             queue.finish(served[-1].request_id)
-        if queue and rng.random() < 0.05:
+        if queue and rng.random() < 0.3:
             aborted.append(rng.choice(list(queue)))
             queue.remove_requests([aborted[-1]])
     assert [str(failure) for failure in failures] == ["no order"]

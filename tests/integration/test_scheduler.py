@@ -438,7 +438,8 @@ def test_the_overtaking_bound_holds(make_engine: Any, make_request: MakeRequest,
     budgets: dict[str, float] = {}
     for request_id, max_tokens in lengths.items():
         engine.add([make_request(request_id, max_tokens=max_tokens)])
-        budgets[request_id] = engine.scheduler.waiting.entries[request_id].budget
+        queue = engine.scheduler.waiting
+        budgets[request_id] = queue.index.slack(queue.entries[request_id])
         engine.step()
     engine.run()
     arrival = {request_id: position for position, request_id in enumerate(lengths)}
@@ -469,6 +470,9 @@ def test_shadow_mode_keeps_arrival_order_and_estimates_the_gain(
     engine.add([make_request(str(i), max_tokens=60 - i) for i in range(30)])
     engine.run()
     assert engine.admitted == [str(i) for i in range(30)]
+    engine.scheduler.schedule()  # where the last endings are noted
+    engine.scheduler._learning.flush()
+    assert engine.scheduler._background.drain(10.0)
     shadow = engine.scheduler._shadow
     assert engine.scheduler._counters.values["pars_active"] == 0
     assert shadow.estimate(list(shadow._finished)).startswith("Kendall tau-b 1.00 over ")
