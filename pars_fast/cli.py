@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     add_study(commands.add_parser("study", help="remake the simulators' tables: frontier, robustness, fleet"))
-    add_serving_gain(commands.add_parser("serving-gain", help="what predictors are worth in simulated serving"))
+    add_serving_gain(
+        commands.add_parser("serving-gain", help="what predictors are worth in simulated serving")
+    )
     add_profile(commands.add_parser("profile", help="measure the step time of vLLM on this machine"))
     add_live_check(
         commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")
@@ -337,7 +339,9 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="FILE", help="length files to train on")
     add("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="measured on, as of evaluate --all")
+    add(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="measured on, as of evaluate --all"
+    )
     add("--out", required=True, type=Path, help="folder of the runs; goes on with those found there")
     add("--init", default="minilm", help="as of train (%(default)s)")
     add("--seeds", type=int, default=5, metavar="N", help="runs of each loss (%(default)s)")
@@ -372,8 +376,8 @@ def _losses(arguments: argparse.Namespace) -> None:
     for loss, standing in standings(rows, names).items():
         if standing.p_value is not None:
             console.print(
-                f"{losses[0]} minus {loss}: {standing.difference:+.3f} ± {standing.difference_half_width:.3f}, "
-                f"p {standing.p_value:.3f}"
+                f"{losses[0]} minus {loss}: {standing.difference:+.3f} "
+                f"± {standing.difference_half_width:.3f}, p {standing.p_value:.3f}"
             )
 
 

@@ -1,4 +1,4 @@
-"""PARS's margin loss against its rivals, each fine-tuning the same encoder on the same prompts for as many steps.
+"""PARS's margin loss against its rivals: same encoder, same prompts, same number of steps.
 
 The losses of PARS (arXiv 2510.03243) with and without its filter of near pairs, of LTR (arXiv 2408.15792) and
 plain regression on log length are on different scales, so each has its learning rate chosen, by validation
@@ -66,7 +66,9 @@ def compare_losses(
     losses, seeds = comparison.losses, comparison.seeds
     chosen: dict[str, float] = {}
     for loss in losses:
-        tried = {rate: _run(comparison, loss, rate, seeds[0], out, on_run) for rate in comparison.learning_rates}
+        tried = {
+            rate: _run(comparison, loss, rate, seeds[0], out, on_run) for rate in comparison.learning_rates
+        }
         chosen[loss] = max(tried, key=lambda rate: _validation_accuracy(tried[rate]))
     rows = []
     for seed in seeds:  # all losses of a seed before the next, so that what is there is comparable

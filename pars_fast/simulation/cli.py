@@ -105,8 +105,10 @@ def _study(arguments: argparse.Namespace) -> None:
 def add_serving_gain(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     predictor = "as of evaluate --all (default small prompt_length)"
-    add("--ranker", nargs="+", default=["default", "small", "prompt_length"], metavar="[NAME=]DIR", help=predictor)
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="lengths_*.jsonl[.gz] (%(default)s)")
+    rankers = ["default", "small", "prompt_length"]
+    add("--ranker", nargs="+", default=rankers, metavar="[NAME=]DIR", help=predictor)
+    files = "lengths_*.jsonl[.gz] (%(default)s)"
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help=files)
     add("--traces", type=Path, required=True, metavar="DIR", help="trace_*.csv[.gz], whose times are taken")
     add("--load", type=_numbers, default=[1.0, 1.2], help="offered over closed-loop tokens/s (1.0,1.2)")
     add("--seeds", type=int, default=3, metavar="N", help="draws of prompts and models (%(default)s)")
@@ -129,13 +131,14 @@ def _serving_gain(arguments: argparse.Namespace) -> None:
     if not traces:
         raise ParsFastError(f"{arguments.traces}: no trace_*.csv[.gz] with arrival times there")
     predictors = {}
-    for given in arguments.ranker:
-        name, path = given.split("=", 1) if "=" in given else (Path(given).name, given)
+    for text in arguments.ranker:
+        name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)
         predictors[name] = load_predictor(path)
-    given = {name: getattr(arguments, name) for name in ("requests", "max_prompts_per_file")
-             if hasattr(arguments, name)}
+    sizes = ("requests", "max_prompts_per_file")
+    given = {name: getattr(arguments, name) for name in sizes if hasattr(arguments, name)}
     rows = serving_gain(read_length_files(arguments.data_dir), predictors, traces, loads=arguments.load,
-                        seeds=range(arguments.seeds), on_progress=lambda line: print(line, flush=True), **given)
+                        seeds=range(arguments.seeds), on_progress=lambda line: print(line, flush=True),
+                        **given)
     write_table(arguments.csv, rows)
     print_gains(rows)
 

@@ -51,9 +51,9 @@ def serving_gain(
 
     A seed draws the prompts, and for each file the model whose lengths are served.
 
-    Returns: rows of workload, load, predictor (`fcfs` and `PERFECT` among them) and guard, with `runs`, the mean
-        of `tau` and of the gains and latencies, and the spread of the gains over runs. A gain is None where an
-        oracle gains under 5 % in every run.
+    Returns: rows of workload, load, predictor (`fcfs` and `PERFECT` among them) and guard, with `runs`, the
+        mean of `tau` and of the gains and latencies, and the spread of the gains over runs. A gain is None
+        where an oracle gains under 5 % in every run.
     Raises: DataError: if a trace has too few requests, or no file can be measured.
     """
     held_out = [_held_out(file, max_prompts_per_file) for file in files]
@@ -79,13 +79,14 @@ def print_gains(rows: Sequence[Mapping[str, Any]]) -> None:
     """Predictors by load and guard: on the mixed requests, and mean over the single files."""
     loads = list(dict.fromkeys(row["load"] for row in rows))
     predictors = dict.fromkeys(row["predictor"] for row in rows if row["predictor"] != "fcfs")
-    files = set(row["workload"] for row in rows)
+    files = {row["workload"] for row in rows}
     for title, chosen in (("all files mixed", {MIXED}), ("mean over single files", files - {MIXED})):
         for guard in GUARDS:
             gains = [f"{what}, load {load:g}" for load in loads for what in ("per token", "end to end")]
             table = Table("predictor", "tau", *gains, title=f"gain captured, {title}, guard {guard}")
             for name in predictors:
-                of = [r for r in rows if (r["predictor"], r["guard"]) == (name, guard) and r["workload"] in chosen]
+                of = [row for row in rows
+                      if (row["predictor"], row["guard"]) == (name, guard) and row["workload"] in chosen]
                 cells = [_cell([row[measure] for row in of if row["load"] == load], "{:.0%}")
                          for load in loads for measure in ("gain_captured", "gain_captured_e2e")]
                 table.add_row(name, _cell([row["tau"] for row in of], "{:.3f}"), *cells)
@@ -111,7 +112,7 @@ def _rankable(file: LengthFile) -> list[str]:
 
 
 def _expected_tokens(predictor: Predictor, prompts: Sequence[str]) -> NDArray[np.float64]:
-    """As a server has them; of a predictor without a map any rising positive function of the score will do."""
+    """As a server has them; without a map any rising positive function of the score gives the order."""
     scores = predictor.score(prompts).double().numpy()
     return np.exp(scores) if predictor.token_map is None else predictor.token_map(scores)
 
