@@ -417,12 +417,12 @@ class _PriorityClass:
                 value,
             ))
         if len(self._noted) >= _MAX_NOTED * LOG_FIELDS:
-            self.untouched = False
             self.do_what_was_noted()
 
     def do_what_was_noted(self) -> None:
         if not self._noted:
             return
+        self.untouched = False
         log = np.frombuffer(self._noted)
         self._noted = array("d")
         while True:
@@ -448,7 +448,6 @@ class _PriorityClass:
         self, most: int, typical_key: float, typical_tokens: float, ranking: bool, hint: NDArray[np.int64]
     ) -> _Plan:
         """The next `most` at most; one of lane 1 waits."""
-        self.untouched = False
         self.do_what_was_noted()
         seqs, flags = self._seqs[:most], self._flags[:most]
         count = plan(*self.tree, ranking, typical_key, typical_tokens, hint, seqs, flags)

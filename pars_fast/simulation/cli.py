@@ -102,6 +102,47 @@ def _study(arguments: argparse.Namespace) -> None:
     print(f"table written to {path}")
 
 
+def add_serving_gain(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    predictor = "as of evaluate --all (default small prompt_length)"
+    rankers = ["default", "small", "prompt_length"]
+    add("--ranker", nargs="+", default=rankers, metavar="[NAME=]DIR", help=predictor)
+    files = "lengths_*.jsonl[.gz] (%(default)s)"
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help=files)
+    add("--traces", type=Path, required=True, metavar="DIR", help="trace_*.csv[.gz], whose times are taken")
+    add("--load", type=_numbers, default=[1.0, 1.2], help="offered over closed-loop tokens/s (1.0,1.2)")
+    add("--seeds", type=int, default=3, metavar="N", help="draws of prompts and models (%(default)s)")
+    for name in ("requests", "max-prompts-per-file"):
+        add(f"--{name}", type=int, default=argparse.SUPPRESS, metavar="N")
+    add("--csv", type=Path, required=True, metavar="F", help="write the table there")
+    parser.set_defaults(run=_serving_gain)
+
+
+def _serving_gain(arguments: argparse.Namespace) -> None:
+    require_extra("numba", "simulate")
+    make_writable(arguments.csv.parent)  # minutes before it is written
+    from pars_fast.baselines import load_predictor
+    from pars_fast.benchmark import read_length_files
+    from pars_fast.simulation.serving_gain import print_gains, serving_gain
+    from pars_fast.simulation.study import find_traces, write_table
+    from pars_fast.simulation.workload import read_trace
+
+    traces = [trace for trace in map(read_trace, find_traces(arguments.traces)) if trace.arrival_s[-1] > 0]
+    if not traces:
+        raise ParsFastError(f"{arguments.traces}: no trace_*.csv[.gz] with arrival times there")
+    predictors = {}
+    for text in arguments.ranker:
+        name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)
+        predictors[name] = load_predictor(path)
+    sizes = ("requests", "max_prompts_per_file")
+    given = {name: getattr(arguments, name) for name in sizes if hasattr(arguments, name)}
+    rows = serving_gain(read_length_files(arguments.data_dir), predictors, traces, loads=arguments.load,
+                        seeds=range(arguments.seeds), on_progress=lambda line: print(line, flush=True),
+                        **given)
+    write_table(arguments.csv, rows)
+    print_gains(rows)
+
+
 def add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="F", help="write the profile there")
     parser.add_argument("--model", help="model to serve; by default a tiny random one is made")

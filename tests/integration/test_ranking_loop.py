@@ -450,6 +450,7 @@ def test_a_device_is_not_told_of_requests_that_it_never_saw(
 
 def test_a_new_device_order_does_not_part_what_is_shown_from_what_is_popped(bench: Bench) -> None:
     """A step may end with a request shown and not taken; the hint that comes next need not agree."""
+    assert isinstance(bench.queue.index, HostIndex)
     bench.queue.index._device_order_min_waiting = 1
     bench.runtime.answer = descending
     bench.add(3)
