@@ -8,6 +8,7 @@ from typing import Any
 
 from pars_fast import __version__
 from pars_fast.bench_cli import add_bench
+from pars_fast.demo.load_cli import add_load
 from pars_fast.errors import ParsFastError, make_writable
 from pars_fast.output import write_json
 from pars_fast.simulation.cli import add_live_check, add_profile, add_simulate, add_study
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_transfer(commands.add_parser("transfer", help="train on one model or set, measure on another"))
     _add_duplicates(commands.add_parser("duplicates", help="near-duplicate prompts across splits"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
+    add_load(commands.add_parser("load", help="serve the demo's prompts at several loads under each policy"))
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     add_study(commands.add_parser("study", help="remake the simulators' tables: frontier, robustness, fleet"))

@@ -41,7 +41,7 @@ def arrival_times(
     from load to load.
     """
     rng = np.random.default_rng((seed, len(sample)))
-    offered = load if isinstance(load, float) else LOADS[load]
+    offered = LOADS[load] if isinstance(load, str) else load
     duration = sum(prompt.output_tokens for prompt in sample) / (offered * capacity_tok_s)
     burst = round(BURST_SHARE * len(sample)) if load == "saturated" else 0
     times = np.concatenate([rng.uniform(0, 1, len(sample) - burst), np.full(burst, 0.5)])
