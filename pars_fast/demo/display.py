@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pars_fast.demo.records import Run
+from pars_fast.output import wide_console
 
 # column of Run.columns(), heading, format
 _COLUMNS = (
@@ -35,7 +36,7 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns)
         # The client shares two cores with the server, so the picture is drawn twice a second.
-        self._live = Live(self._picture(), console=console or Console(), refresh_per_second=2)
+        self._live = Live(self._picture(), console=console or wide_console(), refresh_per_second=2)
 
     def __enter__(self) -> "Display":
         self._live.__enter__()

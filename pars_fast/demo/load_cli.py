@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast.errors import ParsFastError, make_writable, require_extra
-from pars_fast.output import write_json
+from pars_fast.output import wide_console, write_json
 
 _COLUMNS = {  # of the table of means: column, heading
     "mean_latency_per_token_s": "s/token", "p99_latency_per_token_s": "p99", "mean_ttft_s": "TTFT s",
@@ -68,7 +68,6 @@ def _load(arguments: argparse.Namespace) -> None:
 
 def print_means(means: Sequence[dict[str, Any]]) -> None:
     """The table of means over repeats."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("load", "policy", *_COLUMNS.values(), title="Means over repeats")
@@ -76,4 +75,4 @@ def print_means(means: Sequence[dict[str, Any]]) -> None:
         figures = ("-" if mean[name] is None else f"{mean[name]:.3g}" for name in _COLUMNS)
         last = following is None or following["load"] != mean["load"]
         table.add_row(str(mean["load"]), mean["policy"], *figures, end_section=last)
-    Console().print(table)
+    wide_console().print(table)

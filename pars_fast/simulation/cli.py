@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast.errors import ParsFastError, make_writable, require_extra
-from pars_fast.output import write_json
+from pars_fast.output import wide_console, write_json
 
 
 def _numbers(text: str) -> list[float]:
@@ -171,7 +171,6 @@ def _print_live_check(result: dict[str, Any]) -> None:
 def _print_compared(title: str, columns: Sequence[str], suffix: str, rows: Sequence[dict[str, Any]],
                     tolerance: float) -> None:
     """Live, simulated and error of each column; an error beyond the tolerance is marked."""
-    from rich.console import Console
     from rich.table import Table
 
     headers = [header for column in columns for header in (f"{column}, live", "simulated", "error")]
@@ -184,7 +183,7 @@ def _print_compared(title: str, columns: Sequence[str], suffix: str, rows: Seque
             cells += ["-" if value is None else f"{value:.4g}" for value in values]
             cells.append(_percent(error, "+") + ("" if error is None or abs(error) <= tolerance else " !"))
         table.add_row(*cells)
-    Console().print(table)
+    wide_console().print(table)
 
 
 def _percent(share: float | None, sign: str = "") -> str:
