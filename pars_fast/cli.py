@@ -9,6 +9,7 @@ from typing import Any
 from pars_fast import __version__
 from pars_fast.batch.cli import add_batch
 from pars_fast.bench_cli import add_bench
+from pars_fast.demo.load_cli import add_load
 from pars_fast.errors import ParsFastError, make_writable
 from pars_fast.output import write_json
 from pars_fast.simulation.cli import (
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_losses(commands.add_parser("losses", help="fine-tune by each loss at equal budget, and compare"))
     _add_duplicates(commands.add_parser("duplicates", help="near-duplicate prompts across splits"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
+    add_load(commands.add_parser("load", help="serve the demo's prompts at several loads under each policy"))
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     add_study(commands.add_parser("study", help="remake the simulators' tables: frontier, robustness, fleet"))

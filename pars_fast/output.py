@@ -2,11 +2,24 @@
 
 import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pars_fast.errors import OutputError, make_writable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LOG_WIDTH = 200  # columns of a file or pipe, which has no width of its own
+
+
+def wide_console() -> "Console":
+    """Prints tables as wide as the terminal, and whole where the output goes to a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
 
 
 def write_json(path: Path, value: Any) -> None:

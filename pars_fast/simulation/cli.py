@@ -2,11 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pars_fast.errors import ParsFastError, make_writable, require_extra
-from pars_fast.output import write_json
+from pars_fast.output import wide_console, write_json
 
 
 def _numbers(text: str) -> list[float]:
@@ -167,11 +168,11 @@ def _profile(arguments: argparse.Namespace) -> None:
 
 def add_live_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--demo", type=Path, required=True, metavar="F", help="what `pars-fast demo --json F` wrote")
+    add("--live", type=Path, required=True, metavar="F", help="what `pars-fast demo` or `load` wrote as JSON")
     add("--profile", required=True, metavar="F", help="what `pars-fast profile --json F` wrote, same machine")
-    add("--ranker", default="auto", help="the demo's ranker (%(default)s)")
-    delay = "seconds to score the prompts in flight"
-    add("--ranker-delay", type=float, default=argparse.SUPPRESS, metavar="S", help=delay)
+    add("--ranker", default="auto", help="the server's ranker (%(default)s)")
+    delay = "seconds from prompts to their scores; by default what each run measured"
+    add("--ranker-delay", type=float, metavar="S", help=delay)
     add("--json", type=Path, metavar="F", help="write the comparison there")
     parser.set_defaults(run=_live_check)
 
@@ -181,32 +182,50 @@ def _live_check(arguments: argparse.Namespace) -> None:
     require_extra("vllm", "cpu")
     if arguments.json:
         make_writable(arguments.json.parent)
-    from pars_fast.simulation.live_check import BATCH_DELAY_S, TOLERANCE, live_check, read_demo
+    from pars_fast.simulation.live_check import live_check, read_result
     from pars_fast.simulation.step_time import load_profile
 
     step_time, engine = load_profile(arguments.profile)
-    delay = getattr(arguments, "ranker_delay", BATCH_DELAY_S)
-    demo = read_demo(arguments.demo)
-    result = live_check(demo, step_time, engine, ranker=arguments.ranker, ranker_delay_s=delay)
+    result = live_check(read_result(arguments.live), step_time, engine, ranker=arguments.ranker,
+                        ranker_delay_s=arguments.ranker_delay)
     _print_live_check(result)
-    print(f"worst error of a mean {result['worst_mean_error']:.1%}, of a ratio to fcfs "
-          f"{result['worst_ratio_error']:.1%}: {'within' if result['agrees'] else 'beyond'} {TOLERANCE:.0%}")
     if arguments.json:
         write_json(arguments.json, result)
 
 
 def _print_live_check(result: dict[str, Any]) -> None:
-    from rich.console import Console
+    """A table of means and one of ratios to arrival order, and by column how many agree."""
+    from pars_fast.simulation.live_check import BASELINE, JUDGED
+
+    ranked = [row for row in result["rows"] if row["policy"] != BASELINE]
+    _print_compared("Means, s", JUDGED, "", result["rows"], result["tolerance"])
+    _print_compared("Ratios to fcfs", JUDGED, "_ratio", ranked, result["tolerance"])
+    for column, judged in result["columns"].items():
+        parts = (f"{judged[f'{kind}_within']} of {judged[f'{kind}_rows']} {kind}s within "
+                 f"{result['tolerance']:.0%}, worst {_percent(judged[f'worst_{kind}_error'])}"
+                 for kind in ("mean", "ratio"))
+        print(f"{column}: {'; '.join(parts)}")
+    print(f"the simulator {'agrees' if result['agrees'] else 'does not agree'} with the server on "
+          f"{' and '.join(JUDGED)}")
+
+
+def _print_compared(title: str, columns: Sequence[str], suffix: str, rows: Sequence[dict[str, Any]],
+                    tolerance: float) -> None:
+    """Live, simulated and error of each column; an error beyond the tolerance is marked."""
     from rich.table import Table
 
-    headers = ("policy", "load", "end-to-end s, live", "simulated", "error", "s per token, live", "simulated",
-               "error", "error of the ratios to fcfs")
-    table = Table(*headers, title="Real server and faithful simulator, means")
-    for row in result["rows"]:
-        cells = [row["policy"], row["load"]]
-        for column in ("mean_e2e_s", "mean_latency_per_token_s"):
-            cells += [f"{row[f'live_{column}']:.4g}", f"{row[f'simulated_{column}']:.4g}",
-                      f"{row[f'{column}_error']:+.1%}"]
-        ratios = (row[f"{column}_ratio_error"] for column in ("mean_e2e_s", "mean_latency_per_token_s"))
-        table.add_row(*cells, ", ".join(f"{error:+.1%}" for error in ratios))
-    Console().print(table)
+    headers = [header for column in columns for header in (f"{column}, live", "simulated", "error")]
+    table = Table("load", "policy", *headers, title=title)
+    for row in rows:
+        cells = [str(row["load"]), row["policy"]]
+        for column in columns:
+            error = row[f"{column}{suffix}_error"]
+            values = (row[f"{side}_{column}{suffix}"] for side in ("live", "simulated"))
+            cells += ["-" if value is None else f"{value:.4g}" for value in values]
+            cells.append(_percent(error, "+") + ("" if error is None or abs(error) <= tolerance else " !"))
+        table.add_row(*cells)
+    wide_console().print(table)
+
+
+def _percent(share: float | None, sign: str = "") -> str:
+    return "-" if share is None else f"{share:{sign}.1%}"
