@@ -167,7 +167,7 @@ def _burst(result: Mapping[str, Any]) -> Markup:
         return Markup("")
     panels = [_panel(result, column, title) for column, title in _BURST]
     lead = (f"{result['burst_requests']:,} requests at the same moment: the sample's prompts again and "
-            f"again, with {number(result['burst_lengths'])} of their answers' lengths.")
+            f"again, with {result['burst_lengths']:g} of their answers' lengths.")
     return tag("section", tag("h2", f"{result['burst_requests']:,} at once", id="burst"), tag("p", lead),
                tag("div", *panels, class_="panels"), aria_labelledby="burst")
 
