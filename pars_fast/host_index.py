@@ -471,7 +471,7 @@ class _PriorityClass:
         return made
 
     def plan_shared(self, policy: SharingPolicy, typical_key: float, typical_tokens: float) -> _Plan:
-        """The next one by keys as they are now; they only rise, so it is enough to look at who comes first."""
+        """The next one by keys as they are now; they only rise: it is enough to look at who is first."""
         while True:
             made = self.plan_next(1, typical_key, typical_tokens, True, _NO_HINT)
             entry = made.entries[0]

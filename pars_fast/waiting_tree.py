@@ -64,7 +64,7 @@ class WaitingTree(NamedTuple):
     cap, which is a slack of its own; the lower of the two counts.
     """
 
-    count: Ints
+    count: Ints  # type: ignore[assignment]  # hides `tuple.count`
     limit: Floats
     ints: Ints
     floats: Floats
