@@ -15,7 +15,8 @@ from bench.soak import _resident_mib, _write_csv, of_process
 
 
 def test_growth_is_from_the_third_quarter_to_the_last() -> None:
-    memory = [(5.0 * i, {"engine": mib}) for i, mib in enumerate([10, 50, 90, 100, 100, 100, 130, 110])]
+    mib = [10.0, 50.0, 90.0, 100.0, 100.0, 100.0, 130.0, 110.0]
+    memory = [(5.0 * sample, {"engine": resident}) for sample, resident in enumerate(mib)]
     assert of_process(memory, "engine") == {"mib_start": 10, "mib_end": 110, "mib_max": 130, "growth": 0.2}
     assert of_process(memory, "ranker")["growth"] == 0.0  # there was none
     assert "growth" not in of_process(memory[:3], "engine")
