@@ -65,7 +65,7 @@ class Learning:
             self._background.submit(functools.partial(self._take_in, events))
 
     def _take_in(self, events: deque[float | Entry | tuple[Entry, float]]) -> None:
-        """Each event goes as it is taken in: with it ends a request, and all at once would take milliseconds."""
+        """Each event goes as it is taken in: a request ends with it, and all at once take milliseconds."""
         ended_s = 0.0
         while events:
             if len(events) % _PAUSE_EVERY == 0:

@@ -58,6 +58,14 @@ class LengthFile:
         """Names of the model columns, in order of first appearance."""
         return list(dict.fromkeys(model for row in self.rows for model in row.output_tokens))
 
+    @property
+    def first_model(self) -> str:
+        """The first model column. Raises: DataError: if there is none."""
+        for row in self.rows:
+            for model in row.output_tokens:
+                return model
+        raise DataError(f"{self.path}: no row has an answer length")
+
     def select(self, split: Split | Literal["all"]) -> "LengthFile":
         """The rows of one split; `all` keeps every row."""
         kept = self.rows if split == "all" else tuple(row for row in self.rows if row.split == split)

@@ -25,7 +25,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0)
     add("--seed", type=int, help="of sampling")
     add("--chat", action="store_true", help="put prompts into the model's chat template")
-    add("--engine", type=json.loads, default={}, metavar="JSON", help='of vLLM, as {"max_num_seqs": 64}')
+    add("--engine", type=json_object, default={}, metavar="JSON", help='of vLLM, as {"max_num_seqs": 64}')
     parser.set_defaults(run=_batch)
 
 
@@ -56,6 +56,14 @@ def _batch(arguments: argparse.Namespace) -> None:
             _print(report, lengths)
         store.export(arguments.out)
     print(f"{len(prompts)} completions written to {arguments.out}")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An option's value. Raises: ValueError, ArgumentTypeError: if it is none."""
+    settings = json.loads(text)
+    if not isinstance(settings, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is wanted, not {text}")
+    return settings
 
 
 def _engine(arguments: argparse.Namespace) -> Engine:

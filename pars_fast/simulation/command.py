@@ -86,7 +86,7 @@ def make_workload(arguments: argparse.Namespace, seed: int) -> Workload:
     if arguments.lengths is not None:
         file = read_length_file(arguments.lengths)
         arrivals = None if arguments.arrivals is None else read_trace(arguments.arrivals)
-        workload = from_lengths(file, arguments.model_column or file.models[0],
+        workload = from_lengths(file, arguments.model_column or file.first_model,
                                 arguments.requests or _DEFAULT_PROMPTS, seed=seed,
                                 scorer=_scorer(arguments.ranker), arrivals=arrivals)
     else:

@@ -116,9 +116,17 @@ def test_an_unknown_model_column_lists_those_there_are(write_lengths: WriteLengt
         log_lengths(file, "opt")
 
 
-def test_a_file_without_lengths_has_no_consensus(write_lengths: WriteLengths) -> None:
+def test_the_first_model_is_that_of_the_first_length(write_lengths: WriteLengths) -> None:
+    rows = [("train", "a", {}), ("train", "b", {"llama": 3, "gpt": 3}), ("train", "c", {"gpt": 3})]
+    assert read_length_file(write_lengths(rows)).first_model == "llama"
+
+
+def test_a_file_without_lengths_has_no_consensus_and_no_first_model(write_lengths: WriteLengths) -> None:
+    file = read_length_file(write_lengths([("train", "a", {})]))
     with pytest.raises(DataError, match="no row has an answer length"):
-        log_lengths(read_length_file(write_lengths([("train", "a", {})])), CONSENSUS)
+        log_lengths(file, CONSENSUS)
+    with pytest.raises(DataError, match="no row has an answer length"):
+        _ = file.first_model
 
 
 @given(

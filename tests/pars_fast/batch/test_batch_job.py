@@ -252,6 +252,15 @@ def test_options_out_of_range_are_refused(tmp_path: Path, capsys: pytest.Capture
     assert "--temperature must be >= 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_settings_of_the_engine_that_are_no_object_are_refused(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["batch", "--prompts", "p.txt", "--out", "o.jsonl", "--model", "m", "--engine", text])
+    assert "--engine" in capsys.readouterr().err
+
+
 def test_a_store_that_is_something_else_is_named(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     path.write_text("not a database, but long enough to be looked at by SQLite, which reads 100 bytes" * 3)
