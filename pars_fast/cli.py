@@ -183,6 +183,7 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=int, default=DEFAULT)
     for name in ("temperature", "timeout-s"):
         add(f"--{name}", type=float, default=DEFAULT)
+    add("--ray", type=int, default=0, metavar="N", help="ask from N workers of a Ray cluster (RAY_ADDRESS)")
     parser.set_defaults(run=_collect)
 
 
@@ -195,9 +196,11 @@ def _collect(arguments: argparse.Namespace) -> int:
     names = {field.name for field in fields(Collection)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     collection = Collection(**given, api_key=os.environ.get("OPENAI_API_KEY"))
+    if arguments.ray < 0:
+        raise ParsFastError(f"--ray must be a number of workers, got {arguments.ray}")
     prompts = read_prompts(arguments.prompts)
     with progress(len(prompts) * collection.samples) as show:
-        report = collect(prompts, arguments.out, collection, on_answer=show)
+        report = collect(prompts, arguments.out, collection, ray_workers=arguments.ray, on_answer=show)
     print(
         f"{arguments.out}: {report.already + report.collected} of {report.wanted} answers, "
         f"{report.collected} new, {report.at_limit} of them cut at {collection.max_tokens} tokens; "

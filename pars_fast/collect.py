@@ -12,7 +12,7 @@ import math
 import random
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,83 +194,128 @@ def collect(
     out: Path,
     collection: Collection,
     *,
+    ray_workers: int = 0,
     on_answer: Callable[[Report], None] | None = None,
 ) -> Report:
     """Ask for what is still missing, and write the length file `out`; answers are kept in `out`.sqlite.
 
-    `on_answer` is called when a request has ended, however it did.
+    `ray_workers` of a Ray cluster ask, each with `collection.concurrency` requests under way; 0 asks from
+    here. `on_answer` is called when a request has ended, however it did.
 
     Raises: CollectError: if the server cannot be reached or used at all; what came before is kept.
-        MissingExtraError: without httpx. DataError: if the SQLite file is something else or cannot be
+        MissingExtraError: without httpx, or ray. DataError: if the SQLite file is something else or cannot be
         written. OutputError: if `out` cannot be written.
     """
     require_extra("httpx", "train")
+    if ray_workers:
+        require_extra("ray.data", "ray")
     if out.is_dir():
         raise OutputError(f"{out}: cannot be written (it is a folder)")
     make_writable(out.parent)
     with closing(AnswerStore(out.with_name(out.name + ".sqlite"))) as store:
         try:
-            return asyncio.run(_collect(prompts, collection, store, on_answer or (lambda report: None)))
+            return _collect(prompts, collection, store, ray_workers, on_answer or (lambda report: None))
         finally:
             store.export(out, collection.settings)
 
 
-async def _collect(
+def _collect(
     prompts: Sequence[str],
     collection: Collection,
     store: AnswerStore,
+    ray_workers: int,
     on_answer: Callable[[Report], None],
 ) -> Report:
+    model = collection.model or asyncio.run(_served_model(collection))
+    have = store.have(model, collection.settings)
+    missing = [
+        (prompt, sample)
+        for sample in range(collection.samples)  # a sample of every prompt before the next of any
+        for prompt in prompts
+        if (prompt, sample) not in have
+    ]
+    wanted = len(prompts) * collection.samples
+    report = Report(wanted, wanted - len(missing))
+
+    def take(outcome: Outcome) -> None:
+        if outcome.tokens is not None:
+            reason = outcome.finish_reason
+            store.add(model, collection.settings, outcome.prompt, outcome.sample, outcome.tokens, reason)
+            report.collected += 1
+            report.at_limit += reason == "length"
+        elif outcome.failure is None:
+            report.refused += 1
+        else:
+            report.failed += 1
+        on_answer(report)
+
+    if ray_workers:
+        from pars_fast.collect_ray import ask_on_ray
+
+        for outcome in ask_on_ray(missing, collection, model, ray_workers):
+            take(outcome)
+    else:
+        asyncio.run(ask_all(missing, collection, model, take))
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one request ended: with an answer of `tokens`; refused for good, with neither `tokens` nor a
+    `failure`; or given up for now, for the reason `failure`."""
+
+    prompt: str
+    sample: int
+    tokens: int | None = None
+    finish_reason: str | None = None
+    failure: str | None = None
+
+
+async def ask_all(
+    wanted: Iterable[tuple[str, int]], collection: Collection, model: str, take: Callable[[Outcome], None]
+) -> None:
+    """Ask for (prompt, sample), `collection.concurrency` at a time, and give each outcome to `take`.
+
+    Raises: CollectError: if the server cannot be used; what came before has been taken.
+    """
+    todo = iter(wanted)
+    failed_in_a_row = 0
+
+    async def worker(client: Any) -> None:
+        nonlocal failed_in_a_row
+        for prompt, sample in todo:  # shared: each worker takes the next
+            try:
+                outcome = Outcome(prompt, sample, *await _ask(client, collection, model, prompt))
+                failed_in_a_row = 0
+            except _RefusedError:
+                outcome = Outcome(prompt, sample)
+            except _GaveUpError as error:
+                outcome = Outcome(prompt, sample, failure=str(error))
+                failed_in_a_row += 1
+                if failed_in_a_row > FAILURES_PER_WORKER * collection.concurrency:
+                    raise CollectError(f"{collection.base_url} cannot be used: {error}") from error
+            take(outcome)
+
+    async with _client(collection) as client:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(collection.concurrency):
+                    group.create_task(worker(client))
+        except* ParsFastError as errors:
+            raise errors.exceptions[0] from None
+
+
+def _client(collection: Collection) -> Any:
     import httpx
 
     headers = {"Authorization": f"Bearer {collection.api_key}"} if collection.api_key else {}
     limits = httpx.Limits(max_connections=collection.concurrency)
     try:
-        client = httpx.AsyncClient(
+        return httpx.AsyncClient(
             base_url=collection.base_url, headers=headers, timeout=collection.timeout_s, limits=limits
         )
     except httpx.InvalidURL as error:
         raise CollectError(f"{collection.base_url}: no URL of a server ({error})") from error
-    async with client:
-        model = collection.model or await _served_model(client, collection)
-        have = store.have(model, collection.settings)
-        missing = [
-            (prompt, sample)
-            for sample in range(collection.samples)  # a sample of every prompt before the next of any
-            for prompt in prompts
-            if (prompt, sample) not in have
-        ]
-        wanted = len(prompts) * collection.samples
-        report = Report(wanted, wanted - len(missing))
-        todo = iter(missing)
-        failed_in_a_row = 0
-
-        async def worker() -> None:
-            nonlocal failed_in_a_row
-            for prompt, sample in todo:  # shared: each worker takes the next
-                try:
-                    tokens, reason = await _ask(client, collection, model, prompt)
-                except _RefusedError:
-                    report.refused += 1
-                except _GaveUpError as error:
-                    report.failed += 1
-                    failed_in_a_row += 1
-                    if failed_in_a_row > FAILURES_PER_WORKER * collection.concurrency:
-                        raise CollectError(f"{collection.base_url} cannot be used: {error}") from error
-                else:
-                    failed_in_a_row = 0
-                    store.add(model, collection.settings, prompt, sample, tokens, reason)
-                    report.collected += 1
-                    report.at_limit += reason == "length"
-                on_answer(report)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(collection.concurrency, len(missing))):
-                    group.create_task(worker())
-        except* ParsFastError as errors:
-            raise errors.exceptions[0] from None
-    return report
 
 
 class _RefusedError(Exception):
@@ -281,9 +326,10 @@ class _GaveUpError(Exception):
     """All attempts failed; the next run may try again."""
 
 
-async def _served_model(client: Any, collection: Collection) -> str:
+async def _served_model(collection: Collection) -> str:
     try:
-        answer = await _attempts(collection, lambda: client.get("/models"))
+        async with _client(collection) as client:
+            answer = await _attempts(collection, lambda: client.get("/models"))
     except _GaveUpError as error:
         raise CollectError(f"{collection.base_url}/models cannot be had ({error}); is it running?") from error
     try:

@@ -296,3 +296,19 @@ def test_splits_are_of_about_the_size_promised() -> None:
     assert counts["train"] / 4000 == pytest.approx(0.7, abs=0.03)
     assert counts["val"] / 4000 == pytest.approx(0.15, abs=0.03)
     assert split_of(" A  b\n") == split_of("a b")
+
+
+def test_many_workers_collect_the_same(server: FakeServer, tmp_path: Path) -> None:
+    pytest.importorskip("ray.data")
+    out = tmp_path / "out.jsonl"
+    server.failures = {"prompt 3": [400], "prompt 4": [500], "prompt 11": [401]}
+    collection = asking(server, concurrency=1, attempts=1)
+    with pytest.raises(CollectError, match="HTTP 401"):
+        collect(PROMPTS[3:], out, collection, ray_workers=1)
+    kept = {row.prompt for row in read_length_file(out).rows}
+    assert kept == set(PROMPTS[5:11])  # one was refused, one given up, and the last ended the run
+    report = collect(PROMPTS, out, collection, ray_workers=2)
+    assert (report.already, report.collected, report.failed) == (6, 6, 0)
+    assert {row.prompt: row.output_tokens for row in read_length_file(out).rows} == {
+        f"prompt {n}": {"served": n + 1} for n in range(12)
+    }
