@@ -86,7 +86,13 @@ class RankedRequestQueue(RequestQueue):
         if entry is None:  # never waited here, so it comes last among its equals
             self.add_request(request)
             return
-        entry.lane = 0 if request.status == RequestStatus.PREEMPTED else 1
+        entry.lane = 1
+        if request.status == RequestStatus.PREEMPTED:
+            if self.index.policy.preempts:  # then it has a place among the others, by what remains
+                if entry.key is not None:
+                    entry.key = self.index.key_now(entry)
+            else:
+                entry.lane = 0
         self.index.put_back(entry)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
@@ -148,7 +154,7 @@ class RankedRequestQueue(RequestQueue):
 
     def _pop(self) -> Request:
         entry = self.index.pop()
-        if entry.lane == 1:  # a preempted request keeps the moment of its first admission
+        if not entry.payload.num_preemptions:  # else it keeps the moment of its first admission
             entry.admitted_s = self._step_s
         return entry.payload
 

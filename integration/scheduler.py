@@ -23,15 +23,16 @@ from pars_fast.integration.background import Background
 from pars_fast.integration.calibration import LiveCalibration, ending_of
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.overhead import OverheadMedian
+from pars_fast.integration.preemption import Preemption
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import RankingLoop
 from pars_fast.integration.recorder import Recorder
 from pars_fast.integration.runtime import RankerRuntime
-from pars_fast.integration.runtime_choice import make_recorder, make_runtime
+from pars_fast.integration.runtime_choice import make_policy, make_recorder, make_runtime
 from pars_fast.integration.shadow import ShadowReport
 from pars_fast.integration.status_line import StatusLine
 from pars_fast.live_calibration import Ending
-from pars_fast.policies import POLICIES
+from pars_fast.policies import Policy
 from pars_fast.settings import Settings
 
 logger = logging.getLogger("vllm.pars_fast")
@@ -43,7 +44,8 @@ RECORD_FLUSH_S = 5.0  # at the end, for what is not yet written
 class RankingMixin:
     """Goes before a vLLM scheduler class; see `with_ranking`.
 
-    `clock`, `_read_settings` and `_make_runtime` are what a simulation replaces; all else is the same there.
+    `clock`, `_read_settings`, `_make_policy` and `_make_runtime` are what a simulation replaces; all else is
+    the same there.
     """
 
     waiting: RankedRequestQueue
@@ -53,7 +55,7 @@ class RankingMixin:
         super().__init__(*args, **kwargs)
         self._settings = settings = self._read_settings()
         config = self.vllm_config  # type: ignore[attr-defined]
-        policy = POLICIES[settings.policy]()
+        policy = self._make_policy(settings)
         guard = settings.guard_of(policy)
         self.waiting = RankedRequestQueue(
             HostIndex(policy, guard), trust_caller=settings.trust_caller, clock=self.clock
@@ -72,6 +74,7 @@ class RankingMixin:
         self._shadow: ShadowReport | None = None
         if settings.mode == "shadow":
             self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard)
+        self._preemption = Preemption(self, self.waiting) if policy.preempts else None
         self._ranking_loop: RankingLoop | None = None
         if policy.uses_ranker:
             self._ranking_loop = RankingLoop(
@@ -90,6 +93,9 @@ class RankingMixin:
 
     def _read_settings(self) -> Settings:
         return Settings.from_environ()
+
+    def _make_policy(self, settings: Settings) -> Policy:
+        return make_policy(settings, self.vllm_config)  # type: ignore[attr-defined]
 
     def _make_runtime(self, settings: Settings) -> RankerRuntime:
         return make_runtime(settings, self.vllm_config)  # type: ignore[attr-defined]
@@ -133,6 +139,22 @@ class RankingMixin:
             self._learn_from(entry)
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
+        if self._preemption is not None:
+            self._predict_again()
+            self._preemption.before_step()
+
+    def _predict_again(self) -> None:
+        """Hand over those that have made enough tokens since their last prediction."""
+        every = self.waiting.index.policy.repredict_tokens
+        if every is None or self._ranking_loop is None:
+            return
+        due = []
+        for request in self.running:  # type: ignore[attr-defined]
+            entry = self.waiting.entries.get(request.request_id)
+            if entry is not None and request.num_output_tokens // every > entry.predictions:
+                entry.predictions = request.num_output_tokens // every
+                due.append(entry)
+        self._ranking_loop.predict_again(due)
 
     def _after_step(self) -> None:
         # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.

@@ -32,7 +32,8 @@ class Entry:
 
     `expected_tokens` and `key` are None until a score comes; `charged_tokens` is what its admission cost
     the requests it passed, None while it has not been admitted, and `charged_by` the watch that knows of it.
-    Stamps are monotonic seconds; `budget` is the guard's. `waiting` is the queue's to write.
+    Stamps are monotonic seconds; `budget` is the guard's. `waiting` is the queue's to write. `predictions`
+    counts those that were made anew while it ran.
     """
 
     seq: int
@@ -47,6 +48,7 @@ class Entry:
     budget: float = 0.0
     charged_tokens: float | None = None
     charged_by: Watch | None = None
+    predictions: int = 0
     waiting: bool = False
 
 
@@ -182,12 +184,31 @@ class HostIndex:
         Used while at least `device_order_min_waiting` requests of one priority wait, none of them preempted.
         Each entry is checked before use; when it is used up, the host's own heap decides.
         """
-        self._device_order = deque(seqs)
+        by_length = type(self.policy).key is Policy.key  # as on the device
+        self._device_order = deque(seqs if by_length else ())
         self.peeked = None
 
     def expected(self, entry: Entry) -> float:
         """Expected output tokens of a request, the running median if it has no score."""
         return self._median.value if entry.expected_tokens is None else entry.expected_tokens
+
+    def key_now(self, entry: Entry) -> float:
+        """The key as of now, of a request that may run: it may have fallen with the tokens that were made."""
+        if self.policy.uses_ranker:
+            return self.policy.key(self.expected(entry), entry.payload)
+        key = self.policy.key_on_arrival(entry.payload)
+        assert key is not None
+        return key
+
+    @property
+    def step(self) -> int:
+        """Number of the scheduling step."""
+        return self._now.step
+
+    @property
+    def head_is_promoted(self) -> bool:
+        """Whether the guard, and not its key, put the last `head` there."""
+        return self._peeked_by_guard
 
     def head(self) -> Entry:
         """Who runs next. Raises: IndexError: if nothing waits."""
@@ -239,7 +260,7 @@ class HostIndex:
         self._median.add(tokens)
         self._now.typical_tokens = self._median.value
         if self.policy.uses_ranker:  # else the key is known from the start
-            entry.key = self.policy.key(tokens)
+            entry.key = self.policy.key(tokens, entry.payload)
 
     def _take(self, group: "_PriorityClass", entry: Entry) -> None:
         group.take(entry)

@@ -32,6 +32,10 @@ class IdleQuantum:
         """Whether a request goes first after so many steps in the queue."""
         return steps_waited % (self.idle_steps + self.quantum_steps) >= self.idle_steps
 
+    def keeps_running(self, steps_waited: int, steps_run: int) -> bool:
+        """Whether a request that waited so long, and was then admitted, may not be preempted yet."""
+        return steps_waited >= self.idle_steps and steps_run < self.quantum_steps
+
     def watch(self) -> Watch:
         return _Promotions(self)
 

@@ -67,7 +67,7 @@ def recorded(workload: Workload, engine: EngineSettings, *, ranked: bool, **sett
     bases: tuple[type, ...] = (Recorder,)
     if ranked:
         bases = (with_ranking(Recorder),)
-        ranker = faithful.DelayedRanker(workload.expected_tokens, 0.0, clock)
+        ranker = faithful.DelayedRanker(workload, 0.0, clock)
         fields |= {
             "clock": clock,
             "_read_settings": lambda self: Settings(**settings),
