@@ -11,8 +11,8 @@ logger = logging.getLogger("vllm.pars_fast")
 class Background:
     """Runs jobs one after the other in a daemon thread of its own, which starts with the first job.
 
-    `submit` never blocks: with `max_jobs` waiting it refuses. A job that fails is said once, and the next
-    one runs.
+    `submit` never blocks: with `max_jobs` waiting it refuses, and where the system has no room for a thread,
+    until it has. A job that fails is said once, and the next one runs.
     """
 
     def __init__(self, name: str, *, max_jobs: int) -> None:
@@ -23,12 +23,9 @@ class Background:
 
     def submit(self, job: Callable[[], None]) -> bool:
         """False if the job was refused."""
-        if self._jobs.qsize() >= self._max_jobs:
+        if self._jobs.qsize() >= self._max_jobs or not self._started():
             return False
         self._jobs.put(job)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
         return True
 
     def drain(self, timeout_s: float) -> bool:
@@ -38,6 +35,16 @@ class Background:
         done = threading.Event()
         self._jobs.put(done.set)  # whatever waits already
         return done.wait(timeout_s)
+
+    def _started(self) -> bool:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # "can't start new thread"
+                return False
+            self._thread = thread
+        return True
 
     def _run(self) -> None:
         while True:

@@ -1,16 +1,18 @@
 """Ranking is switched off while the ranker does not order what is served, and its scale is kept right.
 
-On the scheduling thread scores and endings are only noted; tau and the isotonic fit are computed in a
-background thread, once a cohort. `docs/operations.md` says what is concluded from them.
+All of it but `in_tokens` and `wants` runs in the background thread, to which `Learning` hands scores and
+endings. `docs/operations.md` says what is concluded from them.
 """
 
+import hashlib
 import logging
 from collections import deque
 
+# Used by the fit: imported by the background thread, half a second of Python would delay the steps meanwhile.
+import scipy.optimize  # noqa: F401
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.host_index import Entry
-from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.live_calibration import (
     COHORT_SIZE,
@@ -33,13 +35,24 @@ SHADOW_SHARE = 8  # one request in so many is scored while ranking is off
 
 
 def ending_of(request: Request) -> Ending:
-    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: its length is whole."""
+    """How a request of vLLM's ended. With `ignore_eos` it was to make `max_tokens`: if it did, its length is
+    whole, and if the model's context ended first, it is not."""
     if request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
         params = request.sampling_params
-        return Ending.COMPLETE if params is not None and params.ignore_eos else Ending.CAPPED
+        made_all = request.num_output_tokens >= request.max_tokens
+        return Ending.COMPLETE if params is not None and params.ignore_eos and made_all else Ending.CAPPED
     if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_REPETITION):
         return Ending.COMPLETE
     return Ending.CUT
+
+
+def in_shadow_share(seq: int) -> bool:
+    """Whether a request is scored while ranking is off: one in `SHADOW_SHARE`, by a hash of its number.
+
+    By the number itself, of clients that take turns it would be the same one each time.
+    """
+    digest = hashlib.blake2b(seq.to_bytes(8, "little"), digest_size=2).digest()
+    return int.from_bytes(digest, "little") % SHADOW_SHARE == 0
 
 
 class LiveCalibration:
@@ -53,7 +66,6 @@ class LiveCalibration:
     def __init__(
         self,
         counters: CounterFile,
-        background: Background,
         *,
         min_tau: float,
         enabled: bool = True,
@@ -61,7 +73,7 @@ class LiveCalibration:
     ) -> None:
         self.ranking = True
         self._enabled = enabled
-        self._counters, self._background, self._min_tau = counters.values, background, min_tau
+        self._counters, self._min_tau = counters.values, min_tau
         self._cohorts = ArrivalCohorts(cohort_size)
         self._recent: deque[list[Observation]] = deque(maxlen=WINDOW_COHORTS)
         self._served: deque[Observation] = deque(maxlen=SCALE_WINDOW)
@@ -69,26 +81,29 @@ class LiveCalibration:
 
     def wants(self, entry: Entry) -> bool:
         """Whether a waiting request is to be scored."""
-        return self.ranking or entry.seq % SHADOW_SHARE == 0
+        return self.ranking or in_shadow_share(entry.seq)
 
-    def scored(self, entry: Entry, expected_tokens: float) -> float:
-        """Note a score; gives it in tokens of the served model."""
+    def in_tokens(self, expected_tokens: float) -> float:
+        """What the ranker expects in tokens of the served model; on the scheduling thread."""
+        return self._scale(max(expected_tokens, 1.0))
+
+    def scored(self, entry: Entry, expected_tokens: float) -> None:
+        """Take in a score, as the ranker gave it; in the background thread, as all that follows."""
         if not self._enabled:
-            return expected_tokens
-        request, expected_tokens = entry.payload, max(expected_tokens, 1.0)
-        self._cohorts.add(entry.seq, expected_tokens, request)
+            return
+        request = entry.payload
+        self._cohorts.add(entry.seq, max(expected_tokens, 1.0), request)
         if request.is_finished():  # before its score came: left out, it would be missed among the short
             self.finished(entry, ending_of(request))
-        return self._scale(expected_tokens)
 
     def finished(self, entry: Entry, ending: Ending) -> None:
-        """Note the end of a request, scored or not."""
+        """Take in the end of a request, scored or not."""
         cohort = self._cohorts.end(entry.seq, ending)
         if cohort is not None:
-            self._background.submit(lambda: self.learn(cohort))
+            self.learn(cohort)
 
     def learn(self, cohort: list[Observation]) -> None:
-        """Take in a cohort that has ended; in the background thread."""
+        """Take in a cohort that has ended."""
         self._recent.append(cohort)
         self._served.extend(cohort)
         window = [observation for cohort in self._recent for observation in cohort]

@@ -7,6 +7,7 @@ still holds. `schedule()` then admits as ever. Running requests are also sorted 
 blocks run out, preempts the highest as well. Source: vllm/v1/core/sched/scheduler.py (0.32).
 """
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -34,7 +35,7 @@ class Preemption:
         if not (index.ranking and running):
             return
         ranked = self._rank_running()
-        if index.size:
+        if len(index):
             for request in self._victims(ranked):
                 self._preempt(request)
 
@@ -80,32 +81,22 @@ class Preemption:
         blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         tokens = scheduler.max_num_scheduled_tokens  # what one step can begin
         victims: list[Any] = []
-        taken: list[Entry] = []
-        promotions, overtakes = index.promotions, index.overtakes
-        try:
-            while index.size and tokens > 0:
-                entry, request = index.head(), index.head().payload
-                if request.status in _ADMISSIBLE:
-                    needed = self._blocks(request.num_tokens)
-                    yielding = self._yielding(ranked, self._rank_waiting(entry), 1 - seats, needed - blocks)
-                    if yielding is None:
-                        break
-                    victims += yielding
-                    seats += len(yielding) - 1
-                    blocks += sum(self._blocks(victim.num_computed_tokens) for victim in yielding) - needed
-                    tokens -= request.num_tokens
-                taken.append(index.pop())
-        finally:
-            for entry in taken:
-                index.put_back(entry)
-            index.promotions, index.overtakes = promotions, overtakes
+        with contextlib.closing(index.look_ahead()) as ahead:
+            for entry, promoted in ahead:
+                request = entry.payload
+                if request.status not in _ADMISSIBLE:
+                    continue
+                needed = self._blocks(request.num_tokens)
+                yielding = self._yielding(ranked, _rank(entry, promoted), 1 - seats, needed - blocks)
+                if yielding is None:
+                    break
+                victims += yielding
+                seats += len(yielding) - 1
+                blocks += sum(self._blocks(victim.num_computed_tokens) for victim in yielding) - needed
+                tokens -= request.num_tokens
+                if tokens <= 0:
+                    break
         return victims
-
-    def _rank_waiting(self, entry: Entry) -> tuple[int, float]:
-        """Of the head: nobody yields to a request without a score, unless the guard put it first."""
-        if self._queue.index.head_is_promoted:
-            return entry.priority, -math.inf
-        return entry.priority, math.inf if entry.key is None else entry.key
 
     def _yielding(
         self, ranked: list[tuple[_Rank, Any]], waiting: tuple[int, float], seats: int, blocks: int
@@ -135,3 +126,10 @@ class Preemption:
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._scheduler.block_size)
+
+
+def _rank(waiting: Entry, promoted: bool) -> tuple[int, float]:
+    """Nobody yields to a request without a score, unless the guard put it first."""
+    if promoted:
+        return waiting.priority, -math.inf
+    return waiting.priority, math.inf if waiting.key is None else waiting.key

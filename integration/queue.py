@@ -2,6 +2,9 @@
 
 Implements all of `RequestQueue` (vllm/v1/core/sched/request_queue.py, 0.32) and `__getitem__`, which
 vLLM's own tests use. Lives in EngineCore, on the scheduling thread.
+
+The order may fail, the queue may not: whatever a policy, a guard or the index raises, the queue goes on in
+plain arrival order with every request that waits.
 """
 
 import math
@@ -12,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
+from pars_fast.arrival_index import ArrivalIndex
 from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex
 
 
 class RankedRequestQueue(RequestQueue):
     """Waiting requests in ranked order.
 
-    `clock` gives monotonic seconds; a simulation has its own.
+    `clock` gives monotonic seconds; a simulation has its own. `on_failure` is told once why the order failed.
 
     Attributes:
         index: the order itself.
@@ -26,29 +30,43 @@ class RankedRequestQueue(RequestQueue):
         arrivals: new entries without a key, oldest first, for whoever scores them to take.
         forgotten: entries forgotten since somebody emptied the list, for whoever learns from how they ended.
         finished: seqs of scored requests that finished or were aborted, for a device with its own order.
-        timed: whether to add the time spent in `peek_request` and `pop_request` to `spent_ns`; reading the
-            clock takes as long as either.
+        step_s: when the scheduling step began, on `clock`.
+        timed: whether to add the time spent on finding out who is next to `spent_ns`.
     """
 
     def __init__(
-        self, index: HostIndex, *, trust_caller: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        index: HostIndex,
+        *,
+        trust_caller: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
-        self.index = index
+        self.index: HostIndex | ArrivalIndex = index
         self._clock = clock
         self._trust_caller = trust_caller
+        self._on_failure = on_failure
         self.entries: dict[str, Entry] = {}
         self.arrivals: deque[Entry] = deque()
         self.forgotten: list[Entry] = []
         self.finished: list[int] = []
+        self._keep = True
         self.timed = False
         self.spent_ns = 0
-        self._step_s = 0.0
+        self.step_s = 0.0
         self._next_seq = 0
 
-    def begin_step(self) -> None:
-        """A scheduling step begins, and with it what the guard takes for the present."""
-        self._step_s = self._clock()
-        self.index.begin_step(self._step_s)
+    def begin_step(self, room: int = 1) -> None:
+        """A scheduling step begins, and with it what the guard takes for the present.
+
+        `room`: how many requests it can admit at most.
+        """
+        self.step_s = self._clock()
+        self.index.room = room
+        try:
+            self.index.begin_step(self.step_s)
+        except Exception as error:
+            self._fall_back(error)
 
     def add_request(self, request: Request) -> None:
         """Put in a new request, or one that comes back (a streaming session's next turn)."""
@@ -60,25 +78,27 @@ class RankedRequestQueue(RequestQueue):
             self.finish(request_id)  # an id that is used again
         entry = Entry(self._next_seq, request.priority, request, arrival_s=self._clock())
         self._next_seq += 1
-        if self._trust_caller and (estimate := _callers_estimate(request)) is not None:
-            self.index.set_expected_tokens(entry, estimate)
         self.entries[request_id] = entry
-        self.index.add(entry)
+        try:
+            if self._trust_caller and (estimate := _callers_estimate(request)) is not None:
+                self.index.set_expected_tokens(entry, estimate)
+            self.index.add(entry)
+        except Exception as error:
+            self._put_in_spite_of(error, entry)
         if entry.key is None:
             self.arrivals.append(entry)
 
     def pop_request(self) -> Request:
-        if self.timed:
-            return self._timed(self._pop)
-        return self._pop()
+        planned = self.index.planned
+        if not planned or self.index.sharing is not None:
+            return self._pop()
+        entry = planned.pop()
+        entry.waiting = False
+        return entry.payload
 
     def peek_request(self) -> Request:
-        entry = self.index.peeked
-        if entry is not None:
-            return entry.payload
-        if self.timed:
-            return self._timed(self._peek)
-        return self.index.head().payload
+        planned = self.index.planned
+        return planned[-1].payload if planned else self._peek()
 
     def prepend_request(self, request: Request) -> None:
         """Take back a request that was popped: skipped in this step, or preempted while running."""
@@ -87,13 +107,15 @@ class RankedRequestQueue(RequestQueue):
             self.add_request(request)
             return
         entry.lane = 1
-        if request.status == RequestStatus.PREEMPTED:
-            if self.index.policy.preempts:  # then it has a place among the others, by what remains
-                if entry.key is not None:
-                    entry.key = self.index.key_now(entry)
-            else:
-                entry.lane = 0
-        self.index.put_back(entry)
+        try:
+            if request.status == RequestStatus.PREEMPTED:
+                if self.index.policy.preempts:  # then it has a place among the others, by what remains
+                    self.index.set_key_now(entry)
+                else:
+                    entry.lane = 0
+            self.index.put_back(entry)
+        except Exception as error:
+            self._put_in_spite_of(error, entry)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -104,19 +126,26 @@ class RankedRequestQueue(RequestQueue):
         entry = self.entries.get(request.request_id)
         if entry is None or not entry.waiting:
             raise ValueError(f"{request.request_id} is not in the queue")
-        self.index.remove(entry)
+        try:
+            self.index.remove(entry)
+        except Exception as error:
+            entry.waiting = False
+            self._fall_back(error)
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Forget those of `requests` that wait here: vLLM asks it when they end. The others are not ours."""
         for request in requests:
             entry = self.entries.get(request.request_id)
             if entry is not None and entry.waiting:
-                self.index.remove(entry)
+                self.remove_request(request)
                 self.finish(request.request_id)
 
     def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
         """Give a request its score, in expected output tokens."""
-        self.index.set_expected_tokens(entry, expected_tokens)
+        try:
+            self.index.set_expected_tokens(entry, expected_tokens)
+        except Exception as error:
+            self._fall_back(error)
 
     def set_device_order(self, seqs: Sequence[int]) -> None:
         """Give the index a new hint; see `HostIndex.set_device_order`."""
@@ -124,24 +153,36 @@ class RankedRequestQueue(RequestQueue):
 
     def set_ranking(self, active: bool) -> None:
         """Ranked order, or arrival order."""
-        self.index.ranking = active
+        try:
+            self.index.ranking = active
+        except Exception as error:
+            self._fall_back(error)
+
+    def stop_keeping(self) -> None:
+        """Nobody scores or learns any more, and there is no device: keep nothing for them."""
+        self.arrivals = deque(maxlen=0)
+        self._keep = False
 
     def finish(self, request_id: str) -> Entry | None:
         """Forget a finished or aborted request; its charge is corrected to the tokens it really made."""
         entry = self.entries.pop(request_id, None)
         if entry is not None:
-            if entry.charged_tokens is not None:
-                self.index.finish(entry, entry.payload.num_output_tokens)
-            if entry.expected_tokens is not None:
-                self.finished.append(entry.seq)
-            self.forgotten.append(entry)
+            if entry.charged_to is not None:
+                try:
+                    self.index.finish(entry, entry.payload.num_output_tokens)
+                except Exception as error:
+                    self._fall_back(error)
+            if self._keep:
+                if entry.expected_tokens is not None:
+                    self.finished.append(entry.seq)
+                self.forgotten.append(entry)
         return entry
 
     def __bool__(self) -> bool:
-        return self.index.size > 0
+        return len(self.index) > 0
 
     def __len__(self) -> int:
-        return self.index.size
+        return len(self.index)
 
     def __iter__(self) -> Iterator[Request]:
         return (entry.payload for entry in self.index)
@@ -150,19 +191,37 @@ class RankedRequestQueue(RequestQueue):
         return list(self)[position]
 
     def _peek(self) -> Request:
-        return self.index.head().payload
-
-    def _pop(self) -> Request:
-        entry = self.index.pop()
-        if not entry.payload.num_preemptions:  # else it keeps the moment of its first admission
-            entry.admitted_s = self._step_s
+        started = time.perf_counter_ns() if self.timed else 0
+        try:
+            entry = self.index.head()
+        except Exception as error:
+            if not len(self.index):
+                raise
+            self._fall_back(error)
+            entry = self.index.head()
+        if self.timed:
+            self.spent_ns += time.perf_counter_ns() - started
         return entry.payload
 
-    def _timed(self, operation: Callable[[], Request]) -> Request:
-        started = time.perf_counter_ns()
-        request = operation()
-        self.spent_ns += time.perf_counter_ns() - started
+    def _pop(self) -> Request:
+        request = self._peek()
+        try:
+            self.index.pop()
+        except Exception as error:  # vLLM has seen the request and given it memory: it is the one to pop
+            self._fall_back(error)
+            self.index.remove(self.entries[request.request_id])
         return request
+
+    def _put_in_spite_of(self, error: Exception, entry: Entry) -> None:
+        entry.waiting = False  # nobody knows how far it came
+        self._fall_back(error)
+        self.index.add(entry)
+
+    def _fall_back(self, error: Exception) -> None:
+        """Go on with a plain index of all that waits, in arrival order, for good."""
+        self.index = ArrivalIndex(entry for entry in self.entries.values() if entry.waiting)
+        if self._on_failure is not None:
+            self._on_failure(error)
 
 
 def _callers_estimate(request: Request) -> float | None:

@@ -7,27 +7,32 @@ wrong, the queue keeps every request and falls back to arrival order.
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from pars_fast.host_index import Entry
 from pars_fast.integration.calibration import LiveCalibration
+from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.runtime import READY, RankerRuntime
+from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, RankerRuntime
 
 logger = logging.getLogger("vllm.pars_fast")
 
-MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
 MAX_RESTART_DELAY_S = 60.0
+# To load a ranker, compilation and an idle-priority process on a busy machine included. Nothing suffers while
+# it loads, and one that is ended while it still makes progress begins again: so rather too long.
+START_DEADLINE_S = 300.0
 
 
 class RankingLoop:
     """Feeds a ranker from a queue and the queue from the ranker.
 
     Load gate: nothing is submitted while `after_step` is told that nothing is left waiting, so below
-    saturation no prompt is scored. A ranker that fails, or is silent for `stale_after_s` with work in hand,
-    is started anew with growing delays; meanwhile the order is that of arrival. So it is while `calibration`
-    finds that scores do not order the answers, and a share of the requests is scored for it.
+    saturation no prompt is scored. A ranker that fails, is not ready `START_DEADLINE_S` after its start, or
+    is silent for `stale_after_s` with work in hand, is started anew with growing delays; meanwhile the order
+    is that of arrival. So it is while `calibration` finds that scores do not order the answers, and a share
+    of the requests is scored for it; the others are as soon as it finds that they do again.
     """
 
     def __init__(
@@ -36,22 +41,25 @@ class RankingLoop:
         runtime: RankerRuntime,
         counters: CounterFile,
         calibration: LiveCalibration,
+        learning: Learning,
         *,
         stale_after_s: float,
         shadow: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue, self._runtime, self._counters, self._clock = queue, runtime, counters.values, clock
-        self._calibration = calibration
+        self._calibration, self._learning = calibration, learning
         self._score_latency = counters.histograms["pars_score_latency_seconds"]
         self._stale_after_s, self._shadow = stale_after_s, shadow
         self._in_flight: dict[int, tuple[Entry, float]] = {}  # with the moment of the hand-over
+        self._known: set[int] = set()  # seqs that the ranker has scored and not been told to forget
+        self._passed_over: deque[Entry] = deque()  # not wanted while ranking is off
         self._ready = False
         self._heard_at = 0.0
         self._failures = 0
         self._restart_at: float | None = None
         self._order()
-        runtime.start()
+        self._start()
 
     def before_step(self) -> None:
         """Take what has been scored; notice a ranker that ended or hangs."""
@@ -62,7 +70,7 @@ class RankingLoop:
         if self._restart_at is not None:
             if self._clock() >= self._restart_at:
                 self._restart_at = None
-                self._runtime.start()
+                self._start()
             return
         if self._ready and not self._in_flight:
             return
@@ -76,15 +84,19 @@ class RankingLoop:
             self._fail(reason)
         elif self._in_flight and self._clock() - self._heard_at > self._stale_after_s:
             self._fail(f"the ranker was silent for {self._stale_after_s:g} s")
+        elif not self._ready and self._clock() - self._started_at > START_DEADLINE_S:
+            self._fail(f"the ranker was not ready {START_DEADLINE_S:g} s after its start")
 
     def after_step(self, *, left_waiting: bool) -> None:
         """Hand prompts over, if the finished step left requests waiting."""
         if self._queue.finished:
-            self._runtime.forget(self._queue.finished)
-            self._queue.finished = []
-        arrivals = self._queue.arrivals
-        while arrivals and not arrivals[0].waiting:  # admitted already: needs no score
-            arrivals.popleft()
+            self._forget_finished()
+        self._queue.arrivals = arrivals = self._still_waiting(self._queue.arrivals)
+        if self._passed_over:
+            self._passed_over = self._still_waiting(self._passed_over)
+            if self._calibration.ranking:
+                arrivals.extendleft(sorted(self._passed_over, key=lambda entry: entry.seq, reverse=True))
+                self._passed_over.clear()
         room = self._runtime.max_in_flight - len(self._in_flight)
         if not left_waiting or not self._ready or room <= 0 or not arrivals:
             return
@@ -92,9 +104,11 @@ class RankingLoop:
         while arrivals and len(batch) < room:
             # Newest first: when the ranker cannot keep up, the oldest are admitted before their score comes.
             entry = arrivals.pop()
-            if not entry.waiting or entry.key is not None or not self._calibration.wants(entry):
+            if not entry.waiting or entry.key is not None:
                 continue
-            if entry.payload.prompt_token_ids:
+            if not self._calibration.wants(entry):
+                self._passed_over.append(entry)
+            elif entry.payload.prompt_token_ids:
                 batch.append(entry)
             else:  # embeddings only: no ids, no text
                 self._counters["pars_fallback_prompt"] += 1
@@ -130,6 +144,27 @@ class RankingLoop:
     def close(self) -> None:
         self._runtime.close()
 
+    def _start(self) -> None:
+        self._started_at = self._clock()
+        self._runtime.start()
+
+    def _forget_finished(self) -> None:
+        """Only what the ranker knows: a caller's own estimates would pile up in one that scores nothing."""
+        known = [seq for seq in self._queue.finished if seq in self._known]
+        self._known.difference_update(known)
+        self._queue.finished = []
+        if known:
+            self._runtime.forget(known)
+
+    def _still_waiting(self, entries: deque[Entry]) -> deque[Entry]:
+        """The same, without those that were admitted or aborted once these may be more than half of all.
+
+        So there are never more than twice as many as wait, at a cost of O(1) for each that has left.
+        """
+        if len(entries) <= 2 * len(self._queue):
+            return entries
+        return deque(entry for entry in entries if entry.waiting)
+
     def _take(self, scored: list[tuple[int, float]]) -> None:
         for seq, expected_tokens in scored:
             if (seq, expected_tokens) == READY:
@@ -138,12 +173,13 @@ class RankingLoop:
             entry, handed_over_at = self._in_flight.pop(seq, (None, 0.0))
             if entry is None:
                 continue
-            if self._queue.entries.get(entry.payload.request_id) is not entry:  # finished meanwhile
-                self._queue.finished.append(seq)
             if math.isfinite(expected_tokens):
-                if entry.expected_tokens is None:  # the calibration learns from first predictions
-                    expected_tokens = self._calibration.scored(entry, expected_tokens)
-                self._queue.set_expected_tokens(entry, expected_tokens)
+                self._known.add(seq)
+                if self._queue.entries.get(entry.payload.request_id) is not entry:  # finished meanwhile
+                    self._queue.finished.append(seq)
+                if entry.expected_tokens is None:  # what is learnt is of first predictions
+                    self._learning.scored(entry, expected_tokens)
+                self._queue.set_expected_tokens(entry, self._calibration.in_tokens(expected_tokens))
                 self._counters["pars_scored"] += 1
                 self._score_latency.observe(self._heard_at - handed_over_at)
             else:
@@ -161,11 +197,12 @@ class RankingLoop:
         self._order()
         self._queue.arrivals.extend(entry for entry, _ in self._in_flight.values())
         self._in_flight.clear()
+        self._known.clear()
         self._ready = False
         self._restart_at = self._clock() + delay
 
     def _order(self) -> None:
         """Ranked while the ranker answers and what it answers is of use."""
-        ranked = not self._shadow and not self._failures and self._calibration.ranking
-        if ranked != self._queue.index.ranking:
-            self._queue.set_ranking(ranked)
+        self.ranking = not self._shadow and not self._failures and self._calibration.ranking
+        if self.ranking != self._queue.index.ranking:
+            self._queue.set_ranking(self.ranking)

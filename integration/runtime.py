@@ -22,6 +22,7 @@ import zmq
 Prompt = tuple[int, list[int]]  # (seq, the served model's token ids)
 Scored = tuple[int, float]  # (seq, expected output tokens; NaN if the prompt could not be scored)
 READY: Scored = (-1, 0.0)
+MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
 
 
 class RankerRuntime(Protocol):

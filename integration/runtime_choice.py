@@ -16,7 +16,7 @@ def make_policy(settings: Settings, vllm_config: Any) -> Policy:
     Raises: CheckpointError: if that ranker has none.
     """
     if not needs_distribution(settings.policy):
-        return with_lengths(settings.policy, None)
+        return settings.make_policy()
     from pars_fast.ranker import read_length_distribution
 
     device = "cuda" if _ranks_on_gpu(settings, vllm_config) else "cpu"

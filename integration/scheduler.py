@@ -5,11 +5,11 @@ around `super()`; no line of vLLM's loop is copied. Who has finished since the l
 is about to tell the workers, `finished_req_ids`. Source: vllm/v1/core/sched/scheduler.py, 0.32.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,26 +18,27 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pars_fast.guards import guard_text
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.integration.background import Background
-from pars_fast.integration.calibration import LiveCalibration, ending_of
+from pars_fast.integration.calibration import LiveCalibration
+from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.overhead import OverheadMedian
 from pars_fast.integration.preemption import Preemption
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import RankingLoop
-from pars_fast.integration.recorder import Recorder
 from pars_fast.integration.runtime import RankerRuntime
 from pars_fast.integration.runtime_choice import make_policy, make_recorder, make_runtime
 from pars_fast.integration.shadow import ShadowReport
 from pars_fast.integration.status_line import StatusLine
-from pars_fast.live_calibration import Ending
 from pars_fast.policies import Policy
 from pars_fast.settings import Settings
 
 logger = logging.getLogger("vllm.pars_fast")
 
 TIMED_EVERY_STEPS = 16  # the overhead of one step in so many is measured
+SHOWN_EVERY_STEPS = 8  # counters are shown to `/metrics`, and when a queue has formed or gone
+LEARN_S = 1.0  # at the end, for what has not been learnt yet
 RECORD_FLUSH_S = 5.0  # at the end, for what is not yet written
 
 
@@ -58,22 +59,33 @@ class RankingMixin:
         policy = self._make_policy(settings)
         guard = settings.guard_of(policy)
         self.waiting = RankedRequestQueue(
-            HostIndex(policy, guard), trust_caller=settings.trust_caller, clock=self.clock
+            HostIndex(policy, guard),
+            trust_caller=settings.trust_caller,
+            clock=self.clock,
+            on_failure=self._fall_back,
         )
         engine = config.parallel_config.data_parallel_index
         self._counters = CounterFile(os.environ.get("PARS_METRICS_DIR"), engine)
-        self._queue_wait = self._counters.histograms["pars_queue_wait_seconds"]
         self._background = background = Background("pars-fast", max_jobs=1000)
         self._status_line = StatusLine(self._counters, background, settings.log_every_s, self.clock)
         self._calibration = LiveCalibration(
-            self._counters, background, min_tau=settings.min_tau, enabled=settings.calibration
+            self._counters, min_tau=settings.min_tau, enabled=settings.calibration
         )
-        self._recorder: Recorder | None = make_recorder(settings, config, self._counters)
+        self._recorder = make_recorder(settings, config, self._counters)
         self._overhead = OverheadMedian()
         self._steps = 0
+        self._left_waiting = False
+        self._failed = False
         self._shadow: ShadowReport | None = None
         if settings.mode == "shadow":
-            self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard)
+            self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard, background, self.clock)
+        self._learning = Learning(
+            self._calibration,
+            self._counters.histograms["pars_queue_wait_seconds"],
+            self._shadow,
+            self._recorder,
+            background,
+        )
         self._preemption = Preemption(self, self.waiting) if policy.preempts else None
         self._ranking_loop: RankingLoop | None = None
         if policy.uses_ranker:
@@ -82,6 +94,7 @@ class RankingMixin:
                 self._make_runtime(settings),
                 self._counters,
                 self._calibration,
+                self._learning,
                 stale_after_s=settings.stale_after_s,
                 shadow=self._shadow is not None,
                 clock=self.clock,
@@ -104,7 +117,7 @@ class RankingMixin:
         self._steps += 1
         if self._steps % TIMED_EVERY_STEPS:
             self._guarded(self._before_step)
-            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            output = self._plan(*args, **kwargs)
             self._guarded(self._after_step)
             return output
         return self._timed_schedule(*args, **kwargs)
@@ -115,7 +128,7 @@ class RankingMixin:
         started = time.perf_counter_ns()
         self._guarded(self._before_step)
         spent_ns = time.perf_counter_ns() - started
-        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output = self._plan(*args, **kwargs)
         started = time.perf_counter_ns()
         self._guarded(self._after_step)
         self._overhead.add(spent_ns + self.waiting.spent_ns + time.perf_counter_ns() - started)
@@ -123,20 +136,48 @@ class RankingMixin:
         self._counters.values["pars_step_overhead_us_p50"] = self._overhead.median_us()
         return output
 
+    def _plan(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's own step; a policy that shares the engine is told of it."""
+        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self.waiting.index.sharing is not None:
+            self._guarded(functools.partial(self._tell_planned, output))
+        return output
+
+    def _tell_planned(self, output: SchedulerOutput) -> None:
+        num_tokens, requests = output.num_scheduled_tokens, self.requests  # type: ignore[attr-defined]
+        sharing = self.waiting.index.sharing
+        assert sharing is not None
+        sharing.planned([requests[request_id] for request_id in num_tokens], list(num_tokens.values()))
+
     def shutdown(self) -> None:
-        if self._ranking_loop is not None:
-            self._ranking_loop.close()
+        try:
+            self._guarded(self._close)
+        finally:
+            super().shutdown()  # type: ignore[misc]
+
+    def _close(self) -> None:
+        loop, self._ranking_loop = self._ranking_loop, None
+        if loop is not None:
+            loop.close()
+        self._forget_finished()
+        self._learning.ended(self.waiting.forgotten, self.clock())
+        self._learning.flush()
+        self._background.drain(LEARN_S)
         if self._recorder is not None:
             self._recorder.flush(RECORD_FLUSH_S)
-        super().shutdown()  # type: ignore[misc]
 
     def _before_step(self) -> None:
+        queue = self.waiting
         if self.finished_req_ids:  # type: ignore[attr-defined]
             self._forget_finished()
-        self.waiting.begin_step()
-        forgotten, self.waiting.forgotten = self.waiting.forgotten, []
-        for entry in forgotten:
-            self._learn_from(entry)
+        queue.begin_step(self.max_num_running_reqs - len(self.running))  # type: ignore[attr-defined]
+        if queue.forgotten:
+            if queue.index.sharing is not None:
+                for entry in queue.forgotten:
+                    queue.index.sharing.ended(entry.payload)
+            self._learning.ended(queue.forgotten, queue.step_s)
+            queue.forgotten = []
+        self._learning.hand_over(queue.step_s)
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
         if self._preemption is not None:
@@ -161,16 +202,19 @@ class RankingMixin:
         left_waiting = len(self.waiting) > len(self.deferred_waiting)  # type: ignore[attr-defined]
         if self._ranking_loop is not None:
             self._ranking_loop.after_step(left_waiting=left_waiting)
-        else:
-            self.waiting.finished.clear()  # no device keeps an order
+        if left_waiting:
+            self._status_line.after_step()
+        if self._steps % SHOWN_EVERY_STEPS == 0 or left_waiting != self._left_waiting:
+            self._left_waiting = left_waiting
+            self._show_counters()
+
+    def _show_counters(self) -> None:
         values, index = self._counters.values, self.waiting.index
-        values["pars_active"] = float(index.ranking and index.policy.uses_ranker)
+        values["pars_active"] = float(self._ranking_loop is not None and self._ranking_loop.ranking)
         values["pars_waiting"] = float(len(index))
         values["pars_overtaken"] = float(index.overtakes)
         values["pars_guard_promotions"] = float(index.promotions)
         self._counters.write()
-        if left_waiting:
-            self._status_line.after_step()
 
     def _forget_finished(self) -> None:
         """Those that ended since the last step, aborted ones among them."""
@@ -180,30 +224,31 @@ class RankingMixin:
             if entry is not None and entry.payload.is_finished():  # else the id is in use again
                 self.waiting.finish(request_id)
 
-    def _learn_from(self, entry: Entry) -> None:
-        """A request has ended, whichever way."""
-        request, ending = entry.payload, ending_of(entry.payload)
-        self._calibration.finished(entry, ending)
-        if output_tokens := request.num_output_tokens:
-            self._queue_wait.observe(entry.admitted_s - entry.arrival_s)
-        if ending is Ending.CUT:
-            return
-        if self._shadow is not None:
-            self._shadow.add(entry, output_tokens)
-        if self._recorder is not None:
-            self._recorder.add(request.prompt_token_ids, output_tokens, ending)
-
     def _guarded(self, hook: Callable[[], None]) -> None:
-        """Run one of our own hooks; if it fails, serve on in arrival order without the ranker."""
+        """Run one of our own hooks; if it fails, serve on in arrival order without any of them."""
+        if self._failed:
+            return
         try:
             hook()
-        except Exception:
-            logger.exception("pars-fast: ranking is switched off, the queue is in arrival order")
-            self._counters.values["pars_fallback_error"] += 1
-            self.waiting.set_ranking(False)
-            self.waiting.arrivals = deque(maxlen=0)  # nobody takes them any more
-            loop, self._ranking_loop = self._ranking_loop, None
-            if loop is not None:
+        except Exception as error:
+            self._fall_back(error)
+
+    def _fall_back(self, error: Exception) -> None:
+        """For good: what fails once for a reason nobody foresaw is not given a second chance."""
+        if self._failed:
+            return
+        self._failed = True
+        logger.error(
+            "pars-fast: ranking is switched off, the queue is in arrival order", exc_info=error
+        )
+        self._counters.values["pars_fallback_error"] += 1
+        self._counters.values["pars_active"] = 0.0
+        self._counters.write()
+        self.waiting.set_ranking(False)
+        self.waiting.stop_keeping()
+        loop, self._ranking_loop = self._ranking_loop, None
+        if loop is not None:
+            with contextlib.suppress(Exception):
                 loop.close()
 
 

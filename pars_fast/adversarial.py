@@ -34,7 +34,7 @@ class Verdict:
 
 def adversarial_pairs() -> list[Pair]:
     """All pairs, in the order of the file."""
-    return [Pair(**json.loads(line)) for line in PATH.read_text(encoding="utf-8").splitlines()]
+    return [Pair(**json.loads(line)) for line in PATH.read_bytes().splitlines()]
 
 
 def judge(predictor: Predictor) -> list[Verdict]:

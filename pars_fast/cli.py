@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast import __version__
+from pars_fast.batch.cli import add_batch
 from pars_fast.bench_cli import add_bench
+from pars_fast.demo.load_cli import add_load
 from pars_fast.errors import ParsFastError, make_writable
 from pars_fast.output import write_json
-from pars_fast.simulation.cli import add_live_check, add_profile, add_simulate, add_study
+from pars_fast.simulation.cli import (
+    add_live_check,
+    add_profile,
+    add_serving_gain,
+    add_simulate,
+    add_study,
+)
+from pars_fast.simulation.fairness_cli import add_fairness
 
 DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's own default
 
@@ -39,15 +48,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_collect(
         commands.add_parser("collect", help="collect answer lengths from an OpenAI-compatible server")
     )
+    add_batch(commands.add_parser("batch", help="complete a file of prompts, in batches of similar length"))
     _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
     _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
     _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
     _add_transfer(commands.add_parser("transfer", help="train on one model or set, measure on another"))
+    _add_losses(commands.add_parser("losses", help="fine-tune by each loss at equal budget, and compare"))
     _add_duplicates(commands.add_parser("duplicates", help="near-duplicate prompts across splits"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
+    add_load(commands.add_parser("load", help="serve the demo's prompts at several loads under each policy"))
     add_bench(commands.add_parser("bench", help="time scoring, queue and scheduling step"))
     add_simulate(commands.add_parser("simulate", help="compare policies and guards in simulated engines"))
     add_study(commands.add_parser("study", help="remake the simulators' tables: frontier, robustness, fleet"))
+    add_fairness(commands.add_parser("fairness", help="applications: make them, compare orders"))
+    add_serving_gain(
+        commands.add_parser("serving-gain", help="what predictors are worth in simulated serving")
+    )
     add_profile(commands.add_parser("profile", help="measure the step time of vLLM on this machine"))
     add_live_check(
         commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")
@@ -180,7 +196,6 @@ def _collect(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in names}
     collection = Collection(**given, api_key=os.environ.get("OPENAI_API_KEY"))
     prompts = read_prompts(arguments.prompts)
-    make_writable(arguments.out.parent)
     with progress(len(prompts) * collection.samples) as show:
         report = collect(prompts, arguments.out, collection, on_answer=show)
     print(
@@ -323,6 +338,52 @@ def _transfer(arguments: argparse.Namespace) -> None:
         console.print(table)
     if arguments.json:
         write_json(arguments.json, result)
+
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="FILE", help="length files to train on")
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
+    add(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="measured on, as of evaluate --all"
+    )
+    add("--out", required=True, type=Path, help="folder of the runs; goes on with those found there")
+    add("--init", default="minilm", help="as of train (%(default)s)")
+    add("--seeds", type=int, default=5, metavar="N", help="runs of each loss (%(default)s)")
+    add("--csv", required=True, type=Path, metavar="F", help="write tau of every loss, seed and file there")
+    parser.set_defaults(run=_losses)
+
+
+def _losses(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pars_fast.benchmark import read_length_files
+    from pars_fast.data import read_length_file
+    from pars_fast.loss_comparison import Comparison, compare_losses, standings
+    from pars_fast.output import write_csv
+
+    make_writable(arguments.csv.parent)
+    training = [read_length_file(path) for path in arguments.data]
+    exclude = [read_length_file(path) for path in arguments.exclude]
+    comparison = Comparison(training, exclude, init=arguments.init, seeds=range(arguments.seeds))
+    measured = read_length_files(arguments.data_dir)
+    rows = compare_losses(comparison, measured, arguments.out, on_run=lambda name: print(name, flush=True))
+    write_csv(arguments.csv, rows)
+    names, losses = [file.name for file in measured], comparison.losses
+    table = Table("file", *losses, title=f"Kendall tau-b, mean and 95 % interval of {arguments.seeds} seeds")
+    for title, chosen in (*((name, [name]) for name in names), ("mean", names)):
+        found = standings(rows, chosen)
+        cells = (f"{found[loss].mean:.3f} ± {found[loss].half_width:.3f}" for loss in losses)
+        table.add_row(title, *cells)
+    console = Console()
+    console.print(table)
+    for loss, standing in standings(rows, names).items():
+        if standing.p_value is not None:
+            console.print(
+                f"{losses[0]} minus {loss}: {standing.difference:+.3f} "
+                f"± {standing.difference_half_width:.3f}, p {standing.p_value:.3f}"
+            )
 
 
 def _add_duplicates(parser: argparse.ArgumentParser) -> None:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pars_fast.data import Split
-from pars_fast.errors import DataError, ParsFastError, require_extra
-from pars_fast.text import is_text, normalised
+from pars_fast.data import split_of
+from pars_fast.errors import DataError, OutputError, ParsFastError, make_writable, require_extra
+from pars_fast.text import is_text
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -28,7 +28,6 @@ CREATE TABLE IF NOT EXISTS answers (
     output_tokens INTEGER NOT NULL, finish_reason TEXT,
     PRIMARY KEY (model, settings, prompt, sample)
 ) WITHOUT ROWID"""
-TRAIN_PERCENT, VAL_PERCENT = 70, 15
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 REFUSED_PROMPT = {400, 413, 422}  # too long, or against the server's rules: the other prompts can go on
 MAX_BACKOFF_S = 60.0
@@ -64,6 +63,12 @@ class Collection:
             raise ParsFastError(f"--endpoint must start with http:// or https://, got {self.endpoint!r}")
         if min(self.samples, self.concurrency, self.max_tokens, self.attempts) < 1:
             raise ParsFastError("samples, concurrency, max_tokens and attempts must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ParsFastError(f"temperature must be a number >= 0, got {self.temperature}")
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise ParsFastError(f"timeout_s must be a number > 0, got {self.timeout_s}")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ParsFastError("the API key (OPENAI_API_KEY) holds what no HTTP header can carry")
 
     @property
     def base_url(self) -> str:
@@ -88,22 +93,26 @@ class Report:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The distinct prompts of a file: JSON lines with a "prompt", or of plain text, one prompt a line.
+    """The distinct prompts of a file, as `read_prompt_lines` reads them."""
+    return list(dict.fromkeys(prompt for _, prompt in read_prompt_lines(path)))
+
+
+def read_prompt_lines(path: str | Path) -> list[tuple[int, str]]:
+    """(line, prompt) of a file: JSON lines with a "prompt", or plain text, one prompt a line; blank ones are
+    skipped.
 
     Raises: DataError: if the file cannot be read, holds no prompt, or a JSON line has no prompt.
     """
     path = Path(path)
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:  # split at the line feed alone: other ends of lines, such as U+2028, may stand in a prompt
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected JSON lines or plain text") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DataError(f"{path}: no prompts there; expected JSON lines or plain text, one prompt a line")
-    prompts = [
-        _prompt_of(path, number, line) if path.suffix == ".jsonl" else line.strip()
-        for number, line in enumerate(lines, start=1)
-    ]
-    return list(dict.fromkeys(prompts))
+    is_json = path.suffix == ".jsonl"
+    return [(number, _prompt_of(path, number, line) if is_json else line.strip()) for number, line in lines]
 
 
 def _prompt_of(path: Path, number: int, line: str) -> str:
@@ -116,27 +125,27 @@ def _prompt_of(path: Path, number: int, line: str) -> str:
     return prompt
 
 
-def split_of(prompt: str) -> Split:
-    """train 70, val 15, test 15 %, by a hash of the prompt, so that a prompt has one split for good."""
-    digest = hashlib.sha256(normalised(prompt).encode()).digest()
-    percent = int.from_bytes(digest[:8], "big") % 100
-    if percent < TRAIN_PERCENT:
-        return "train"
-    return "val" if percent < TRAIN_PERCENT + VAL_PERCENT else "test"
-
-
 class AnswerStore:
-    """The SQLite file: one row an answer, committed as it comes."""
+    """The SQLite file: one row an answer, committed as it comes.
+
+    Raises: DataError: if the file is no such file, cannot be read or cannot be written; so does each method.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        with self._named("not a file of collected answers"):
             self._connection = sqlite3.connect(path)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute(SCHEMA)
+
+    @contextmanager
+    def _named(self, trouble: str) -> Iterator[None]:
+        """An error of SQLite's becomes one that names the file and says what to do."""
+        try:
+            yield
         except sqlite3.Error as error:
             raise DataError(
-                f"{path}: not a file of collected answers ({error}); give another --out"
+                f"{self._path}: {trouble} ({error}); give another --out, or mend that file"
             ) from error
 
     def close(self) -> None:
@@ -145,14 +154,15 @@ class AnswerStore:
     def add(
         self, model: str, settings: str, prompt: str, sample: int, tokens: int, reason: str | None
     ) -> None:
-        with self._connection:
+        with self._named("the answer cannot be kept"), self._connection:
             row = (model, settings, prompt, sample, tokens, reason)
             self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def have(self, model: str, settings: str) -> set[tuple[str, int]]:
         """(prompt, sample) of the answers that are there."""
         query = "SELECT prompt, sample FROM answers WHERE model = ? AND settings = ?"
-        return set(self._connection.execute(query, (model, settings)))
+        with self._named("cannot be read"):
+            return set(self._connection.execute(query, (model, settings)))
 
     def export(self, path: Path, settings: str) -> int:
         """Write a length file of the answers under these settings, in one step; returns its prompts' number.
@@ -165,8 +175,9 @@ class AnswerStore:
             "SELECT prompt, model, output_tokens FROM answers WHERE settings = ? "
             "ORDER BY prompt, model, sample"
         )
-        for prompt, model, tokens in self._connection.execute(query, (settings,)):
-            samples.setdefault(prompt, {}).setdefault(model, []).append(tokens)
+        with self._named("cannot be read"):
+            for prompt, model, tokens in self._connection.execute(query, (settings,)):
+                samples.setdefault(prompt, {}).setdefault(model, []).append(tokens)
         fresh = path.with_name(path.name + ".new")
         with fresh.open("w", encoding="utf-8") as file:
             for prompt, by_model in samples.items():
@@ -190,9 +201,13 @@ def collect(
     `on_answer` is called when a request has ended, however it did.
 
     Raises: CollectError: if the server cannot be reached or used at all; what came before is kept.
-        MissingExtraError: without httpx. DataError: if the SQLite file is something else.
+        MissingExtraError: without httpx. DataError: if the SQLite file is something else or cannot be
+        written. OutputError: if `out` cannot be written.
     """
     require_extra("httpx", "train")
+    if out.is_dir():
+        raise OutputError(f"{out}: cannot be written (it is a folder)")
+    make_writable(out.parent)
     with closing(AnswerStore(out.with_name(out.name + ".sqlite"))) as store:
         try:
             return asyncio.run(_collect(prompts, collection, store, on_answer or (lambda report: None)))
@@ -210,9 +225,13 @@ async def _collect(
 
     headers = {"Authorization": f"Bearer {collection.api_key}"} if collection.api_key else {}
     limits = httpx.Limits(max_connections=collection.concurrency)
-    async with httpx.AsyncClient(
-        base_url=collection.base_url, headers=headers, timeout=collection.timeout_s, limits=limits
-    ) as client:
+    try:
+        client = httpx.AsyncClient(
+            base_url=collection.base_url, headers=headers, timeout=collection.timeout_s, limits=limits
+        )
+    except httpx.InvalidURL as error:
+        raise CollectError(f"{collection.base_url}: no URL of a server ({error})") from error
+    async with client:
         model = collection.model or await _served_model(client, collection)
         have = store.have(model, collection.settings)
         missing = [
@@ -249,7 +268,7 @@ async def _collect(
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(collection.concurrency, len(missing))):
                     group.create_task(worker())
-        except* CollectError as errors:
+        except* ParsFastError as errors:
             raise errors.exceptions[0] from None
     return report
 
@@ -302,7 +321,7 @@ async def _attempts(collection: Collection, request: Callable[[], Any]) -> Any:
         reason, pause_s = "", collection.backoff_s * 2**attempt * random.uniform(0.5, 1.5)
         try:
             response = await request()
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             reason = f"{type(error).__name__}: {error}"
         else:
             if response.status_code == 200:

@@ -1,39 +1,64 @@
 """The waiting queue's order on the host: who runs next, in O(log n) an admission.
 
 Order: `(priority, lane, key, seq)`, lower first (`docs/design.md`). Lane 0 holds preempted requests.
-A request without a score has the running median key, so being unscored is no advantage; since all such
-requests share one key, they need no place among the keys, only their own order of arrival.
+A request without a score has the running median key, so being unscored is no advantage.
 
-Keys are kept in tuples of numbers, compared in C and not tracked by the garbage collector, and are cleaned
-lazily: one counts only while its request waits in that lane with that key. What was found for `head` is kept
-until something changes.
+The work is done by compiled code, in `WaitingTree`, and here little is left: changes are noted as they come,
+and when a step asks for the first request, all of them are done and the next few requests planned in two
+calls. Popping takes from that plan. What a step leaves of it goes back before anything else changes.
 """
 
+from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pars_fast.arrival_order import ArrivalOrder
-from pars_fast.guards import Guard, Moment, Watch
-from pars_fast.policies import Policy
-from pars_fast.sorted_blocks import SortedBlocks
+import numpy as np
+from numpy.typing import NDArray
+
+from pars_fast.guards import Guard, Moment
+from pars_fast.guards.base import TOKENS
+from pars_fast.policies import Policy, SharingPolicy
+from pars_fast.waiting_tree import (
+    ARRIVE,
+    CHARGE,
+    EMPTY,
+    LEAVE,
+    LOG_FIELDS,
+    OVERTAKES,
+    PROMOTED,
+    RETURN,
+    SCORE,
+    apply,
+    make_tree,
+    new_hint,
+    plan,
+    regrown,
+    slack_of,
+    take,
+    undo,
+)
 
 Lane = Literal[0, 1]
 MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long" louder
 DEVICE_ORDER_MIN_WAITING = 65536  # where a GPU's order should begin to pay; a guess, not measured
+MAX_PLANNED = 64  # requests planned at a time
 _MEDIAN_WINDOW = 511
+_MAX_NOTED = 1024  # operations noted before they are done, whoever runs next
+_UNKNOWN = float("nan")
+_NO_HINT = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """One waiting (or admitted, unfinished) request.
 
-    `expected_tokens` and `key` are None until a score comes; `charged_tokens` is what its admission cost
-    the requests it passed, None while it has not been admitted, and `charged_by` the watch that knows of it.
-    Stamps are monotonic seconds; `budget` is the guard's. `waiting` is the queue's to write. `predictions`
-    counts those that were made anew while it ran.
+    `expected_tokens` and `key` are None until a score comes. `charged_to` is the class that knows of its
+    admission, None while it has not been admitted, and `charged_tokens` what that cost the requests it
+    passed, if the guard counts tokens. Stamps are monotonic seconds. `waiting` is the queue's to write.
+    `predictions` counts those that were made anew while it ran.
     """
 
     seq: int
@@ -45,9 +70,8 @@ class Entry:
     arrival_s: float = 0.0
     arrival_step: int = 0
     admitted_s: float = 0.0
-    budget: float = 0.0
-    charged_tokens: float | None = None
-    charged_by: Watch | None = None
+    charged_tokens: float = 0.0
+    charged_to: "_PriorityClass | None" = None
     predictions: int = 0
     waiting: bool = False
 
@@ -75,8 +99,10 @@ class HostIndex:
     Attributes:
         promotions: admissions that the guard decided.
         overtakes: admissions ahead of an older waiting request.
-        size: number of waiting requests.
-        peeked: what `head` found, until something changes.
+        planned: who runs next, the next one last; empty until somebody asks. Whoever takes the last one off
+            this list and makes it wait no longer admits it, as `pop` does.
+        room: how many admissions a step can make at most; no more are planned.
+        sharing: the policy, if it is one that has to be told what is served.
     """
 
     def __init__(
@@ -90,12 +116,14 @@ class HostIndex:
         self._ranking = True
         self.promotions = 0
         self.overtakes = 0
-        self.peeked: Entry | None = None
-        self._peeked_by_guard = False
+        self._unplanned = 0
+        self.planned: list[Entry] = []
+        self.room = MAX_PLANNED
+        self._popped = 0  # in the last step that popped any
+        self._plans: list[_Plan] = []  # of this step; the last one is `planned`
         self._median = RunningMedian(initial_expected_tokens)
         self._now = Moment(typical_tokens=initial_expected_tokens)
-        self.size = 0
-        self._device_order: deque[int] = deque()
+        self._hint = _NO_HINT
         self._device_order_min_waiting = device_order_min_waiting
         self.set_policy(policy, guard)
 
@@ -104,9 +132,10 @@ class HostIndex:
 
         Raises: ValueError: if a request waits.
         """
-        if self.size:
+        if len(self):
             raise ValueError("the policy can change only while nothing waits")
         self.policy = policy
+        self.sharing = policy if isinstance(policy, SharingPolicy) else None
         self.guard = guard or policy.default_guard
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []
@@ -117,141 +146,177 @@ class HostIndex:
 
     @ranking.setter
     def ranking(self, active: bool) -> None:
+        self._settle()
         self._ranking = active
-        self.peeked = None
 
     def begin_step(self, time_s: float) -> None:
         """A scheduling step begins: the moment that the guard goes by until the next one."""
+        if self._plans:
+            self._settle()
+            self._popped = sum(len(made.entries) for made in self._plans)
+            self._plans.clear()
         self._now.time_s = time_s
         self._now.step += 1
-        self.peeked = None
+        for group in self._classes.values():
+            if not group:
+                group.begin_anew()
         if len(self._classes) > 1:
             self._drop_empty_classes()
 
     def __len__(self) -> int:
-        return self.size
+        """Number of waiting requests, planned ones among them."""
+        return self._unplanned + len(self.planned)
 
     def add(self, entry: Entry) -> None:
         """Put in a new request; its key comes from the policy."""
+        if self.planned:
+            self._settle()
         if entry.key is None:  # else the caller's estimate gave it
             entry.key = self.policy.key_on_arrival(entry.payload)
             if self.policy.knows_lengths and entry.key is not None:
                 self._expect(entry, entry.key)
         entry.arrival_step = self._now.step
+        entry.waiting = True
+        self._unplanned += 1
         group = self._class_of(entry.priority)
-        tokens_ahead = group.scored_tokens + group.num_unscored * self._median.value
-        group.watch.arrive(entry, tokens_ahead, self._now)
-        group.put(entry)
-        self.size += 1
-        self.peeked = None
+        group.waiting[entry.seq] = entry
+        group.note(ARRIVE, entry, self._median.value)
+        if group.watch is not None:
+            group.watch.arrive(entry, self._now)
 
     def put_back(self, entry: Entry) -> None:
         """Take back a request that was popped: skipped in this step, or preempted (`lane` 0)."""
+        self._settle()
+        entry.waiting = True
+        self._unplanned += 1
         group = self._class_of(entry.priority)
-        if entry.lane == 1:
-            if entry.charged_tokens is not None:
-                if entry.charged_by is group.watch:
-                    group.watch.charge(entry.seq, -entry.charged_tokens)
-                entry.charged_tokens = None
+        if entry.lane == 0:
+            group.preempted[entry.seq] = entry
+            return
+        self._count(entry.seq)
+        cost = group.cost(entry) if entry.charged_to is group else 0.0
+        entry.charged_to = None
+        group.waiting[entry.seq] = entry
+        group.note(RETURN, entry, cost)
+        if group.watch is not None:
             group.watch.rejoin(entry, self._now)
-        group.put(entry)
-        self.size += 1
-        self.peeked = None
 
     def remove(self, entry: Entry) -> None:
         """Take out an aborted request."""
-        self._take(self._classes[entry.priority], entry)
+        self._settle()
+        entry.waiting = False
+        self._unplanned -= 1
+        group = self._classes[entry.priority]
+        if entry.lane == 0:
+            del group.preempted[entry.seq]
+            return
+        del group.waiting[entry.seq]
+        group.note(LEAVE, entry)
+        if group.watch is not None:
+            group.watch.leave(entry.seq)
 
     def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
         """Give a request its score, in expected output tokens (finite); waiting or not."""
-        if not entry.waiting:
-            self._expect(entry, expected_tokens)
-            return
-        group = self._classes[entry.priority]
-        had_no_key = entry.key is None
-        group.account(entry, -1)
+        self._settle()
         self._expect(entry, expected_tokens)
-        group.account(entry, 1)
-        if self.policy.uses_ranker:
-            (group.fresh if entry.lane else group.preempted).rekey(entry, had_no_key)
-        if entry.lane == 1:
-            group.watch.scored(entry, self._now)
-        self.peeked = None
+        if entry.waiting and entry.lane == 1:
+            group = self._classes[entry.priority]
+            group.note(SCORE, entry)
+            if group.watch is not None:
+                group.watch.scored(entry, self._now)
 
     def set_device_order(self, seqs: Sequence[int]) -> None:
         """The newest order of the scored requests that a GPU computed, next first: a hint.
 
         Used while at least `device_order_min_waiting` requests of one priority wait, none of them preempted.
-        Each entry is checked before use; when it is used up, the host's own heap decides.
+        Each entry is checked before use; when it is used up, the host's own order decides.
         """
+        self._settle()
         by_length = type(self.policy).key is Policy.key  # as on the device
-        self._device_order = deque(seqs if by_length else ())
-        self.peeked = None
+        self._hint = np.array(seqs, np.int64) if by_length else _NO_HINT
+        for group in self._classes.values():
+            new_hint(group.tree)
 
     def expected(self, entry: Entry) -> float:
         """Expected output tokens of a request, the running median if it has no score."""
         return self._median.value if entry.expected_tokens is None else entry.expected_tokens
 
-    def key_now(self, entry: Entry) -> float:
-        """The key as of now, of a request that may run: it may have fallen with the tokens that were made."""
-        if self.policy.uses_ranker:
-            return self.policy.key(self.expected(entry), entry.payload)
-        key = self.policy.key_on_arrival(entry.payload)
-        assert key is not None
-        return key
+    def slack(self, entry: Entry) -> float:
+        """What may still go ahead of a waiting request of lane 1, in what the guard counts."""
+        self._settle()
+        group = self._classes[entry.priority]
+        group.do_what_was_noted()
+        return slack_of(*group.tree, entry.seq)
 
     @property
     def step(self) -> int:
         """Number of the scheduling step."""
         return self._now.step
 
-    @property
-    def head_is_promoted(self) -> bool:
-        """Whether the guard, and not its key, put the last `head` there."""
-        return self._peeked_by_guard
+    def key_now(self, entry: Entry) -> float:
+        """The key as of now, of a request that runs: it may have fallen with the tokens that were made."""
+        if self.policy.uses_ranker:
+            return self.policy.key(self.expected(entry), entry.payload)
+        key = self.policy.key_on_arrival(entry.payload)
+        assert key is not None
+        return key
+
+    def set_key_now(self, entry: Entry) -> None:
+        """Before a request that ran is put back, of a policy that preempts; without a score it has no key."""
+        if entry.key is not None:
+            entry.key = self.key_now(entry)
+
+    def look_ahead(self) -> Iterator[tuple[Entry, bool]]:
+        """Who would run next, one after another, and whether the guard put it there.
+
+        To be closed before anything else is done: then all wait as before.
+        """
+        counted = self.promotions, self.overtakes
+        taken: list[Entry] = []
+        try:
+            while len(self):
+                entry, made = self.head(), self._plans[-1]
+                yield entry, bool(made.flags[-len(self.planned)] & PROMOTED)
+                taken.append(self.pop())
+        finally:
+            for entry in taken:
+                self.put_back(entry)
+            self._settle()
+            self._plans.clear()
+            self.promotions, self.overtakes = counted
 
     def head(self) -> Entry:
         """Who runs next. Raises: IndexError: if nothing waits."""
-        entry = self.peeked
-        if entry is None:
-            if not self.size:
-                raise IndexError("peek from an empty queue")
-            entry = self.peeked = self._next(self._first_class())
-        return entry
+        if not self.planned:
+            self._plan()
+        return self.planned[-1]
 
     def pop(self) -> Entry:
         """Admit who runs next and charge those it passes. Raises: IndexError: if nothing waits."""
-        if not self.size:
-            raise IndexError("pop from an empty queue")
-        entry = self.peeked or self.head()
-        group = self._classes[entry.priority]
-        self.promotions += self._peeked_by_guard
-        self._take(group, entry)
-        if entry.charged_tokens is None:  # a preempted request was charged when it was first admitted
-            entry.charged_tokens = tokens = self.expected(entry)
-            entry.charged_by = group.watch
-            group.watch.charge(entry.seq, tokens)
-        oldest = group.fresh.arrivals.first()
-        if oldest is not None and oldest < entry.seq:
-            self.overtakes += 1
+        if not self.planned:
+            self._plan()
+        if self.sharing is not None:
+            self.sharing.admitted(self.planned[-1].payload)
+        entry = self.planned.pop()
+        entry.waiting = False
         return entry
 
     def finish(self, entry: Entry, output_tokens: int) -> None:
         """Correct the charge of an admitted request to the tokens it really made."""
-        if entry.charged_tokens is None:
-            return
-        group = self._classes.get(entry.priority)
-        if group is not None and group.watch is entry.charged_by:
-            group.watch.charge(entry.seq, output_tokens - entry.charged_tokens)
-            self.peeked = None  # the guard may now decide otherwise
-        entry.charged_tokens = entry.charged_by = None
+        group = entry.charged_to
+        if group is not None and group.counts_tokens and self._classes.get(entry.priority) is group:
+            self._settle()
+            group.note(CHARGE, entry, output_tokens - entry.charged_tokens)
+        entry.charged_to = None
 
     def __iter__(self) -> Iterator[Entry]:
         """Waiting entries by `(priority, lane, key, seq)`; the guard may admit in another order."""
+        self._settle()
         median = self.policy.key(self._median.value)
         for priority in self._priorities:
+            group = self._classes[priority]
             yield from sorted(
-                self._classes[priority].entries(),
+                [*group.preempted.values(), *group.waiting.values()],
                 key=lambda e: (e.lane, (median if e.key is None else e.key) if self._ranking else 0.0, e.seq),
             )
 
@@ -262,165 +327,222 @@ class HostIndex:
         if self.policy.uses_ranker:  # else the key is known from the start
             entry.key = self.policy.key(tokens, entry.payload)
 
-    def _take(self, group: "_PriorityClass", entry: Entry) -> None:
-        group.take(entry)
-        if entry.lane == 1:
-            group.watch.leave(entry.seq)
-        self.size -= 1
-        self.peeked = None
-
     def _class_of(self, priority: int) -> "_PriorityClass":
         group = self._classes.get(priority)
         if group is None:
-            group = self._classes[priority] = _PriorityClass(self.guard.watch())
+            group = self._classes[priority] = _PriorityClass(self.guard)
             insort(self._priorities, priority)
         return group
-
-    def _first_class(self) -> "_PriorityClass":
-        """The class that runs next; one waits."""
-        for priority in self._priorities:
-            if group := self._classes[priority]:
-                return group
-        raise AssertionError("nothing waits")
 
     def _drop_empty_classes(self) -> None:
         """Not within a step, where an empty class may get back what was popped, and needs its charges."""
         self._classes = {priority: group for priority, group in self._classes.items() if group}
         self._priorities = sorted(self._classes)
 
-    def _hint(self, group: "_PriorityClass") -> Entry | None:
-        """The scored request of `group` that the device put first, None if the host is to look itself."""
-        waiting = group.fresh.arrivals.members
-        if self.size < self._device_order_min_waiting or len(waiting) < self.size:
-            return None
-        while self._device_order:
-            entry = waiting.get(self._device_order[0])
-            if entry is not None and entry.key is not None:
-                return entry
-            self._device_order.popleft()  # admitted or aborted meanwhile
-        return None
+    def _plan(self) -> None:
+        """Find out who runs next, and admit them as if popped. Raises: IndexError: if nothing waits."""
+        if not self._unplanned:
+            raise IndexError("this is an empty queue")
+        for priority in self._priorities:
+            if group := self._classes[priority]:
+                break
+        # Long prompts may fill a step before its seats are taken: plan as if it were like the last one.
+        done = sum(len(made.entries) for made in self._plans)
+        most = max(1, min(self.room - done, 2 * max(done, self._popped), MAX_PLANNED))
+        typical = self._median.value
+        if group.preempted:
+            made = group.plan_preempted(self.policy.key(typical), self._ranking)
+        elif group.untouched and len(group.waiting) <= most:
+            made = group.plan_all()
+        elif self.sharing is not None and self._ranking:
+            made = group.plan_shared(self.sharing, self.policy.key(typical), typical)
+        elif group.watch is not None and self._ranking:
+            made = group.plan_watched(self.policy.key(typical), self._now)
+        else:
+            hint = self._hint
+            if len(hint) and not self._device_order_min_waiting <= self._unplanned == len(group.waiting):
+                hint = _NO_HINT
+            made = group.plan_next(most, self.policy.key(typical), typical, self._ranking, hint)
+        self._plans.append(made)
+        self._unplanned -= len(made.entries)
+        time_s, charged = self._now.time_s, group.counts_tokens
+        for entry in made.entries:
+            if entry.lane:  # a preempted one was charged, and its moment noted, when it was first admitted
+                entry.charged_to, entry.admitted_s = group, time_s
+                if charged:
+                    entry.charged_tokens = self.expected(entry)
+        self.planned += reversed(made.entries)
+        both = made.flags.count(OVERTAKES | PROMOTED)
+        self.overtakes += made.flags.count(OVERTAKES) + both
+        self.promotions += made.flags.count(PROMOTED) + both
 
-    def _next(self, group: "_PriorityClass") -> Entry:
-        """Next entry of a class that is not empty."""
-        self._peeked_by_guard = False
-        lane = group.preempted if group.preempted.arrivals.members else group.fresh
-        if not self._ranking:
-            return lane.oldest()
-        median = self._median.value
-        if lane is group.preempted:
-            return lane.shortest(self.policy.key(median))
-        entry = lane.shortest(self.policy.key(median), self._hint(group) if self._device_order else None)
-        ahead_of, waiting = group.watch.ahead_of, lane.arrivals.members
-        while True:
-            tokens = entry.expected_tokens
-            first = ahead_of(entry.seq, median if tokens is None else tokens, self._now)
-            if first is None:
-                return entry
-            entry = waiting[first]
-            self._peeked_by_guard = True
+    def _settle(self) -> None:
+        """Put back what is planned and was not popped."""
+        if not self.planned:
+            return
+        made, left = self._plans[-1], len(self.planned)
+        for entry, flag in zip(made.entries[-left:], made.flags[-left:], strict=True):
+            self._uncount(flag)
+            if entry.lane:
+                entry.charged_to = None
+        made.group.put_back_planned(made.entries[-left:], self._median.value, self._now)
+        del made.entries[-left:], made.flags[-left:]
+        self.planned.clear()
+        self._unplanned += left
+
+    def _count(self, seq: int) -> None:
+        """A request that was popped in this step is not admitted after all."""
+        for made in self._plans:
+            for entry, flag in zip(made.entries, made.flags, strict=True):
+                if entry.seq == seq:
+                    self._uncount(flag)
+
+    def _uncount(self, flag: int) -> None:
+        self.overtakes -= flag & OVERTAKES
+        self.promotions -= (flag & PROMOTED) // PROMOTED
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Entries that run next, in this order, and their flags."""
+
+    group: "_PriorityClass"
+    entries: list[Entry]
+    flags: list[int]
 
 
 class _PriorityClass:
-    """Waiting requests of one priority: two lanes, the guard's watch over the second, the expected work.
+    """Waiting requests of one priority.
 
     Attributes:
-        scored_tokens: expected tokens of the waiting requests that have a score.
-        num_unscored: number of the others.
+        waiting: those of lane 1 that are not planned, by seq, with what has been noted of them and not yet
+            been done in `tree`.
+        preempted: those of lane 0, by seq. They are few: each had a seat.
+        untouched: whether all that happened since nobody waited is that requests without a key arrived, so
+            that their order is that of arrival and the tree need not be asked.
+        watch: of a guard that is no limit.
     """
 
-    __slots__ = ("fresh", "num_unscored", "preempted", "scored_tokens", "watch")
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-        self.preempted, self.fresh = _Lane(), _Lane()
-        self.scored_tokens = 0.0
-        self.num_unscored = 0
+    def __init__(self, guard: Guard) -> None:
+        self.waiting: dict[int, Entry] = {}
+        self.preempted: dict[int, Entry] = {}
+        self.watch = guard.watch()
+        self.untouched = self.watch is None
+        self._limit = guard.limit()
+        self.counts_tokens = self._limit.kind == TOKENS
+        self.tree = make_tree(self._limit)
+        self._noted = array("d")
+        self._seqs, self._flags = np.zeros(MAX_PLANNED, np.int64), np.zeros(MAX_PLANNED, np.int64)
 
     def __bool__(self) -> bool:
-        return bool(self.fresh.arrivals.members or self.preempted.arrivals.members)
+        return bool(self.waiting or self.preempted)
 
-    def entries(self) -> list[Entry]:
-        return [*self.preempted.arrivals.members.values(), *self.fresh.arrivals.members.values()]
+    def cost(self, entry: Entry) -> float:
+        """What admitting `entry` took from those it passed."""
+        return entry.charged_tokens if self.counts_tokens else 1.0
 
-    def put(self, entry: Entry) -> None:
-        entry.waiting = True
-        (self.fresh if entry.lane else self.preempted).put(entry)
-        self.account(entry, 1)
-
-    def take(self, entry: Entry) -> None:
-        entry.waiting = False
-        (self.fresh if entry.lane else self.preempted).take(entry)
-        self.account(entry, -1)
-
-    def account(self, entry: Entry, sign: Literal[1, -1]) -> None:
-        if entry.expected_tokens is None:
-            self.num_unscored += sign
+    def note(self, operation: int, entry: Entry, value: float = 0.0) -> None:
+        """An operation to be done before the next plan; `value` is its last or only one."""
+        key, tokens = entry.key, entry.expected_tokens
+        if operation != ARRIVE or key is not None:
+            self.untouched = False
+        if operation == CHARGE:
+            self._noted.extend((operation, entry.seq, value, 0.0, 0.0))
         else:
-            self.scored_tokens += sign * entry.expected_tokens
+            self._noted.extend((
+                operation,
+                entry.seq,
+                _UNKNOWN if key is None else key,
+                _UNKNOWN if tokens is None else tokens,
+                value,
+            ))
+        if len(self._noted) >= _MAX_NOTED * LOG_FIELDS:
+            self.do_what_was_noted()
 
+    def do_what_was_noted(self) -> None:
+        if not self._noted:
+            return
+        self.untouched = False
+        log = np.frombuffer(self._noted)
+        self._noted = array("d")
+        while True:
+            log = log[LOG_FIELDS * apply(*self.tree, log) :]
+            if not len(log):
+                return
+            returning = int(log[1]) if log[0] == RETURN else EMPTY
+            self.tree = regrown(self.tree, self._limit, returning)
 
-class _Lane:
-    """Waiting requests by key, those without one by arrival; and all of them by arrival."""
+    def begin_anew(self) -> None:
+        """Nobody waits, and a step begins: whoever was popped does not come back."""
+        self.do_what_was_noted()
+        self.untouched = self.watch is None
 
-    __slots__ = ("_keyed", "_unkeyed", "arrivals")
+    def plan_all(self) -> _Plan:
+        """All that wait, by arrival; the class is untouched."""
+        entries = list(self.waiting.values())
+        self.waiting.clear()
+        self._noted = array("d")
+        return _Plan(self, entries, [0] * len(entries))
 
-    def __init__(self) -> None:
-        self.arrivals: ArrivalOrder[Entry] = ArrivalOrder()
-        self._unkeyed: ArrivalOrder[Entry] = ArrivalOrder()
-        self._keyed: SortedBlocks[tuple[float, int]] = SortedBlocks()  # of (key, seq)
+    def plan_next(
+        self, most: int, typical_key: float, typical_tokens: float, ranking: bool, hint: NDArray[np.int64]
+    ) -> _Plan:
+        """The next `most` at most; one of lane 1 waits."""
+        self.do_what_was_noted()
+        seqs, flags = self._seqs[:most], self._flags[:most]
+        count = plan(*self.tree, ranking, typical_key, typical_tokens, hint, seqs, flags)
+        pop = self.waiting.pop
+        return _Plan(self, [pop(seq) for seq in seqs[:count].tolist()], flags[:count].tolist())
 
-    def put(self, entry: Entry) -> None:
-        self.arrivals.add(entry.seq, entry)
-        if entry.key is None:
-            self._unkeyed.add(entry.seq, entry)
-        else:
-            self._push(entry.key, entry.seq)
+    def plan_watched(self, typical_key: float, now: Moment) -> _Plan:
+        """The next one, as the watch has it; one of lane 1 waits."""
+        assert self.watch is not None
+        made = self.plan_next(1, typical_key, now.typical_tokens, True, _NO_HINT)
+        shortest = made.entries[0]
+        first = shortest.seq
+        while (ahead := self.watch.ahead_of(first, now)) is not None:
+            first = ahead
+        if first != shortest.seq:
+            undo(*self.tree, now.typical_tokens, self._seqs[:1])
+            self.waiting[shortest.seq] = shortest
+            made.entries[0] = self.waiting.pop(first)
+            made.flags[0] = PROMOTED | take(*self.tree, first)
+        self.watch.leave(first)
+        return made
 
-    def rekey(self, entry: Entry, had_no_key: bool) -> None:
-        """The key of a waiting request has changed."""
-        if had_no_key:
-            del self._unkeyed.members[entry.seq]
-        assert entry.key is not None
-        self._push(entry.key, entry.seq)
+    def plan_shared(self, policy: SharingPolicy, typical_key: float, typical_tokens: float) -> _Plan:
+        """The next one by keys as they are now; they only rise, so it is enough to look at who comes first."""
+        while True:
+            made = self.plan_next(1, typical_key, typical_tokens, True, _NO_HINT)
+            entry = made.entries[0]
+            assert entry.key is not None
+            key = policy.key_now(entry.payload, entry.key)
+            if key <= entry.key:
+                return made
+            undo(*self.tree, typical_tokens, self._seqs[:1])
+            self.waiting[entry.seq] = entry
+            entry.key = key
+            self.note(SCORE, entry)
 
-    def _push(self, key: float, seq: int) -> None:
-        self._keyed.add((key, seq))
-        if len(self._keyed) > 2 * len(self.arrivals.members) + 64:
-            waiting = self.arrivals.members.values()
-            self._keyed = SortedBlocks((e.key, e.seq) for e in waiting if e.key is not None)
+    def plan_preempted(self, typical_key: float, ranking: bool) -> _Plan:
+        """The next one; one of lane 0 waits."""
 
-    def take(self, entry: Entry) -> None:
-        del self.arrivals.members[entry.seq]
-        if entry.key is None:
-            del self._unkeyed.members[entry.seq]
+        def order(entry: Entry) -> tuple[float, int]:
+            return (typical_key if entry.key is None else entry.key) if ranking else 0.0, entry.seq
 
-    def oldest(self) -> Entry:
-        first = self.arrivals.first()
-        assert first is not None
-        return self.arrivals.members[first]
+        return _Plan(self, [self.preempted.pop(min(self.preempted.values(), key=order).seq)], [0])
 
-    def shortest(self, median_key: float, hint: Entry | None = None) -> Entry:
-        """The entry of lowest (key, seq), `median_key` standing in for a missing key.
-
-        `hint`, if given, is the keyed entry to take instead of looking for it.
-        """
-        keyed = hint or self._shortest_keyed()
-        first = self._unkeyed.first() if self._unkeyed.members else None
-        if first is None:
-            assert keyed is not None
-            return keyed
-        if keyed is not None:
-            assert keyed.key is not None
-            if (keyed.key, keyed.seq) < (median_key, first):
-                return keyed
-        return self._unkeyed.members[first]
-
-    def _shortest_keyed(self) -> Entry | None:
-        waiting, blocks = self.arrivals.members, self._keyed.blocks
-        while blocks:
-            key, seq = blocks[0][0]
-            entry = waiting.get(seq)
-            if entry is not None and entry.key == key:
-                return entry
-            self._keyed.pop_first()
-        return None
+    def put_back_planned(self, entries: list[Entry], typical_tokens: float, now: Moment) -> None:
+        """The last ones of a plan are not to be admitted in this step."""
+        if entries[0].lane == 0:
+            self.preempted.update((entry.seq, entry) for entry in entries)
+            return
+        self.waiting.update((entry.seq, entry) for entry in entries)
+        if self.untouched:
+            for entry in entries:
+                self.note(ARRIVE, entry, typical_tokens)
+            return
+        undo(*self.tree, typical_tokens, np.array([entry.seq for entry in entries]))
+        if self.watch is not None:
+            for entry in entries:
+                self.watch.rejoin(entry, now)

@@ -1,7 +1,7 @@
 """What finished requests say about the ranker: does it order them, and how many tokens is a score worth?
 
 Requests that finish first are the short ones, so a running figure over finished requests flatters or damns a
-ranker by chance. `ArrivalCohorts` therefore gathers requests in the order they were handed to the ranker,
+ranker by chance. `ArrivalCohorts` therefore gathers requests in the order they were scored,
 which does not depend on their length, and gives out a cohort when nearly all of it has ended.
 
 A request that stopped at `max_tokens` or was aborted is censored: its answer would have been longer than

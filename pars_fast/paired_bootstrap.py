@@ -68,8 +68,12 @@ class Difference:
 
 
 def paired_difference(ours: Floats, theirs: Floats) -> Difference:
-    """(R,) each under the same resamples, the sample itself first."""
+    """(R,) each under the same resamples, the sample itself first.
+
+    A resample that leaves either undefined (NaN) says nothing of the difference and is left out.
+    """
     resampled = (ours - theirs)[1:]
+    resampled = resampled[~np.isnan(resampled)]
     above = (1 + (resampled >= 0).sum()) / (1 + len(resampled))
     below = (1 + (resampled <= 0).sum()) / (1 + len(resampled))
     return Difference(

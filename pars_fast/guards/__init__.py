@@ -23,7 +23,7 @@ GUARDS: dict[str, type[Guard]] = {
 
 
 def parse_guard(text: str) -> Guard:
-    """The guard that a text such as `overtaking_budget:beta=0.5,floor_tokens=2000` means.
+    """The guard that a text such as `passing_limit:beta=0.5,floor_requests=10` means.
 
     Settings that are not given keep their defaults.
 
@@ -31,7 +31,7 @@ def parse_guard(text: str) -> Guard:
     """
     name, _, listed = text.partition(":")
     if name not in GUARDS:
-        raise ValueError(f"one of {', '.join(GUARDS)}, with settings as in overtaking_budget:beta=0.5")
+        raise ValueError(f"one of {', '.join(GUARDS)}, with settings as in passing_limit:beta=0.5")
     guard = GUARDS[name]
     known = {field.name: field.type for field in fields(guard)}  # type: ignore[arg-type]
     settings: dict[str, float] = {}

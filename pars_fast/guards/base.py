@@ -1,16 +1,34 @@
 """What a guard is: a bound on how far the order of scores may depart from the order of arrival.
 
-A guard has two parts. `Guard` is its name and settings, frozen. `Watch` is what it keeps of the waiting
-requests of one priority class; the queue tells it of every change and asks it who must go ahead. Time is
-passed in (`Moment`), so that a simulator's clock serves as well as a server's.
+A guard is its name and settings, frozen. It bounds in one of two ways. Either it counts who goes ahead of
+whom: then it is a `Limit`, and the queue counts. Or it has a `Watch`, which the queue tells of every change
+in one priority class, and asks who must go ahead. Time is passed in (`Moment`), so that a simulator's clock
+serves as well as a server's.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
+
+NO_LIMIT, REQUESTS, TOKENS = 0.0, 1.0, 2.0  # kinds of a limit: what it counts
+
+
+class Limit(NamedTuple):
+    """How much may go ahead of a request: `kind` says of what.
+
+    REQUESTS: `factor * longest queue since its arrival + floor`, older requests included; the longest queue
+    counts up to `max_growth` times the one it met, that taken for `growth_from` at least.
+    TOKENS: later arrivals with `factor * expected tokens ahead at arrival + floor` expected tokens in all.
+    """
+
+    kind: float = NO_LIMIT
+    factor: float = 0.0
+    floor: float = 0.0
+    max_growth: float = 0.0
+    growth_from: float = 0.0
 
 
 class WaitingRequest(Protocol):
-    """The part of a queue's entry that a guard may read; `budget` is the guard's own to write.
+    """The part of a queue's entry that a guard may read.
 
     `arrival_s` and `arrival_step` are on the clocks of `Moment`. `expected_tokens` is None without a score.
     """
@@ -19,7 +37,6 @@ class WaitingRequest(Protocol):
     arrival_s: float
     arrival_step: int
     expected_tokens: float | None
-    budget: float
 
 
 @dataclass(slots=True)
@@ -37,15 +54,14 @@ class Moment:
     typical_tokens: float = 0.0
 
 
-class Watch:
-    """A guard at work on one priority class. The base class never interferes.
+class Watch(Protocol):
+    """A guard at work on one priority class.
 
-    A request arrives once, and then leaves (admitted or aborted) and rejoins (skipped or preempted) any
-    number of times.
+    A request arrives once, and then leaves (admitted or aborted) and rejoins (skipped) any number of times.
     """
 
-    def arrive(self, request: WaitingRequest, tokens_ahead: float, now: Moment) -> None:
-        """A new request waits; `tokens_ahead` is the expected work that waits before it."""
+    def arrive(self, request: WaitingRequest, now: Moment) -> None:
+        """A new request waits."""
 
     def rejoin(self, request: WaitingRequest, now: Moment) -> None:
         """A request that left waits again."""
@@ -56,21 +72,22 @@ class Watch:
     def scored(self, request: WaitingRequest, now: Moment) -> None:
         """A waiting request got its `expected_tokens`."""
 
-    def charge(self, seq: int, tokens: float) -> None:
-        """`seq` was admitted at a cost of `tokens`; later corrections are added, and may be negative."""
-
-    def ahead_of(self, seq: int, tokens: float, now: Moment) -> int | None:
-        """The waiting request that must run before `seq` with its `tokens` of work, None if `seq` may run.
+    def ahead_of(self, seq: int, now: Moment) -> int | None:
+        """The waiting request that must run before `seq`, None if `seq` may run.
 
         `seq` waits. Asked anew of each answer, until the answer is None.
         """
-        return None
 
 
-class Guard(Protocol):
-    """Settings of a guard, a frozen dataclass whose fields are numbers."""
+class Guard:
+    """Settings of a guard; each is a frozen dataclass whose fields are numbers."""
 
     name: ClassVar[str]
 
-    def watch(self) -> Watch:
-        """A new watch over one priority class."""
+    def limit(self) -> Limit:
+        """What it counts, if it does."""
+        return Limit()
+
+    def watch(self) -> Watch | None:
+        """A new watch over one priority class, if that is what it needs."""
+        return None

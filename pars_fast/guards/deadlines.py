@@ -17,7 +17,7 @@ class Deadlines(Watch):
         self._times: dict[int, float] = {}
         self._heap: list[tuple[float, int]] = []  # of (time, seq); counts while it is seq's time
 
-    def arrive(self, request: WaitingRequest, tokens_ahead: float, now: Moment) -> None:
+    def arrive(self, request: WaitingRequest, now: Moment) -> None:
         self._put(request, now)
 
     def rejoin(self, request: WaitingRequest, now: Moment) -> None:
@@ -31,7 +31,7 @@ class Deadlines(Watch):
         if len(self._heap) > 2 * len(self._times) + 64:
             self._heap = sorted((time, seq) for seq, time in self._times.items())
 
-    def ahead_of(self, seq: int, tokens: float, now: Moment) -> int | None:
+    def ahead_of(self, seq: int, now: Moment) -> int | None:
         while self._times.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         time, first = self._heap[0]

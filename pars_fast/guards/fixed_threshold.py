@@ -8,12 +8,12 @@ second hand.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pars_fast.guards.base import Watch
+from pars_fast.guards.base import Guard, Watch
 from pars_fast.guards.deadlines import Deadlines
 
 
 @dataclass(frozen=True, slots=True)
-class FixedThreshold:
+class FixedThreshold(Guard):
     """A request that has waited for at least `seconds` goes first."""
 
     seconds: float = 120.0

@@ -11,11 +11,11 @@ import heapq
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pars_fast.guards.base import Moment, WaitingRequest, Watch
+from pars_fast.guards.base import Guard, Moment, WaitingRequest, Watch
 
 
 @dataclass(frozen=True, slots=True)
-class IdleQuantum:
+class IdleQuantum(Guard):
     """After `idle_steps` scheduling steps in the queue a request goes first for `quantum_steps`, in turn."""
 
     idle_steps: int = 200
@@ -53,7 +53,7 @@ class _Promotions(Watch):
         self._rank: dict[int, float] = {}  # of the promoted
         self._promoted: list[tuple[float, int]] = []  # heap of (rank, seq); counts while it is seq's rank
 
-    def arrive(self, request: WaitingRequest, tokens_ahead: float, now: Moment) -> None:
+    def arrive(self, request: WaitingRequest, now: Moment) -> None:
         self.rejoin(request, now)
 
     def rejoin(self, request: WaitingRequest, now: Moment) -> None:
@@ -70,7 +70,7 @@ class _Promotions(Watch):
         if request.seq in self._rank:
             self._promote(request, now)
 
-    def ahead_of(self, seq: int, tokens: float, now: Moment) -> int | None:
+    def ahead_of(self, seq: int, now: Moment) -> int | None:
         while self._begins and self._begins[0][0] <= now.step:
             request = self._waiting.get(heapq.heappop(self._begins)[1])
             if request is not None and request.seq not in self._rank:

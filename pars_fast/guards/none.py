@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pars_fast.guards.base import Watch
+from pars_fast.guards.base import Guard
 
 
 @dataclass(frozen=True, slots=True)
-class NoGuard:
+class NoGuard(Guard):
     name: ClassVar[str] = "none"
-
-    def watch(self) -> Watch:
-        return Watch()

@@ -10,12 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pars_fast.guards.base import Moment, WaitingRequest
-from pars_fast.guards.charges import ChargedWatch
+from pars_fast.guards.base import TOKENS, Guard, Limit
 
 
 @dataclass(frozen=True, slots=True)
-class OvertakingBudget:
+class OvertakingBudget(Guard):
     """`beta`: extra work tolerated per token ahead at arrival, a ratio; `floor_tokens`: a fixed allowance."""
 
     beta: float = 0.5
@@ -28,24 +27,5 @@ class OvertakingBudget:
         if not self.floor_tokens >= 0:
             raise ValueError(f"floor_tokens must be >= 0, got {self.floor_tokens}")
 
-    def watch(self) -> "Budgets":
-        return Budgets(self)
-
-
-class Budgets(ChargedWatch):
-    """The budgets of one priority class, in tokens."""
-
-    def __init__(self, settings: OvertakingBudget) -> None:
-        super().__init__()
-        self._settings = settings
-
-    def arrive(self, request: WaitingRequest, tokens_ahead: float, now: Moment) -> None:
-        budget = self._settings.floor_tokens + self._settings.beta * tokens_ahead
-        self._give(request, budget, budget)  # nothing is charged to the newest yet
-
-    def charge(self, seq: int, tokens: float) -> None:
-        self._charge(seq, tokens)
-
-    def ahead_of(self, seq: int, tokens: float, now: Moment) -> int | None:
-        """The oldest waiting request that `seq` may not pass with `tokens` of work, or None."""
-        return self._overdrawn_by(seq, tokens, max(tokens, now.typical_tokens))
+    def limit(self) -> Limit:
+        return Limit(TOKENS, self.beta, self.floor_tokens)

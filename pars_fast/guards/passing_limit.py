@@ -24,19 +24,17 @@ A request that is aborted while it waits counts as having gone ahead of those be
 """
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pars_fast.guards.base import Moment, WaitingRequest
-from pars_fast.guards.charges import ChargedWatch
+from pars_fast.guards.base import REQUESTS, Guard, Limit
 
 MAX_GROWTH = 16
 GROWTH_FROM = 256  # requests
 
 
 @dataclass(frozen=True, slots=True)
-class PassingLimit:
+class PassingLimit(Guard):
     """`beta`: passing tolerated per request of the longest queue, a ratio; `floor_requests`: in any case."""
 
     beta: float = 0.5
@@ -49,49 +47,5 @@ class PassingLimit:
         if not self.floor_requests >= 0:
             raise ValueError(f"floor_requests must be >= 0, got {self.floor_requests}")
 
-    def watch(self) -> "Passes":
-        return Passes(self)
-
-
-class Passes(ChargedWatch):
-    """The limits of one priority class: whoever leaves the queue is a charge of 1.
-
-    The part of a limit that grows, the longest queue since, is not in the budget but read when it is needed.
-    """
-
-    def __init__(self, settings: PassingLimit) -> None:
-        super().__init__()
-        self._settings = settings
-        self._peak_seqs: list[int] = []  # arrivals since which no queue was as long, ascending
-        self._peaks: list[int] = []  # requests that waited before them, descending
-
-    def arrive(self, request: WaitingRequest, tokens_ahead: float, now: Moment) -> None:
-        queue = len(self)
-        while self._peaks and (self._peaks[-1] <= queue or not queue):
-            self._peaks.pop()
-            self._peak_seqs.pop()
-        self._peaks.append(queue)
-        self._peak_seqs.append(request.seq)
-        budget = self._settings.floor_requests - queue
-        self._give(request, budget, budget + (1 + self._settings.beta) * queue)
-
-    def rejoin(self, request: WaitingRequest, now: Moment) -> None:
-        if not self._peak_seqs or request.seq > self._peak_seqs[-1]:  # its class is watched anew
-            self.arrive(request, 0.0, now)
-            return
-        self._charge(request.seq, -1.0)
-        super().rejoin(request, now)
-
-    def leave(self, seq: int) -> None:
-        super().leave(seq)
-        self._charge(seq, 1.0)
-
-    def remaining(self, seq: int) -> float:
-        """How many later arrivals may still go ahead of the waiting request `seq`."""
-        met = self._settings.floor_requests - self._waiting.members[seq]
-        longest = min(self._peaks[bisect_left(self._peak_seqs, seq)], MAX_GROWTH * max(met, GROWTH_FROM))
-        return super().remaining(seq) + (1 + self._settings.beta) * longest
-
-    def ahead_of(self, seq: int, tokens: float, now: Moment) -> int | None:
-        """The oldest waiting request that `seq` may not pass, or None."""
-        return self._overdrawn_by(seq, 1.0, 1.0)
+    def limit(self) -> Limit:
+        return Limit(REQUESTS, 1.0 + self.beta, self.floor_requests, MAX_GROWTH, GROWTH_FROM)

@@ -8,12 +8,12 @@ up first goes first.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pars_fast.guards.base import Watch
+from pars_fast.guards.base import Guard, Watch
 from pars_fast.guards.deadlines import Deadlines
 
 
 @dataclass(frozen=True, slots=True)
-class RelativeAgeing:
+class RelativeAgeing(Guard):
     """A request that has waited for `s_per_token` seconds per expected output token goes first."""
 
     s_per_token: float = 0.02

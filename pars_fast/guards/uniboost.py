@@ -15,12 +15,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pars_fast.guards.base import Watch
+from pars_fast.guards.base import Guard, Watch
 from pars_fast.guards.deadlines import Deadlines
 
 
 @dataclass(frozen=True, slots=True)
-class UniBoost:
+class UniBoost(Guard):
     """`knob`: seconds of arrival that a factor of e in the expected length is worth."""
 
     knob: float = 10.0

@@ -8,6 +8,7 @@ from pars_fast.policies.cost_aware import CostAware
 from pars_fast.policies.elis import Elis
 from pars_fast.policies.fcfs import FCFS
 from pars_fast.policies.gittins import Gittins
+from pars_fast.policies.justitia import Justitia
 from pars_fast.policies.ltr import Ltr
 from pars_fast.policies.oracle import Oracle
 from pars_fast.policies.pars import Pars
@@ -16,15 +17,17 @@ from pars_fast.policies.perception_only import PerceptionOnly
 from pars_fast.policies.priority import Priority
 from pars_fast.policies.prompt_length import PromptLength
 from pars_fast.policies.relative_ageing import RelativeAgeing
+from pars_fast.policies.sharing import SharingPolicy
 from pars_fast.policies.srpt import Srpt
 from pars_fast.policies.tabulated import Tabulated
 from pars_fast.policies.tie import Tie
 from pars_fast.policies.uniboost import UniBoost
+from pars_fast.policies.vtc import VirtualTokenCounter
 
 if TYPE_CHECKING:
     from pars_fast.distribution import LengthDistribution
 
-__all__ = ["POLICIES", "Policy", "needs_distribution", "with_lengths"]
+__all__ = ["POLICIES", "Policy", "SharingPolicy", "needs_distribution", "with_lengths"]
 
 POLICIES: dict[str, type[Policy]] = {
     "fcfs": FCFS,
@@ -43,6 +46,8 @@ POLICIES: dict[str, type[Policy]] = {
     "cost_aware": CostAware,
     "relative_ageing": RelativeAgeing,
     "uniboost": UniBoost,
+    "justitia": Justitia,
+    "vtc": VirtualTokenCounter,
 }
 
 

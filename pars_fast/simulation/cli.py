@@ -2,11 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pars_fast.errors import ParsFastError, make_writable, require_extra
-from pars_fast.output import write_json
+from pars_fast.output import wide_console, write_json
 
 
 def _numbers(text: str) -> list[float]:
@@ -30,7 +31,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
     add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
     add("--policies", default="all", help="by comma, or all (%(default)s)")
-    guards = "own, all, frontier, or by comma, as in none,overtaking_budget:beta=1 (%(default)s)"
+    guards = "own, all, frontier, or by comma, as in none,passing_limit:beta=1 (%(default)s)"
     add("--guards", default="own", help=guards)
     add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")
     add("--tau", type=_numbers, metavar="T", help="noisy scores of these Kendall taus instead of real ones")
@@ -102,6 +103,47 @@ def _study(arguments: argparse.Namespace) -> None:
     print(f"table written to {path}")
 
 
+def add_serving_gain(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    predictor = "as of evaluate --all (default small prompt_length)"
+    rankers = ["default", "small", "prompt_length"]
+    add("--ranker", nargs="+", default=rankers, metavar="[NAME=]DIR", help=predictor)
+    files = "lengths_*.jsonl[.gz] (%(default)s)"
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help=files)
+    add("--traces", type=Path, required=True, metavar="DIR", help="trace_*.csv[.gz], whose times are taken")
+    add("--load", type=_numbers, default=[1.0, 1.2], help="offered over closed-loop tokens/s (1.0,1.2)")
+    add("--seeds", type=int, default=3, metavar="N", help="draws of prompts and models (%(default)s)")
+    for name in ("requests", "max-prompts-per-file"):
+        add(f"--{name}", type=int, default=argparse.SUPPRESS, metavar="N")
+    add("--csv", type=Path, required=True, metavar="F", help="write the table there")
+    parser.set_defaults(run=_serving_gain)
+
+
+def _serving_gain(arguments: argparse.Namespace) -> None:
+    require_extra("numba", "simulate")
+    make_writable(arguments.csv.parent)  # minutes before it is written
+    from pars_fast.baselines import load_predictor
+    from pars_fast.benchmark import read_length_files
+    from pars_fast.simulation.serving_gain import print_gains, serving_gain
+    from pars_fast.simulation.study import find_traces, write_table
+    from pars_fast.simulation.workload import read_trace
+
+    traces = [trace for trace in map(read_trace, find_traces(arguments.traces)) if trace.arrival_s[-1] > 0]
+    if not traces:
+        raise ParsFastError(f"{arguments.traces}: no trace_*.csv[.gz] with arrival times there")
+    predictors = {}
+    for text in arguments.ranker:
+        name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)
+        predictors[name] = load_predictor(path)
+    sizes = ("requests", "max_prompts_per_file")
+    given = {name: getattr(arguments, name) for name in sizes if hasattr(arguments, name)}
+    rows = serving_gain(read_length_files(arguments.data_dir), predictors, traces, loads=arguments.load,
+                        seeds=range(arguments.seeds), on_progress=lambda line: print(line, flush=True),
+                        **given)
+    write_table(arguments.csv, rows)
+    print_gains(rows)
+
+
 def add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="F", help="write the profile there")
     parser.add_argument("--model", help="model to serve; by default a tiny random one is made")
@@ -126,11 +168,11 @@ def _profile(arguments: argparse.Namespace) -> None:
 
 def add_live_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--demo", type=Path, required=True, metavar="F", help="what `pars-fast demo --json F` wrote")
+    add("--live", type=Path, required=True, metavar="F", help="what `pars-fast demo` or `load` wrote as JSON")
     add("--profile", required=True, metavar="F", help="what `pars-fast profile --json F` wrote, same machine")
-    add("--ranker", default="auto", help="the demo's ranker (%(default)s)")
-    delay = "seconds to score the prompts in flight"
-    add("--ranker-delay", type=float, default=argparse.SUPPRESS, metavar="S", help=delay)
+    add("--ranker", default="auto", help="the server's ranker (%(default)s)")
+    delay = "seconds from prompts to their scores; by default what each run measured"
+    add("--ranker-delay", type=float, metavar="S", help=delay)
     add("--json", type=Path, metavar="F", help="write the comparison there")
     parser.set_defaults(run=_live_check)
 
@@ -140,32 +182,50 @@ def _live_check(arguments: argparse.Namespace) -> None:
     require_extra("vllm", "cpu")
     if arguments.json:
         make_writable(arguments.json.parent)
-    from pars_fast.simulation.live_check import BATCH_DELAY_S, TOLERANCE, live_check, read_demo
+    from pars_fast.simulation.live_check import live_check, read_result
     from pars_fast.simulation.step_time import load_profile
 
     step_time, engine = load_profile(arguments.profile)
-    delay = getattr(arguments, "ranker_delay", BATCH_DELAY_S)
-    demo = read_demo(arguments.demo)
-    result = live_check(demo, step_time, engine, ranker=arguments.ranker, ranker_delay_s=delay)
+    result = live_check(read_result(arguments.live), step_time, engine, ranker=arguments.ranker,
+                        ranker_delay_s=arguments.ranker_delay)
     _print_live_check(result)
-    print(f"worst error of a mean {result['worst_mean_error']:.1%}, of a ratio to fcfs "
-          f"{result['worst_ratio_error']:.1%}: {'within' if result['agrees'] else 'beyond'} {TOLERANCE:.0%}")
     if arguments.json:
         write_json(arguments.json, result)
 
 
 def _print_live_check(result: dict[str, Any]) -> None:
-    from rich.console import Console
+    """A table of means and one of ratios to arrival order, and by column how many agree."""
+    from pars_fast.simulation.live_check import BASELINE, JUDGED
+
+    ranked = [row for row in result["rows"] if row["policy"] != BASELINE]
+    _print_compared("Means, s", JUDGED, "", result["rows"], result["tolerance"])
+    _print_compared("Ratios to fcfs", JUDGED, "_ratio", ranked, result["tolerance"])
+    for column, judged in result["columns"].items():
+        parts = (f"{judged[f'{kind}_within']} of {judged[f'{kind}_rows']} {kind}s within "
+                 f"{result['tolerance']:.0%}, worst {_percent(judged[f'worst_{kind}_error'])}"
+                 for kind in ("mean", "ratio"))
+        print(f"{column}: {'; '.join(parts)}")
+    print(f"the simulator {'agrees' if result['agrees'] else 'does not agree'} with the server on "
+          f"{' and '.join(JUDGED)}")
+
+
+def _print_compared(title: str, columns: Sequence[str], suffix: str, rows: Sequence[dict[str, Any]],
+                    tolerance: float) -> None:
+    """Live, simulated and error of each column; an error beyond the tolerance is marked."""
     from rich.table import Table
 
-    headers = ("policy", "load", "end-to-end s, live", "simulated", "error", "s per token, live", "simulated",
-               "error", "error of the ratios to fcfs")
-    table = Table(*headers, title="Real server and faithful simulator, means")
-    for row in result["rows"]:
-        cells = [row["policy"], row["load"]]
-        for column in ("mean_e2e_s", "mean_latency_per_token_s"):
-            cells += [f"{row[f'live_{column}']:.4g}", f"{row[f'simulated_{column}']:.4g}",
-                      f"{row[f'{column}_error']:+.1%}"]
-        ratios = (row[f"{column}_ratio_error"] for column in ("mean_e2e_s", "mean_latency_per_token_s"))
-        table.add_row(*cells, ", ".join(f"{error:+.1%}" for error in ratios))
-    Console().print(table)
+    headers = [header for column in columns for header in (f"{column}, live", "simulated", "error")]
+    table = Table("load", "policy", *headers, title=title)
+    for row in rows:
+        cells = [str(row["load"]), row["policy"]]
+        for column in columns:
+            error = row[f"{column}{suffix}_error"]
+            values = (row[f"{side}_{column}{suffix}"] for side in ("live", "simulated"))
+            cells += ["-" if value is None else f"{value:.4g}" for value in values]
+            cells.append(_percent(error, "+") + ("" if error is None or abs(error) <= tolerance else " !"))
+        table.add_row(*cells)
+    wide_console().print(table)
+
+
+def _percent(share: float | None, sign: str = "") -> str:
+    return "-" if share is None else f"{share:{sign}.1%}"

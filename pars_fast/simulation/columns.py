@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pars_fast.demo.records import throughput_until
 from pars_fast.simulation.workload import Workload
 
 
@@ -51,24 +52,13 @@ def columns(workload: Workload, served: Served) -> dict[str, Any]:
         **_summary("tpot_s", per_token_after_first),
         **_summary("e2e_s", end_to_end),
         "max_wait_s": _rounded(ttft.max()) if len(ttft) else None,
-        "throughput_tok_s": _throughput(first, finished, tokens, last_arrival),
+        "throughput_tok_s": throughput_until(first, finished, tokens, last_arrival),
         "makespan_s": _rounded(finished.max()) if len(finished) else None,
         "preemptions": served.preemptions,
         "recomputed_tokens": served.recomputed_tokens,
         "prefix_hit_tokens": served.prefix_hit_tokens,
         "steps": served.steps,
     }
-
-
-def _throughput(first: NDArray[np.float64], finished: NDArray[np.float64], tokens: NDArray[np.int64],
-                until_s: float) -> float | None:
-    """Output tokens a second up to a moment; an unfinished answer counts as far as it has come."""
-    if not len(tokens) or until_s <= 0:
-        return None
-    span = np.maximum(finished - first, 1e-12)
-    share = np.clip((until_s - first) / span, 0.0, 1.0)
-    made = np.where(until_s < first, 0.0, 1 + (tokens - 1) * share)
-    return _rounded(float(made.sum()) / until_s)
 
 
 def _summary(name: str, values: NDArray[np.float64]) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from pars_fast.data import read_length_file
 from pars_fast.errors import ParsFastError
 from pars_fast.policies import POLICIES
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.fleet import ROUTERS
+from pars_fast.simulation.fleet import FAST_POLICIES, ROUTERS
 from pars_fast.simulation.step_time import load_profile
 from pars_fast.simulation.sweep import grid, make_setup, parse_guards, run_sweep
 from pars_fast.simulation.workload import (
@@ -37,7 +37,10 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: `{"runs": [one row per case], ...}` and what is needed to remake it.
     Raises: ParsFastError: says which option cannot be.
     """
-    policies = _chosen("policy", arguments.policies, list(POLICIES))
+    known = list(POLICIES)
+    if arguments.policies == "all" and arguments.engine == "fast":
+        known = FAST_POLICIES
+    policies = _chosen("policy", arguments.policies, known)
     routers = _chosen("router", arguments.router, list(ROUTERS))
     guards = parse_guards(arguments.guards)
     step_time, engine = load_profile(arguments.profile)

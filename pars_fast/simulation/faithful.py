@@ -294,11 +294,11 @@ class _Record:
 
 def _request(workload: Workload, number: int, block_size: int, *, estimated: bool = False) -> Request:
     """vLLM's request; every token of its prompt is its number. `estimated`: the model said how long it is."""
-    tokens = float(workload.expected_tokens[number])
+    extra_args = _application(workload, number)
+    if estimated:
+        extra_args["pars_score"] = float(workload.expected_tokens[number])
     sampling_params = SamplingParams(
-        max_tokens=int(workload.output_tokens[number]),
-        ignore_eos=True,
-        extra_args={"pars_score": tokens} if estimated else None,
+        max_tokens=int(workload.output_tokens[number]), ignore_eos=True, extra_args=extra_args or None
     )
     return Request(
         request_id=str(number),
@@ -327,6 +327,13 @@ def _question(workload: Workload, number: int, block_size: int) -> Request:
 
 def _is_question(request_id: str) -> bool:
     return request_id.startswith("question")
+
+
+def _application(workload: Workload, number: int) -> dict[str, str | float]:
+    if workload.app is None or not workload.app[number]:
+        return {}
+    app = str(workload.app[number])
+    return {"pars_app": app, "pars_app_type": app.partition("/")[0] if "/" in app else ""}
 
 
 def _new_block_hashes(block_size: int, request: Request) -> list[BlockHash]:

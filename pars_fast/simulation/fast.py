@@ -5,6 +5,7 @@ What a step is and takes is in `engines.py`, the order in `waiting_queue.py`, th
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard, NoGuard
@@ -40,6 +41,19 @@ def capacity_tok_s(
 
     Raises: ParsFastError: if no request fits the engine.
     """
+    closed, finished = closed_loop(workload, engine, step_time, seed=seed)
+    start, end = np.quantile(finished, [0.1, 0.9])
+    counted = closed.output_tokens[(finished > start) & (finished <= end)]
+    return float(counted.sum() / (end - start))
+
+
+def closed_loop(
+    workload: Workload, engine: EngineSettings, step_time: StepTime, *, seed: int = 0
+) -> tuple[Workload, NDArray[np.float64]]:
+    """The mix, waiting from the start in random order, 40 times the seats, and when each finished, in s.
+
+    Raises: ParsFastError: if no request fits the engine.
+    """
     fitting = np.flatnonzero(fits(workload, engine))
     if not len(fitting):
         raise ParsFastError(f"{workload.name}: no request fits the engine")
@@ -48,7 +62,4 @@ def capacity_tok_s(
     drawn = np.concatenate([rng.permutation(fitting) for _ in range(rounds)])
     closed = Workload(workload.name, np.zeros(len(drawn)), workload.prompt_tokens[drawn],
                       workload.output_tokens[drawn], workload.expected_tokens[drawn])
-    finished = simulate(closed, "fcfs", NoGuard(), engine, step_time).finished_s
-    start, end = np.quantile(finished, [0.1, 0.9])
-    counted = closed.output_tokens[(finished > start) & (finished <= end)]
-    return float(counted.sum() / (end - start))
+    return closed, simulate(closed, "fcfs", NoGuard(), engine, step_time).finished_s

@@ -1,22 +1,24 @@
-"""Does the faithful simulator say what a real server showed? The demo's arrivals, served again in simulation.
+"""Does the faithful simulator say what a real server showed? Its arrivals, served again in simulation.
 
-The demo's JSON names capacity and seed, and its arrivals follow from them, so the same requests arrive at the
-same times. The engine and its step time are this machine's (`pars-fast profile`).
+`pars-fast demo` and `pars-fast load` name capacity and seed in their JSON, and the arrivals follow from them,
+so the same requests arrive at the same times. The engine and its step time are this machine's (`pars-fast
+profile`), and the ranker's delay is the one that the server measured in each run.
 """
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from pars_fast.demo.arrivals import arrival_times, arrivals_hash
+from pars_fast.demo.arrivals import LOADS, arrivals_hash, traffic
 from pars_fast.demo.model import DESCRIPTION
 from pars_fast.demo.run import expected_tokens, served_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
+from pars_fast.demo.scheduler_switch import parse_policy
 from pars_fast.errors import DataError
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
@@ -24,62 +26,73 @@ from pars_fast.simulation.faithful import simulate
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.workload import Workload, make_workload
 
-COMPARED = ("mean_e2e_s", "mean_latency_per_token_s", "mean_ttft_s")
+BASELINE = "fcfs"
+JUDGED = ("mean_e2e_s", "mean_latency_per_token_s")
+COMPARED = (*JUDGED, "mean_ttft_s", "mean_tpot_s", "p99_e2e_s", "max_wait_s")
 TOLERANCE = 0.15
 _KEYS = {"runs", "capacity_tok_s", "seed", "repeats", "arrivals_sha256", "served_model"}
-BATCH_DELAY_S = 0.15  # 4 prompts of 7 ms, on the fifth of a core that a full server leaves
+BATCH_DELAY_S = 0.15  # where it was not measured: 4 prompts, on the fifth of a core that a full server leaves
 
 
 def live_check(
-    demo: dict[str, Any], step_time: StepTime, engine: EngineSettings, *, ranker: str, ranker_delay_s: float
+    result: Mapping[str, Any], step_time: StepTime, engine: EngineSettings, *, ranker: str,
+    ranker_delay_s: float | None = None,
 ) -> dict[str, Any]:
-    """Compare the rows of a demo with their simulation.
+    """Compare the runs of a real server with their simulation.
 
-    Returns: `{"rows": one for each policy and load, "worst_mean_error", "worst_ratio_error", "agrees"}`. A
-        row has, for each of `COMPARED`, the live mean over the repeats, the simulated one, the error of the
-        latter as a ratio less 1, and that of `policy / fcfs`. The worst errors and `agrees` are of the mean
-        end-to-end latency and of the mean latency per token.
-    Raises: DataError: if the demo's figures do not belong to the shipped sample.
+    Args:
+        result: what `read_result` gives.
+        ranker_delay_s: None takes what each run measured, `BATCH_DELAY_S` where it did not.
+
+    Returns: `{"rows": one for each load and policy, "columns": ..., "agrees": ...}`. A row has, for each of
+        `COMPARED`, the live and the simulated mean over the repeats (`live_`, `simulated_`), the error of
+        the latter as a ratio less 1, both ratios to `fcfs` (`_ratio`) and the error of the simulated one.
+        `columns` has, by column, the largest error of a mean and of a ratio and how many rows are within
+        `TOLERANCE`. `agrees` says whether all rows of the `JUDGED` columns are, in both.
+    Raises: DataError: if the figures do not belong to the shipped sample.
     """
     sample = load_sample()
-    repeats: int = demo["repeats"]
-    if arrivals_hash(sample, [demo["seed"] + repeat for repeat in range(repeats)]) != demo["arrivals_sha256"]:
-        raise DataError("the demo's arrivals are not those of the shipped sample; run `pars-fast demo` again")
-    prompt_tokens = _prompt_tokens(demo["served_model"], sample)
-    expected = expected_tokens(ranker, sample)
-    simulated: dict[tuple[str, str, int], dict[str, Any]] = {}
-    live = [row for row in demo["runs"] if not row["stock"]]
+    burst_requests = result.get("burst_requests", 0)
+    seeds = [result["seed"] + repeat for repeat in range(result["repeats"])]
+    if arrivals_hash(sample, seeds, result.get("loads", LOADS), burst_requests) != result["arrivals_sha256"]:
+        raise DataError("the arrivals are not those of the shipped sample; run `pars-fast demo` or "
+                        "`pars-fast load` again")
+    prompt_tokens = dict(zip((prompt.prompt for prompt in sample),
+                             _prompt_tokens(result["served_model"], sample), strict=True))
+    expected = dict(zip(prompt_tokens, expected_tokens(ranker, sample), strict=True))
+    live = [row for row in result["runs"] if not row["stock"]]
+    simulated = []
     for row in live:
-        arrivals = arrival_times(sample, row["load"], demo["capacity_tok_s"], demo["seed"] + row["repeat"])
-        outputs = [prompt.output_tokens for prompt in sample]
-        workload: Workload = make_workload("demo", arrivals, prompt_tokens, outputs, expected)
-        served = simulate(workload, row["policy"], None, engine, step_time, ranker_delay_s=ranker_delay_s)
-        simulated[row["policy"], row["load"], row["repeat"]] = columns(workload, served)
+        seed = result["seed"] + row["repeat"]
+        prompts, arrivals = traffic(sample, row["load"], result["capacity_tok_s"], seed, burst_requests)
+        workload: Workload = make_workload(
+            "live", arrivals, [prompt_tokens[prompt.prompt] for prompt in prompts],
+            [prompt.output_tokens for prompt in prompts], [expected[prompt.prompt] for prompt in prompts])
+        delay = row.get("mean_score_latency_s") if ranker_delay_s is None else ranker_delay_s
+        name, guard = parse_policy(row["policy"])
+        served = simulate(workload, name, guard, engine, step_time,
+                          ranker_delay_s=BATCH_DELAY_S if delay is None else delay)
+        simulated.append(columns(workload, served))
     rows = _compare(live, simulated)
-    judged = COMPARED[:2]
-    mean_error = max(abs(row[f"{column}_error"]) for row in rows for column in judged)
-    ratio_error = max(abs(row[f"{column}_ratio_error"]) for row in rows for column in judged)
-    return {
-        "rows": rows,
-        "worst_mean_error": mean_error,
-        "worst_ratio_error": ratio_error,
-        "agrees": max(mean_error, ratio_error) <= TOLERANCE,
-    }
+    summary = {column: _judge(rows, column) for column in COMPARED}
+    agrees = all(summary[column][f"{kind}_within"] == summary[column][f"{kind}_rows"]
+                 for column in JUDGED for kind in ("mean", "ratio"))
+    return {"rows": rows, "columns": summary, "tolerance": TOLERANCE, "agrees": agrees}
 
 
-def read_demo(path: Path) -> dict[str, Any]:
-    """What `pars-fast demo --json` wrote.
+def read_result(path: Path) -> dict[str, Any]:
+    """What `pars-fast demo --json` or `pars-fast load --json` wrote.
 
     Raises: DataError: if it is something else.
     """
     try:
-        demo: dict[str, Any] = json.loads(path.read_text())
-        missing = _KEYS - demo.keys()
+        result: dict[str, Any] = json.loads(path.read_text())
+        missing = _KEYS - result.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a file that `pars-fast demo --json` wrote ({error})") from error
+        raise DataError(f"{path}: not what `pars-fast demo` or `load` wrote ({error})") from error
     if missing:
-        raise DataError(f"{path}: not a file that `pars-fast demo --json` wrote (no {sorted(missing)[0]})")
-    return demo
+        raise DataError(f"{path}: not what `pars-fast demo` or `load` wrote (no {sorted(missing)[0]})")
+    return result
 
 
 def _prompt_tokens(served: str, sample: Sequence[SamplePrompt]) -> list[int]:
@@ -90,28 +103,54 @@ def _prompt_tokens(served: str, sample: Sequence[SamplePrompt]) -> list[int]:
 
 
 def _compare(
-    live: Sequence[dict[str, Any]], simulated: dict[tuple[str, str, int], dict[str, Any]]
+    live: Sequence[Mapping[str, Any]], simulated: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    means: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
-    for policy, load in dict.fromkeys((row["policy"], row["load"]) for row in live):
-        chosen = [row for row in live if (row["policy"], row["load"]) == (policy, load)]
-        means[policy, load] = {
-            column: (
-                float(np.mean([row[column] for row in chosen])),
-                float(np.mean([simulated[policy, load, row["repeat"]][column] for row in chosen])),
-            )
-            for column in COMPARED
-        }
+    """A row for each load and policy of `live`, whose runs `simulated` has in the same order."""
+    groups: dict[tuple[Any, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for real, model in zip(live, simulated, strict=True):
+        groups.setdefault((real["load"], real["policy"]), []).append((real, model))
+    means = {
+        key: {column: tuple(_mean(run[side][column] for run in runs) for side in (0, 1))
+              for column in COMPARED}
+        for key, runs in groups.items()
+    }
     rows = []
-    for (policy, load), of in means.items():
+    for (load, policy), of in means.items():
         row: dict[str, Any] = {"policy": policy, "load": load}
         for column, (real, model) in of.items():
-            real_fcfs, model_fcfs = means["fcfs", load][column]
+            base = means.get((load, BASELINE), {}).get(column, (None, None))
+            ratios = _over(real, base[0]), _over(model, base[1])
             row |= {
                 f"live_{column}": real,
                 f"simulated_{column}": model,
-                f"{column}_error": model / real - 1,
-                f"{column}_ratio_error": (model / model_fcfs) / (real / real_fcfs) - 1,
+                f"{column}_error": _less_one(_over(model, real)),
+                f"live_{column}_ratio": ratios[0],
+                f"simulated_{column}_ratio": ratios[1],
+                f"{column}_ratio_error": _less_one(_over(ratios[1], ratios[0])),
             }
         rows.append(row)
     return rows
+
+
+def _judge(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
+    """Over all rows, but of ratios over those that are not arrival order's own."""
+    judged: dict[str, Any] = {}
+    for kind, name in (("mean", f"{column}_error"), ("ratio", f"{column}_ratio_error")):
+        errors = [abs(row[name]) for row in rows
+                  if row[name] is not None and (kind == "mean" or row["policy"] != BASELINE)]
+        judged |= {f"worst_{kind}_error": max(errors, default=None), f"{kind}_rows": len(errors),
+                   f"{kind}_within": sum(error <= TOLERANCE for error in errors)}
+    return judged
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _over(value: float | None, base: float | None) -> float | None:
+    return None if value is None or not base else value / base
+
+
+def _less_one(ratio: float | None) -> float | None:
+    return None if ratio is None else ratio - 1

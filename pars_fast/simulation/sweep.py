@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pars_fast import __version__
 from pars_fast.demo.records import gain_captured
-from pars_fast.errors import OutputError, ParsFastError
+from pars_fast.errors import ParsFastError
 from pars_fast.guards import (
     GUARDS,
     FixedThreshold,
@@ -32,6 +32,7 @@ from pars_fast.guards import (
     guard_text,
     parse_guard,
 )
+from pars_fast.kept_rows import append_row, read_rows
 from pars_fast.policies import POLICIES
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
@@ -176,14 +177,14 @@ def run_sweep(setup: Setup, cases: Sequence[Case], *, kept: Path | None = None, 
     if setup.simulator == "faithful" and any(case.engines > 1 for case in cases):
         raise ParsFastError("the faithful simulator runs one engine; take the fast one for a fleet")
     keys = [_key(setup, case) for case in cases]
-    known = _read_rows(kept)
+    known = read_rows(kept)
     rows = {key: known[key] for key in keys if key in known}
     missing = {key: case for key, case in zip(keys, cases, strict=True) if key not in rows}
     on_row(len(rows), len(keys))
     workers = min(workers or os.cpu_count() or 1, len(missing))
     for key, row in _run_all(setup, missing, workers):
         rows[key] = row
-        _append_row(kept, key, row)
+        append_row(kept, key, row)
         on_row(len(rows), len(keys))
     return with_gains([rows[key] for key in keys])
 
@@ -217,38 +218,11 @@ def _run_here(case: Case) -> dict[str, Any]:
     return run_case(_setup, case)
 
 
-# --- Rows that are kept -------------------------------------------------------------------------------------
-
-
 def _key(setup: Setup, case: Case) -> str:
     given = {**asdict(case), "workload": setup.workloads[case.seed].sha256(), "engine": asdict(setup.engine),
              "capacity": setup.capacity_tok_s[case.seed], "step_time": asdict(setup.step_time),
              "simulator": setup.simulator, "version": __version__}
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-
-
-def _read_rows(path: Path | None) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
-    if path is not None and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                rows[entry["key"]] = entry["row"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # cut off while it was written
-    return rows
-
-
-def _append_row(path: Path | None, key: str, row: Mapping[str, Any]) -> None:
-    if path is None:
-        return
-    try:
-        with path.open("a+", encoding="utf-8") as file:
-            if file.tell() and not path.read_bytes().endswith(b"\n"):
-                file.write("\n")  # after a line that was cut off
-            file.write(json.dumps({"key": key, "row": row}) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def with_gains(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

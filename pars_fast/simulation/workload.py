@@ -36,6 +36,8 @@ class Workload:
         arrival_s: (N,) float64, >= 0.
         prompt_tokens, output_tokens: (N,) int64, >= 1.
         expected_tokens: (N,) float64, what a ranker expects of each answer; NaN = not scored.
+        app: (N,) str, the application of each request, as `type/number` or without a type; "" for a request
+            that is its own; None if no request names one.
     """
 
     name: str
@@ -43,10 +45,13 @@ class Workload:
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     expected_tokens: NDArray[np.float64]
+    app: NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.arrival_s)
-        columns = (self.arrival_s, self.prompt_tokens, self.output_tokens, self.expected_tokens)
+        columns = [self.arrival_s, self.prompt_tokens, self.output_tokens, self.expected_tokens]
+        if self.app is not None:
+            columns.append(self.app)
         if not count or any(column.shape != (count,) for column in columns):
             raise DataError(f"{self.name}: a workload needs at least one request and columns of one length")
         if self.arrival_s[0] < 0 or (np.diff(self.arrival_s) < 0).any():
@@ -61,18 +66,21 @@ class Workload:
         """The requests at `index`, ascending, with the times they have."""
         picked = np.asarray(index)
         return Workload(self.name, self.arrival_s[picked], self.prompt_tokens[picked],
-                        self.output_tokens[picked], self.expected_tokens[picked])
+                        self.output_tokens[picked], self.expected_tokens[picked],
+                        None if self.app is None else self.app[picked])
 
     def sha256(self) -> str:
         """Of arrivals, lengths and scores, to tell whether two results saw the same requests."""
         digest = hashlib.sha256()
         for column in (self.arrival_s, self.prompt_tokens, self.output_tokens, self.expected_tokens):
             digest.update(np.ascontiguousarray(column).tobytes())
+        if self.app is not None:
+            digest.update("\n".join(self.app).encode())
         return digest.hexdigest()
 
 
 def make_workload(name: str, arrival_s: ArrayLike, prompt_tokens: ArrayLike, output_tokens: ArrayLike,
-                  expected_tokens: ArrayLike | None = None) -> Workload:
+                  expected_tokens: ArrayLike | None = None, app: ArrayLike | None = None) -> Workload:
     """A workload of anything array-like, sorted by arrival (stable); not scored if no scores are given.
 
     Raises: DataError: if the columns differ in length, or a value is out of range.
@@ -81,10 +89,13 @@ def make_workload(name: str, arrival_s: ArrayLike, prompt_tokens: ArrayLike, out
     expected = np.full(arrivals.shape, np.nan) if expected_tokens is None else expected_tokens
     prompts, outputs = np.asarray(prompt_tokens, np.int64), np.asarray(output_tokens, np.int64)
     scores = np.asarray(expected, np.float64)
+    apps = None if app is None else np.asarray(app, np.str_)
     order = np.argsort(arrivals, kind="stable")
-    if not prompts.shape == outputs.shape == scores.shape == arrivals.shape:
+    if not prompts.shape == outputs.shape == scores.shape == arrivals.shape or (
+            apps is not None and apps.shape != arrivals.shape):
         raise DataError(f"{name}: a workload needs columns of one length")
-    return Workload(name, arrivals[order], prompts[order], outputs[order], scores[order])
+    return Workload(name, arrivals[order], prompts[order], outputs[order], scores[order],
+                    None if apps is None else apps[order])
 
 
 # --- Traces -------------------------------------------------------------------------------------------------
@@ -94,7 +105,8 @@ def read_trace(path: str | Path) -> Workload:
     """Read `arrival_s,prompt_tokens,output_tokens[,score][,app]`, plain or gzipped CSV with a header.
 
     `score` is in expected output tokens, empty for a request without one. `app` names the application that
-    sent a request; it is allowed and not used.
+    sent a request, as `type/number` or without a type, empty for a request that is its own; `justitia` and
+    `vtc` share the engine among them.
 
     Raises: DataError: names file and line of what is wrong: a column missing or unknown, a time that is
         negative or earlier than the line before, a length below 1 or above 10,000,000, a score that is not
@@ -110,10 +122,12 @@ def read_trace(path: str | Path) -> Workload:
         raise DataError(f"{path}:1: the header {problem}; columns are {','.join(_REQUIRED)}[,score][,app]")
     time, prompt, output = (header.index(name) for name in _REQUIRED)
     score = header.index("score") if "score" in header else None
+    app = header.index("app") if "app" in header else None
     arrivals: list[float] = []
     prompts: list[int] = []
     outputs: list[int] = []
     scores: list[float] = []
+    apps: list[str] = []
     for number, row in lines:
         where = f"{path}:{number}"
         if len(row) != len(header):
@@ -122,10 +136,11 @@ def read_trace(path: str | Path) -> Workload:
         prompts.append(_length(where, "prompt_tokens", row[prompt]))
         outputs.append(_length(where, "output_tokens", row[output]))
         scores.append(math.nan if score is None else _score(where, row[score]))
+        apps.append("" if app is None else row[app])
     if not arrivals:
         raise DataError(f"{path}: the file has no requests")
     name = path.name.removesuffix(".gz").removesuffix(".csv").removeprefix("trace_")
-    return make_workload(name, arrivals, prompts, outputs, scores)
+    return make_workload(name, arrivals, prompts, outputs, scores, apps if any(apps) else None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -241,9 +256,8 @@ def with_burst(workload: Workload, share: float, *, at: float = 0.5, seed: int) 
     moved = rng.choice(len(workload), round(share * len(workload)), replace=False)
     times = workload.arrival_s.copy()
     times[moved] = times[0] + at * (times[-1] - times[0])
-    order = np.argsort(times, kind="stable")
-    return Workload(workload.name, times[order], workload.prompt_tokens[order], workload.output_tokens[order],
-                    workload.expected_tokens[order])
+    return make_workload(workload.name, times, workload.prompt_tokens, workload.output_tokens,
+                         workload.expected_tokens, workload.app)
 
 
 def at_load(workload: Workload, load: float, capacity_tok_s: float) -> Workload:

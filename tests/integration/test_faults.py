@@ -1,9 +1,10 @@
 """Faults of the ranker under load, in a real engine over HTTP; one server for all, in this order.
 
 Faults inside the ranker come through `sitecustomize`, which Python imports in every process of the server:
-it makes `Ranker.score`, which only the ranker's process calls, do what a file says. Whatever happens, every
-request gets its tokens (`Client.wave` checks it), it is said once, the counter moves, and it heals without a
-restart of the server.
+it makes `Ranker.score`, which only the ranker's process calls, do what a file says. It also leaves that
+process at ordinary priority: at idle priority its restarts would wait for all other tests. Whatever happens,
+every request gets its tokens (`Client.wave` checks it), it is said once, the counter moves, and it heals
+without a restart of the server.
 """
 
 import json
@@ -20,10 +21,13 @@ from pars_fast.data import read_length_file
 from pars_fast.demo.server import vllm_server
 from tests.integration.serving import Client, check, lengths
 
-pytestmark = pytest.mark.slow  # waits for restarts of an idle-priority process: wants a quiet machine
+STALE_AFTER_S = 15.0  # far more than a ranker that works is silent for, however busy the machine is
+slow = pytest.mark.slow  # several starts of the ranker, each of which imports torch
 REPOSITORY = Path(__file__).parents[2]
 FAULTS = '''
-import importlib.abc, importlib.machinery, sys
+import importlib.abc, importlib.machinery, os, sys
+
+os.sched_setscheduler = lambda *arguments: None
 
 class Finder(importlib.abc.MetaPathFinder):
     """Patches pars_fast.ranker as soon as it has been imported."""
@@ -110,7 +114,7 @@ def server(
     variables = {
         "PARS_ENABLE": "1",
         "PARS_RANKER": str(ranker),
-        "PARS_STALE_AFTER_S": "2",
+        "PARS_STALE_AFTER_S": str(STALE_AFTER_S),
         "PARS_LOG_EVERY_S": "1",
         "PARS_MIN_TAU": "-1",  # the random ranker's order is no matter here
         "PARS_RECORD": str(folder / "lengths_served.jsonl"),
@@ -185,6 +189,7 @@ def test_prompts_built_to_score_shortest_are_let_by_no_further_than_the_guard_al
     assert fallbacks(server, "error") == 0
 
 
+@slow
 @pytest.mark.parametrize("fault", ["ends", "hangs"])
 def test_a_ranker_that_ends_or_hangs(server: FaultyServer, prompts: list[str], fault: str) -> None:
     said, failures = server.outages_said(), fallbacks(server, "ranker")
@@ -204,6 +209,7 @@ def test_a_ranker_that_ends_or_hangs(server: FaultyServer, prompts: list[str], f
     assert fallbacks(server, "error") == 0
 
 
+@slow
 def test_a_checkpoint_that_is_truncated_and_then_another(
     server: FaultyServer, prompts: list[str], ranker_dir: Path
 ) -> None:

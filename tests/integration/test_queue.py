@@ -240,3 +240,68 @@ def test_an_id_can_be_used_again_after_its_request_finished(make_request: MakeRe
     assert queue.entries["again"].expected_tokens is None
     assert queue.entries["again"].seq != late.seq
     assert queue.finish("unknown") is None
+
+
+FAILING = ("add", "put_back", "remove", "head", "set_expected_tokens", "finish", "begin_step")
+
+
+@pytest.mark.parametrize("failing", FAILING)
+@pytest.mark.parametrize("after", [0, 1, 7])
+def test_whatever_the_order_raises_every_request_is_served_once(
+    make_request: MakeRequest, failing: str, after: int
+) -> None:
+    """From then on in arrival order, and it is told once. Some failures come when all has been done."""
+    failures: list[Exception] = []
+    queue = RankedRequestQueue(HostIndex(POLICIES["pars_fast"](), NO_GUARD), on_failure=failures.append)
+    operation, calls = getattr(queue.index, failing), 0
+
+    def fail(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls <= after:
+            return operation(*arguments)
+        if after == 1:
+            operation(*arguments)
+        raise RuntimeError("no order")
+
+    setattr(queue.index, failing, fail)
+    rng = random.Random(1)
+    added: list[Request] = []
+    served: list[Request] = []
+    running: list[Request] = []
+    aborted: list[Request] = []
+    while len(added) < 120 or queue:
+        if len(added) < 120:
+            added.append(make_request())
+            queue.add_request(added[-1])
+            entry = queue.entries[added[-1].request_id]
+            queue.set_expected_tokens(entry, rng.lognormvariate(4.0, 1.0))
+        queue.begin_step(room=4)
+        for _ in range(rng.choice((0, 1, 2, 3)) if len(queue) else 0):
+            if not queue:
+                break
+            shown = queue.peek_request()
+            request = queue.pop_request()
+            assert request is shown
+            if rng.random() < 0.2:
+                queue.prepend_request(request)
+            else:
+                running.append(request)
+        if running and rng.random() < 0.5:
+            served.append(running.pop(0))
+            queue.finish(served[-1].request_id)
+        if queue and rng.random() < 0.3:
+            aborted.append(rng.choice(list(queue)))
+            queue.remove_requests([aborted[-1]])
+    assert [str(failure) for failure in failures] == ["no order"]
+    everyone = [*served, *running, *aborted]
+    assert len(everyone) == len(set(everyone)) == 120
+
+
+def test_after_a_failure_the_order_is_that_of_arrival(make_request: MakeRequest) -> None:
+    queue, requests = filled(make_request, [30.0, 10.0, None, 20.0])
+    assert queue.peek_request() is requests[1]
+    queue.index.put_back = None  # type: ignore[method-assign, assignment]
+    assert queue.pop_request() is requests[1]
+    queue.prepend_request(requests[1])
+    assert drain(queue) == requests

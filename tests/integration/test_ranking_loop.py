@@ -12,10 +12,12 @@ from vllm.v1.request import Request
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
 from pars_fast.integration.background import Background
-from pars_fast.integration.calibration import SHADOW_SHARE, LiveCalibration
+from pars_fast.integration.calibration import SHADOW_SHARE, LiveCalibration, in_shadow_share
+from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS, MAX_RESTART_DELAY_S, RankingLoop
+from pars_fast.integration.ranking_loop import MAX_RESTART_DELAY_S, START_DEADLINE_S, RankingLoop
+from pars_fast.integration.runtime import MAX_PROMPT_IDS
 from pars_fast.policies import POLICIES
 
 STALE_AFTER_S = 5.0
@@ -24,22 +26,39 @@ STALE_AFTER_S = 5.0
 class Bench:
     """A loop with everything around it. `step` is one scheduling step that admits nothing by itself."""
 
-    def __init__(self, runtime: Any, make_request: Callable[..., Request], *, shadow: bool = False) -> None:
+    def __init__(
+        self,
+        runtime: Any,
+        make_request: Callable[..., Request],
+        *,
+        shadow: bool = False,
+        trust_caller: bool = False,
+    ) -> None:
         self.now = 1000.0
         self.runtime = runtime
-        self.queue = RankedRequestQueue(HostIndex(POLICIES["pars_fast"](), OvertakingBudget(0.0, math.inf)))
+        self.queue = RankedRequestQueue(
+            HostIndex(POLICIES["pars_fast"](), OvertakingBudget(0.0, math.inf)), trust_caller=trust_caller
+        )
         self.counters = CounterFile(None, 0).values
         file = CounterFile(None, 0)
         file.values = self.counters
         self.make_request = make_request
-        self.calibration = LiveCalibration(file, Background("test", max_jobs=100), min_tau=0.1)
-        self.loop = RankingLoop(
+        self.calibration = LiveCalibration(file, min_tau=0.1)
+        self._file, self._shadow = file, shadow
+        self.loop = self.make_loop()
+
+    def make_loop(self) -> RankingLoop:
+        """A loop whose ranker starts now."""
+        wait = self._file.histograms["pars_queue_wait_seconds"]
+        learning = Learning(self.calibration, wait, None, None, Background("test", max_jobs=100))
+        return RankingLoop(
             self.queue,
-            runtime,
-            file,
+            self.runtime,
+            self._file,
             self.calibration,
+            learning,
             stale_after_s=STALE_AFTER_S,
-            shadow=shadow,
+            shadow=self._shadow,
             clock=lambda: self.now,
         )
 
@@ -283,18 +302,69 @@ def test_a_clock_that_steps_back_costs_nothing(bench: Bench) -> None:
     assert bench.fallbacks("ranker") == 0
 
 
-def test_while_scores_are_of_no_use_a_share_is_scored_and_the_order_is_that_of_arrival(bench: Bench) -> None:
-    bench.runtime.answer = descending
-    bench.calibration.ranking = False
-    requests = bench.add(4 * SHADOW_SHARE)
+def test_a_ranker_that_hangs_while_it_loads_is_started_anew(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.runtime.ready_on_start = False
+    bench.loop = bench.make_loop()
+    requests = bench.add(4)
+    bench.step(seconds=START_DEADLINE_S)
+    bench.step(seconds=0.1)
+    assert bench.fallbacks("ranker") == 0
+    bench.step(seconds=1.1)
+    assert bench.fallbacks("ranker") == 1
+    assert "the ranker was not ready 300 s after its start; the queue is in arrival order" in caplog.text
+    bench.runtime.ready_on_start, bench.runtime.answer = True, descending
+    starts = bench.runtime.starts
     for _ in range(4):
         bench.step()
-    assert [seq % SHADOW_SHARE for seq, _ in bench.runtime.submitted] == [0] * 4
+    assert bench.runtime.starts == starts + 1
+    assert list(bench.queue) == requests[::-1]
+
+
+def test_a_ranker_that_loads_slowly_is_left_to_it(bench: Bench) -> None:
+    bench.runtime.ready_on_start, bench.runtime.answer = False, descending
+    bench.loop = bench.make_loop()
+    starts = bench.runtime.starts
+    requests = bench.add(4)
+    bench.step(seconds=120.0)
+    bench.step(seconds=120.0)
+    bench.runtime.become_ready()
+    bench.step(seconds=START_DEADLINE_S)  # what it has loaded in time, it has for good
+    for _ in range(3):
+        bench.step()
+    assert (bench.runtime.starts, bench.fallbacks("ranker")) == (starts, 0)
+    assert list(bench.queue) == requests[::-1]
+
+
+def test_while_scores_are_of_no_use_a_share_is_scored_and_the_order_is_that_of_arrival(bench: Bench) -> None:
+    """Nothing is lost by it: when scores are of use again, those passed over get theirs."""
+    bench.runtime.answer = descending
+    bench.calibration.ranking = False
+    requests = bench.add(40)
+    for _ in range(10):
+        bench.step()
+    shadow = [seq for seq in reversed(range(40)) if in_shadow_share(seq)]
+    assert [seq for seq, _ in bench.runtime.submitted] == shadow
+    assert 0 < len(shadow) < 20
     assert list(bench.queue) == requests
     bench.calibration.ranking = True
-    bench.step()
-    scored = [request for request in bench.queue if bench.expected(request) is not None]
-    assert scored == requests[::SHADOW_SHARE][::-1]
+    newer = bench.add(2)
+    for _ in range(10):
+        bench.step()
+    passed_over = [seq for seq in reversed(range(40)) if not in_shadow_share(seq)]
+    assert [seq for seq, _ in bench.runtime.submitted[len(shadow) :]] == [41, 40, *passed_over]
+    assert list(bench.queue) == [*reversed(newer), *reversed(requests)]
+
+
+@pytest.mark.parametrize("period", [2, 3, 5, 8, 13, 16, 21, 100, 1000])
+def test_clients_that_take_turns_all_have_their_share_in_the_shadow(period: int) -> None:
+    """Each of `period` clients sends every so-manieth request; a fixed stride would see some of them only."""
+    shares = [
+        sum(in_shadow_share(seq) for seq in range(client, 200 * period, period)) / 200
+        for client in range(min(period, 20))
+    ]
+    assert all(0.4 / SHADOW_SHARE < share < 1.9 / SHADOW_SHARE for share in shares)
 
 
 def test_a_refused_hand_over_loses_nothing(bench: Bench) -> None:
@@ -318,7 +388,23 @@ def test_nothing_piles_up_while_the_ranker_is_away(bench: Bench) -> None:
         bench.add()
         bench.queue.finish(bench.queue.pop_request().request_id)
         bench.step()
-    assert len(bench.queue.arrivals) == len(bench.queue) == 5
+    assert len(bench.queue.arrivals) <= 2 * len(bench.queue) == 10
+
+
+@pytest.mark.parametrize("ranking", [True, False], ids=["ranked", "in arrival order"])
+def test_what_has_left_is_forgotten_wherever_it_stood(bench: Bench, ranking: bool) -> None:
+    """An old request that stays must not keep alive all that arrived after it."""
+    bench.runtime.ready_on_start = not ranking  # no scores: all stay among the arrivals, or are passed over
+    bench.loop = bench.make_loop()
+    bench.calibration.ranking = ranking
+    oldest = bench.add(5)
+    for _ in range(200):
+        for request in bench.add(5):
+            bench.queue.remove_requests([request])
+        bench.step()
+    held = [*bench.queue.arrivals, *bench.loop._passed_over]
+    assert len(held) <= 4 * len(bench.queue) == 20
+    assert list(bench.queue) == oldest
 
 
 def test_shadow_scores_but_keeps_arrival_order(
@@ -347,10 +433,24 @@ def test_a_device_forgets_scored_requests_that_finished(bench: Bench) -> None:
     bench.queue.finish(scored.request_id)
     bench.step()
     assert bench.runtime.forgotten == [2, 1]
+    assert not bench.loop._known
+
+
+def test_a_device_is_not_told_of_requests_that_it_never_saw(
+    fake_runtime: Any, make_request: Callable[..., Request]
+) -> None:
+    """With estimates of the callers' alone it scores nothing, and would keep what it is told for ever."""
+    bench = Bench(fake_runtime, make_request, trust_caller=True)
+    for _ in range(20):
+        (request,) = bench.add(pars_score=7)
+        bench.queue.remove_requests([request])
+        bench.step()
+    assert fake_runtime.submitted == fake_runtime.forgotten == bench.queue.finished == []
 
 
 def test_a_new_device_order_does_not_part_what_is_shown_from_what_is_popped(bench: Bench) -> None:
     """A step may end with a request shown and not taken; the hint that comes next need not agree."""
+    assert isinstance(bench.queue.index, HostIndex)
     bench.queue.index._device_order_min_waiting = 1
     bench.runtime.answer = descending
     bench.add(3)

@@ -307,6 +307,50 @@ def test_all_requests_can_be_aborted_at_once(
     assert engine.finished >= {"r0"}
 
 
+@pytest.mark.parametrize("answers", [True, False], ids=["scored", "ranker silent"])
+def test_ten_thousand_users_hang_up(
+    answers: bool, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """While they come: the two that stay are served in order, and nothing is kept of the others."""
+    # Without a guard: to the passing limit, who hangs up has gone ahead, too.
+    runtime = use_policy("pars_fast", PARS_STALE_AFTER_S="3600", PARS_GUARD="none")
+    order = ["short", "long"] if answers else ["long", "short"]
+    if answers:
+        runtime.answer = lambda prompt: 1000.0 if prompt[0] == 1 else 10.0
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    scheduler, rng = engine.scheduler, random.Random(0)
+    engine.add([make_request("running", max_tokens=5000), make_request("long", max_tokens=5)])
+    engine.step()
+    under_way: list[str] = []
+    for i in range(10_000):
+        under_way.append(f"user {i}")
+        engine.add([make_request(under_way[-1], max_tokens=5)])
+        if len(under_way) > 50:
+            engine.abort(under_way.pop(rng.randrange(len(under_way))))
+        if i % 10 == 0:
+            engine.step()
+    engine.add([make_request("short", max_tokens=5)])
+    for request_id in under_way:
+        engine.abort(request_id)
+    for _ in range(5):
+        engine.step()
+    waiting, loop = scheduler.waiting, scheduler._ranking_loop
+    assert set(waiting.entries) == {"running", "long", "short"}
+    assert [request.request_id for request in waiting] == order
+    engine.abort("running")
+    engine.run()
+    engine.step()
+    assert engine.admitted == ["running", *order]
+    if not answers:
+        runtime.score(lambda prompt: 7.0)  # late: they are gone
+        engine.step()
+        engine.step()
+    held = (waiting.entries, waiting.arrivals, waiting.finished, waiting.forgotten, loop._in_flight,
+            loop._known, loop._passed_over)
+    assert [len(one) for one in held] == [0] * len(held)
+    assert len(waiting) == len(scheduler.requests) == 0
+
+
 def test_an_id_can_be_used_again_before_the_next_step(
     make_engine: Any, make_request: MakeRequest, use_policy: Any
 ) -> None:
@@ -394,7 +438,8 @@ def test_the_overtaking_bound_holds(make_engine: Any, make_request: MakeRequest,
     budgets: dict[str, float] = {}
     for request_id, max_tokens in lengths.items():
         engine.add([make_request(request_id, max_tokens=max_tokens)])
-        budgets[request_id] = engine.scheduler.waiting.entries[request_id].budget
+        queue = engine.scheduler.waiting
+        budgets[request_id] = queue.index.slack(queue.entries[request_id])
         engine.step()
     engine.run()
     arrival = {request_id: position for position, request_id in enumerate(lengths)}
@@ -425,9 +470,36 @@ def test_shadow_mode_keeps_arrival_order_and_estimates_the_gain(
     engine.add([make_request(str(i), max_tokens=60 - i) for i in range(30)])
     engine.run()
     assert engine.admitted == [str(i) for i in range(30)]
+    engine.scheduler.schedule()  # where the last endings are noted
+    engine.scheduler._learning.flush()
+    assert engine.scheduler._background.drain(10.0)
     shadow = engine.scheduler._shadow
     assert engine.scheduler._counters.values["pars_active"] == 0
     assert shadow.estimate(list(shadow._finished)).startswith("Kendall tau-b 1.00 over ")
+
+
+def test_shadow_mode_goes_by_the_schedulers_clock(
+    make_engine: Any,
+    make_request: MakeRequest,
+    use_policy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A simulation's seconds are its own: here a step takes one of them."""
+    now = 0.0
+    monkeypatch.setattr(RankingMixin, "clock", staticmethod(lambda: now))
+    runtime = use_policy("pars_fast", PARS_MODE="shadow")
+    runtime.answer = lambda prompt: 500.0 - prompt[0]
+    engine = make_engine(RankedScheduler, max_num_seqs=2)
+    engine.add([make_request(str(i), max_tokens=10) for i in range(40)])
+    with caplog.at_level(logging.INFO, "vllm.pars_fast"):
+        while engine.scheduler.has_requests():
+            engine.step()
+            now += 1.0
+        for _ in range(2):  # what was learnt, and the report that it called for
+            assert engine.scheduler._background.drain(10.0)
+    assert {request.service_s for request in engine.scheduler._shadow._finished} == {10.0}
+    assert sum("pars-fast shadow: Kendall tau-b" in message for message in caplog.messages) >= 2
 
 
 def test_shutdown_ends_the_ranker(make_engine: Any, use_policy: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from pars_fast import __version__, cli
 from pars_fast.cli import main
+from pars_fast.text import hashed
 
 WriteLengths = Callable[..., Path]
 
@@ -58,6 +59,38 @@ def test_train_then_evaluate(
     written = json.loads(result.read_text())
     assert set(written) == {"models", "mean_kendall_tau"}
     assert written["models"]["gpt"]["n"] == 6
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data {hashed} --out {out}",
+        "train --data {lengths} --exclude {hashed} --out {out}",
+        "calibrate {checkpoint} --data {hashed}",
+        "baseline prompt_length --data {hashed} --out {out}",
+        "evaluate --ranker {checkpoint} --data {hashed} --split all",
+        "evaluate --ranker prompt_length --all --data-dir {hashed.parent}",
+        "transfer --data {hashed}",
+        "duplicates --data {hashed}",
+        "simulate --lengths {hashed} --ranker {checkpoint}",
+    ],
+)
+def test_hashes_of_prompts_are_refused(
+    command: str,
+    checkpoint: Path,
+    lengths: Path,
+    write_lengths: WriteLengths,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A score of a hash means nothing, and a hash excludes no prompt; `PARS_RECORD` writes them unasked."""
+    rows = [(split, hashed(f"prompt {i}"), {"m": 3 + i}) for i, split in enumerate(("train", "val", "test"))]
+    file = write_lengths(rows, "lengths_hashed.jsonl")
+    command = command.format(checkpoint=checkpoint, lengths=lengths, hashed=file, out=tmp_path / "out")
+    assert error_of(capsys, *command.split()) == (
+        f"pars-fast: error: {file}:1: holds the hash of a prompt, from which nothing can be learnt or "
+        "judged; record with PARS_RECORD_PROMPTS=plain\n"
+    )
 
 
 def test_an_empty_split_is_null_and_no_error(

@@ -1,10 +1,12 @@
 """Against a small real HTTP server that fails on demand."""
 
 import json
+import math
 import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ from typing import Any
 import pytest
 
 from pars_fast.cli import main
-from pars_fast.collect import CollectError, Collection, collect, read_prompts, split_of
-from pars_fast.data import read_length_file
-from pars_fast.errors import DataError, ParsFastError
+from pars_fast.collect import CollectError, Collection, collect, read_prompts
+from pars_fast.data import read_length_file, split_of
+from pars_fast.errors import DataError, OutputError, ParsFastError
 
 pytest.importorskip("httpx")
 
@@ -234,6 +236,39 @@ def test_prompts_that_cannot_be_read(tmp_path: Path, name: str, content: str, me
         read_prompts(tmp_path / name)
 
 
+def test_lines_end_at_the_line_feed_alone(tmp_path: Path) -> None:
+    """U+2028 and others may stand in a JSON string as they are; numbers of lines are those of an editor."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('{"prompt": "one\u2028prompt\x85here"}\r\n\n{"prompt": "b"}\n'.encode())
+    assert read_prompts(path) == ["one\u2028prompt\x85here", "b"]
+    path.write_text('{"prompt": "a"}\n\n\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl:4: "):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("endpoint", ["http://host:port", "http://\x00"])
+def test_an_endpoint_that_is_no_url_is_named(tmp_path: Path, endpoint: str) -> None:
+    with pytest.raises(CollectError, match="no URL of a server"):
+        collect(PROMPTS, tmp_path / "out.jsonl", Collection(endpoint))
+
+
+def test_a_database_that_cannot_be_written_stops_the_run(server: FakeServer, tmp_path: Path) -> None:
+    def lock(report: Any) -> None:
+        """What another program may do to the file while the answers come in."""
+        if report.collected == 3:
+            with closing(sqlite3.connect(tmp_path / "out.jsonl.sqlite")) as database:
+                database.execute("DROP TABLE answers")
+
+    with pytest.raises(DataError, match=r"out\.jsonl\.sqlite: .* \(no such table: answers\); give another"):
+        collect(PROMPTS, tmp_path / "out.jsonl", asking(server), on_answer=lock)
+
+
+def test_a_folder_as_output_is_refused_before_anybody_is_asked(server: FakeServer, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="it is a folder"):
+        collect(PROMPTS, tmp_path, asking(server))
+    assert not server.asked
+
+
 def test_a_file_that_is_no_database_is_named(server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.sqlite").write_text("notes" * 99)
     with pytest.raises(DataError, match=r"out\.jsonl\.sqlite: not a file of collected answers"):
@@ -242,8 +277,14 @@ def test_a_file_that_is_no_database_is_named(server: FakeServer, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"endpoint": "localhost:8000"}, "must start with http"), ({"samples": 0}, "must be at least 1")],
-    ids=["endpoint", "samples"],
+    [
+        ({"endpoint": "localhost:8000"}, "must start with http"),
+        ({"samples": 0}, "must be at least 1"),
+        ({"temperature": math.nan}, "temperature must be a number >= 0, got nan"),
+        ({"timeout_s": 0.0}, "timeout_s must be a number > 0, got 0"),
+        ({"api_key": "secret\n"}, "OPENAI_API_KEY.* no HTTP header can carry"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_collection_that_cannot_be_made(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ParsFastError, match=message):

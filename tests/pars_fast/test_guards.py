@@ -138,7 +138,7 @@ def test_each_guard_goes_with_each_policy(name: str, policy: str) -> None:
     """What goes in comes out, once."""
 
     class Request:
-        max_tokens, num_prompt_tokens = 50, 3
+        request_id, max_tokens, num_prompt_tokens = "a", 50, 3
 
     index = HostIndex(POLICIES[policy](), GUARDS[name]())
     for seq in range(40):
@@ -224,4 +224,5 @@ def test_heaps_of_a_request_skipped_in_every_step_stay_small() -> None:
             index.begin_step(float(step))
             index.put_back(index.pop())
         watch = index._classes[0].watch
+        assert watch is not None
         assert sum(len(v) for v in vars(watch).values() if isinstance(v, list)) < 200

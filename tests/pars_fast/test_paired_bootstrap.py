@@ -57,6 +57,21 @@ def test_weights_draw_as_many_prompts_as_there_are() -> None:
     assert (resample_weights(30, 50, 0) == weights).all()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_resamples_that_say_nothing_do_not_make_a_difference_clear() -> None:
+    """Half of them undefined, as where few lengths differ: the p value is that of the other half."""
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=(2, 401))
+    gaps = ours.copy()
+    gaps[1::2] = np.nan
+    kept = ~np.isnan(gaps)
+    with_gaps, without = paired_difference(gaps, theirs), paired_difference(ours[kept], theirs[kept])
+    assert with_gaps == without
+    assert with_gaps.p_value > 0.5
+    ours[1:] = np.nan
+    assert paired_difference(ours, theirs).p_value == 1
+
+
 def test_a_clear_difference_is_found_and_none_is_not() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(4, 1, size=200)

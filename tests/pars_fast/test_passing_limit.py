@@ -1,18 +1,26 @@
 """The limit on passing against its definition, and the promise it makes."""
 
+import math
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pars_fast.guards import Moment, PassingLimit
-from pars_fast.guards.passing_limit import GROWTH_FROM, MAX_GROWTH, Passes
+from pars_fast.guards import PassingLimit
+from pars_fast.guards.passing_limit import GROWTH_FROM, MAX_GROWTH
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
+from pars_fast.waiting_tree import MIN_CAPACITY
 
-NOW = Moment()
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+class Request:
+    """What the oracle reads."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
 
 
 class ReferencePasses:
@@ -46,36 +54,43 @@ class ReferencePasses:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=SEEDS, beta=st.sampled_from([0.0, 0.5, 2.0]), floor=st.sampled_from([0, 3]))
-def test_limit_equals_its_definition(seed: int, beta: float, floor: int) -> None:
-    """Random steps of arrivals, admissions, skips and aborts; `seq` has gaps, as with other priorities."""
+@given(seed=SEEDS, beta=st.sampled_from([0.0, 0.3, 0.5, 2.0]), floor=st.sampled_from([0.0, 0.7, 3.0]))
+def test_limit_equals_its_definition(seed: int, beta: float, floor: float) -> None:
+    """Random arrivals, admissions, skips and aborts; `seq` has gaps, as it has with other priorities."""
     rng = random.Random(seed)
     guard = PassingLimit(beta, floor)
-    passes, reference = Passes(guard), ReferencePasses(guard)
+    index, reference = HostIndex(POLICIES["oracle"](), guard), ReferencePasses(guard)
     entries: dict[int, Entry] = {}
     seq = 0
     for step in range(200):
         busy = step % 50 < 25  # the queue grows, and then is emptied
         for _ in range(rng.choice([0, 1, 4]) if busy else rng.choice([0, 0, 1])):
             seq += rng.randint(1, 3)
-            entries[seq] = Entry(seq, 0, None)
-            passes.arrive(entries[seq], 0.0, NOW)
+            entries[seq] = Entry(seq, 0, Request(rng.randint(1, 9)))
+            index.add(entries[seq])
             reference.arrive(seq)
+        if reference.waiting and rng.random() < 0.2:
+            aborted = rng.choice(sorted(reference.waiting))
+            index.remove(entries[aborted])
+            reference.leave(aborted)
+        index.begin_step(float(step))
+        index.room = rng.choice([1, 2, 5])
         skipped = []
         for _ in range(rng.randrange(4)):
             if not reference.waiting:
                 break
-            chosen = rng.choice(sorted(reference.waiting))
-            assert passes.ahead_of(chosen, 7.0, NOW) == reference.blocked_by(chosen)
-            passes.leave(chosen)
+            shortest = min(reference.waiting, key=lambda seq: (entries[seq].payload.max_tokens, seq))
+            blocked_by = reference.blocked_by(shortest)
+            chosen = index.pop().seq
+            assert chosen == (shortest if blocked_by is None else blocked_by)
             reference.leave(chosen)
             if rng.random() < 0.3:
                 skipped.append(chosen)
         for chosen in skipped:
-            passes.rejoin(entries[chosen], NOW)
+            index.put_back(entries[chosen])
             reference.rejoin(chosen)
         for waiting in reference.waiting:
-            assert passes.remaining(waiting) == reference.remaining(waiting)
+            assert index.slack(entries[waiting]) == math.floor(reference.remaining(waiting) + 1e-9)
 
 
 @settings(max_examples=30, deadline=None)
@@ -123,46 +138,50 @@ def test_the_floor_says_how_many_pass_a_lone_request(floor: float, overtakers: i
     assert order.index(0) == overtakers + 1  # the queue that each of them met is one request long
 
 
+def add(index: HostIndex, seq: int) -> Entry:
+    entry = Entry(seq, 0, None)
+    index.add(entry)
+    return entry
+
+
 def test_a_longer_queue_later_lets_more_pass() -> None:
-    passes = Passes(PassingLimit(beta=0.5, floor_requests=0))
-    passes.arrive(Entry(0, 0, None), 0.0, NOW)
-    assert passes.remaining(0) == 0
-    for seq in range(1, 5):
-        passes.arrive(Entry(seq, 0, None), 0.0, NOW)
-    assert passes.remaining(0) == 6  # 1.5 times the four that the last one met
-    assert passes.remaining(4) == 2
-    for seq in range(4, 0, -1):
-        passes.leave(seq)
-    assert passes.remaining(0) == 2
-    passes.arrive(Entry(5, 0, None), 0.0, NOW)
-    assert passes.remaining(5) == 1.5 - 1
+    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.5, floor_requests=0))
+    entries = [add(index, 0)]
+    assert index.slack(entries[0]) == 0
+    entries += [add(index, seq) for seq in range(1, 5)]
+    assert index.slack(entries[0]) == 6  # 1.5 times the four that the last one met
+    assert index.slack(entries[4]) == 2
+    for entry in entries[:0:-1]:
+        index.remove(entry)
+    assert index.slack(entries[0]) == 2
+    assert index.slack(add(index, 5)) == 0  # half a request
 
 
 def test_the_limit_does_not_grow_for_ever() -> None:
-    passes = Passes(PassingLimit(beta=0.5, floor_requests=0))
-    for seq in range(MAX_GROWTH * GROWTH_FROM + 500):
-        passes.arrive(Entry(seq, 0, None), 0.0, NOW)
-    assert passes.remaining(0) == 1.5 * MAX_GROWTH * GROWTH_FROM
-    assert passes.remaining(1) == 1.5 * MAX_GROWTH * GROWTH_FROM - 1
+    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.5, floor_requests=0))
+    entries = [add(index, seq) for seq in range(MAX_GROWTH * GROWTH_FROM + 500)]
+    assert index.slack(entries[0]) == 1.5 * MAX_GROWTH * GROWTH_FROM
+    assert index.slack(entries[1]) == 1.5 * MAX_GROWTH * GROWTH_FROM - 1
 
 
-def test_requests_that_come_back_to_a_new_watch_are_new_to_it() -> None:
-    passes = Passes(PassingLimit(beta=0.5, floor_requests=0))
-    for seq in (7, 9):
-        passes.rejoin(Entry(seq, 0, None), NOW)
-    assert [passes.remaining(7), passes.remaining(9)] == [1.5, 0.5]
-    assert passes.ahead_of(9, 1.0, NOW) is None
+def test_requests_that_come_back_to_a_new_class_are_new_to_it() -> None:
+    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.5, floor_requests=0))
+    entries = [Entry(seq, 0, None) for seq in (9, 7)]
+    for entry in entries:
+        index.put_back(entry)
+    assert [index.slack(entry) for entry in entries] == [0, 0]
+    assert [index.pop().seq, index.pop().seq] == [7, 9]
 
 
 def test_a_request_skipped_in_every_step_leaves_nothing_behind() -> None:
-    passes = Passes(PassingLimit(beta=0.0, floor_requests=0))
-    skipped = Entry(0, 0, None)
-    passes.arrive(skipped, 0.0, NOW)
-    for _ in range(1000):
-        passes.leave(0)
-        passes.rejoin(skipped, NOW)
-        assert passes.ahead_of(0, 5.0, NOW) is None
-    assert len(passes._far) < 100
+    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.0, floor_requests=0))
+    skipped = add(index, 0)
+    for step in range(1000):
+        index.begin_step(float(step))
+        assert index.pop() is skipped
+        index.put_back(skipped)
+    assert index.slack(skipped) == 0
+    assert index._classes[0].tree.capacity == MIN_CAPACITY
 
 
 @pytest.mark.parametrize("field", ["beta", "floor_requests"])

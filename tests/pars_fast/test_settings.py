@@ -54,7 +54,8 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_RECORD_PROMPTS": "plain",
         "PARS_FORCE": "1",
     }
-    assert environ.keys() | {"PARS_GUARD"} == {f.metadata["variable"] for f in fields(Settings)}
+    elsewhere = {"PARS_GUARD", "PARS_DEMAND"}
+    assert environ.keys() | elsewhere == {f.metadata["variable"] for f in fields(Settings)}
     assert Settings.from_environ(environ) == Settings(
         True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0, 0.5, False, -1.0, 0.0,
         tmp_path / "lengths.jsonl", "plain", True,
@@ -74,6 +75,8 @@ def test_without_a_guard_asked_for_each_policy_has_its_own() -> None:
         "oracle": NoGuard(),
         "pars": FixedThreshold(120.0),
         "pars_fast": PassingLimit(2.0, 7.0),
+        "justitia": NoGuard(),
+        "vtc": NoGuard(),
     }
 
 

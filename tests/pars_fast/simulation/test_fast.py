@@ -19,10 +19,10 @@ from pars_fast.guards import (
     RelativeAgeing,
     UniBoost,
 )
-from pars_fast.policies import POLICIES
 from pars_fast.simulation.columns import Served, columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fast import capacity_tok_s, simulate
+from pars_fast.simulation.fleet import FAST_POLICIES
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.workload import Workload, at_load, make_workload
 
@@ -51,7 +51,7 @@ engines = st.builds(EngineSettings, max_num_seqs=st.integers(1, 8),
 
 
 @settings(max_examples=60, deadline=None)
-@given(workload=workloads(), engine=engines, policy=st.sampled_from(list(POLICIES)),
+@given(workload=workloads(), engine=engines, policy=st.sampled_from(FAST_POLICIES),
        guard=st.sampled_from(GUARDS), delay=st.sampled_from([0.0, 0.05]))
 def test_every_request_is_served_or_refused_and_never_too_fast(
         workload: Workload, engine: EngineSettings, policy: str, guard: Guard, delay: float) -> None:
@@ -77,7 +77,7 @@ def running(served: Served, at: np.ndarray) -> np.ndarray:
 
 
 @settings(max_examples=40, deadline=None)
-@given(workload=workloads(), policy=st.sampled_from(list(POLICIES)), guard=st.sampled_from(GUARDS))
+@given(workload=workloads(), policy=st.sampled_from(FAST_POLICIES), guard=st.sampled_from(GUARDS))
 def test_no_seat_is_free_while_someone_waits(workload: Workload, policy: str, guard: Guard) -> None:
     engine = EngineSettings(max_num_seqs=3, max_num_batched_tokens=10_000)  # tokens and blocks suffice
     served = simulate(workload, policy, guard, engine, STEP_TIME)

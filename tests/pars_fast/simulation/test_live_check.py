@@ -1,4 +1,4 @@
-"""The live check on a demo that was made by the simulator itself, and on files that are none."""
+"""The live check on results that were made by the simulator itself, and on files that are none."""
 
 import json
 import re
@@ -11,13 +11,13 @@ import pytest
 pytest.importorskip("vllm", reason="the faithful simulator is vLLM's scheduler")
 
 from pars_fast.cli import main
-from pars_fast.demo.arrivals import arrivals_hash
+from pars_fast.demo.arrivals import LOADS, arrivals_hash
 from pars_fast.demo.model import DESCRIPTION
 from pars_fast.demo.sample import load_sample
 from pars_fast.errors import DataError
 from pars_fast.simulation import live_check as module
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.live_check import COMPARED, live_check, read_demo
+from pars_fast.simulation.live_check import COMPARED, live_check, read_result
 from pars_fast.simulation.profile import Fit, Profile
 from pars_fast.simulation.step_time import StepTime
 
@@ -26,40 +26,43 @@ ENGINE = EngineSettings(16, 8192, 100_000, 32, 8192)
 SEED = 7
 
 
-@pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a demo's server would have shown, had it been the simulator; a token for four characters."""
-    sample = load_sample()
-    lengths = [max(1, len(prompt.prompt) // 4) for prompt in sample]
+PAIRS: list[tuple[str, Any, int]] = [
+    ("fcfs", "saturated", 0), ("fcfs", "saturated", 1), ("pars_fast", "saturated", 0), ("fcfs", "light", 0)
+]
+
+
+@pytest.fixture(autouse=True)
+def known_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token for four characters, and a ranker that knows every answer."""
+    lengths = [max(1, len(prompt.prompt) // 4) for prompt in load_sample()]
     monkeypatch.setattr(module, "_prompt_tokens", lambda served, sample: lengths)
     monkeypatch.setattr(module, "expected_tokens", lambda ranker, sample: [p.output_tokens for p in sample])
-    captured: dict[tuple[str, str, int], dict[str, Any]] = {}
 
-    def capture(live: Any, simulated: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
-        captured.update(simulated)
-        return compare(live, simulated)
 
-    compare = module._compare
-    keys = [("fcfs", "saturated", 0), ("fcfs", "saturated", 1), ("pars_fast", "saturated", 0),
-            ("fcfs", "light", 0)]
-    rows = [
-        {"policy": policy, "load": load, "repeat": repeat, "stock": False, **dict.fromkeys(COMPARED, 1.0)}
-        for policy, load, repeat in keys
-    ]
+def as_if_served(cases: list[tuple[str, Any, int]], **given: Any) -> dict[str, Any]:
+    """What a server would have shown, had it been the simulator."""
+    rows = [{"policy": policy, "load": load, "repeat": repeat, "stock": False, **dict.fromkeys(COMPARED, 1.0)}
+            for policy, load, repeat in cases]
+    loads = given.get("loads", LOADS)
     result = {
-        "capacity_tok_s": 1500.0,
-        "seed": SEED,
-        "repeats": 2,
-        "served_model": DESCRIPTION,
-        "arrivals_sha256": arrivals_hash(sample, [SEED, SEED + 1]),
-        "runs": [*rows, {"policy": "stock", "load": "saturated", "repeat": 0, "stock": True}],
+        "capacity_tok_s": 1500.0, "seed": SEED, "repeats": 2, "served_model": DESCRIPTION, "runs": rows,
+        "arrivals_sha256": arrivals_hash(load_sample(), [SEED, SEED + 1], loads,
+                                         given.get("burst_requests", 0)),
+        **given,
     }
-    monkeypatch.setattr(module, "_compare", capture)
-    live_check(result, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)
-    monkeypatch.setattr(module, "_compare", compare)
-    for row, key in zip(rows, keys, strict=True):
-        row.update(captured[key])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_compare", lambda live, simulated: [
+            real.update({column: made[column] for column in COMPARED})
+            for real, made in zip(live, simulated, strict=True)] and [])
+        live_check(result, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)
     return result
+
+
+@pytest.fixture
+def demo() -> dict[str, Any]:
+    demo = as_if_served(PAIRS)
+    demo["runs"].append({"policy": "stock", "load": "saturated", "repeat": 0, "stock": True})
+    return demo
 
 
 def test_it_agrees_with_itself_and_not_with_an_engine_half_as_fast(
@@ -67,26 +70,48 @@ def test_it_agrees_with_itself_and_not_with_an_engine_half_as_fast(
 ) -> None:
     same = live_check(demo, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)
     assert same["agrees"]
-    assert same["worst_mean_error"] == same["worst_ratio_error"] == pytest.approx(0.0)
+    judged = same["columns"]["mean_e2e_s"]
+    assert judged == {"worst_mean_error": pytest.approx(0.0), "mean_rows": 3, "mean_within": 3,
+                      "worst_ratio_error": pytest.approx(0.0), "ratio_rows": 1, "ratio_within": 1}
     assert [(row["policy"], row["load"]) for row in same["rows"]] == [
         ("fcfs", "saturated"), ("pars_fast", "saturated"), ("fcfs", "light")
     ]
     slow = StepTime(1e-2, 2e-5, 6e-4, 2e-8, "a test")
     other = live_check(demo, slow, ENGINE, ranker="default", ranker_delay_s=0.0)
     assert not other["agrees"]
-    assert other["worst_mean_error"] > 0.5
+    assert other["columns"]["mean_e2e_s"]["mean_within"] == 0
+    assert other["columns"]["mean_e2e_s"]["worst_mean_error"] > 0.5
     profile = Profile(STEP, ENGINE, Fit(1000, 0.01, 1e-3, 5e-4, 0.03, 0.98), "tiny", "CPU")
-    for name, content in (("demo", demo), ("profile", profile.to_json())):
+    for name, content in (("live", demo), ("profile", profile.to_json())):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    arguments = [f"--{name}={tmp_path / name}.json" for name in ("demo", "profile")]
+    arguments = [f"--{name}={tmp_path / name}.json" for name in ("live", "profile")]
     assert main(["live-check", *arguments, "--ranker-delay=0", f"--json={tmp_path / 'out.json'}"]) == 0
-    assert "worst error of a mean 0.0%, of a ratio to fcfs 0.0%: within 15%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean_e2e_s: 3 of 3 means within 15%, worst 0.0%; 1 of 1 ratios within 15%, worst 0.0%" in printed
+    assert "the simulator agrees with the server" in printed
     assert json.loads((tmp_path / "out.json").read_text())["agrees"]
+
+
+def test_a_sweep_with_a_burst_and_a_guard_of_its_own() -> None:
+    cases = [(policy, load, 0) for load in (1.2, "burst") for policy in ("fcfs", "pars_fast/none")]
+    sweep = as_if_served(cases, loads=[1.2, "burst"], burst_requests=40)
+    assert live_check(sweep, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)["agrees"]
+    at_once = [row for row in sweep["runs"] if row["load"] == "burst"]
+    assert at_once[1]["mean_e2e_s"] < at_once[0]["mean_e2e_s"]
+
+
+def test_the_delay_that_a_run_measured_is_taken(demo: dict[str, Any]) -> None:
+    for row in demo["runs"]:
+        row["mean_score_latency_s"] = 0.0 if row["policy"] == "pars_fast" else None
+    assert live_check(demo, STEP, ENGINE, ranker="default")["agrees"]
+    demo["runs"][2]["mean_score_latency_s"] = 3.0
+    late = live_check(demo, STEP, ENGINE, ranker="default")
+    assert late["columns"]["mean_latency_per_token_s"]["worst_ratio_error"] > 0.15
 
 
 def test_arrivals_of_another_sample_are_refused(demo: dict[str, Any]) -> None:
     demo["seed"] += 1
-    with pytest.raises(DataError, match="the demo's arrivals are not those of the shipped sample"):
+    with pytest.raises(DataError, match="the arrivals are not those of the shipped sample"):
         live_check(demo, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)
 
 
@@ -95,5 +120,5 @@ def test_a_file_that_is_no_demo(damage: Callable[[str], str], tmp_path: Path) ->
     path = tmp_path / "demo.json"
     if damage is not str:
         path.write_text(damage('{"runs": [], "capacity_tok_s": 1}'))
-    with pytest.raises(DataError, match=re.escape(f"{path}: not a file that `pars-fast demo --json` wrote")):
-        read_demo(path)
+    with pytest.raises(DataError, match=re.escape(f"{path}: not what `pars-fast demo` or `load` wrote")):
+        read_result(path)

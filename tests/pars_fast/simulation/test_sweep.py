@@ -11,6 +11,7 @@ import pytest
 from pars_fast import cli
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget
+from pars_fast.kept_rows import read_rows
 from pars_fast.simulation import sweep
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.report import render_report
@@ -85,7 +86,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert progress[0] == (1, 5)
     assert progress[-1] == (5, 5)
     assert rows == run_sweep(setup(), cases(), workers=1)
-    assert len(sweep._read_rows(kept)) == 5
+    assert len(read_rows(kept)) == 5
 
 
 def test_another_workload_is_not_taken_for_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""`pars-fast batch`: an offline job that completes a file of prompts, with or without knowing lengths."""
