@@ -1,4 +1,4 @@
-"""The waiting queue's order on a GPU: our top-k against torch's, and where it beats the host's heaps.
+"""The waiting queue's order on a GPU: our top-k against torch's, and where it beats the host's own order.
 
 Every provider of a top-k starts from the table's columns, so packing the keys is in its time, and gives slot
 ids in order. Ours includes what marks tiles: a fill of the flags in the full form, a `slot_update` in the
@@ -170,7 +170,7 @@ def slot_changes(table: Table, changed: int, workspace: TopkWorkspace) -> Callab
 
 
 class Pops:
-    """POPS admissions from a `HostIndex` of `waiting` scored requests, by its heaps or a device's order."""
+    """POPS admissions from a `HostIndex` of `waiting` scored requests, by its own or a device's order."""
 
     def __init__(self, waiting: int, *, hinted: bool) -> None:
         self.index = HostIndex(

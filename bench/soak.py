@@ -1,18 +1,19 @@
 """Twenty minutes above capacity: does memory stay flat, and does every request get its tokens?
 
-    python -m bench.soak --minutes 20 --load 1.2 --json out/soak.json
+    python -m bench.soak --minutes 20 --load 1.2 --json out/soak.json --csv bench/results/soak.csv
 
 A real server of the demo's tiny model with the ranker, recording and calibration on. Its capacity is measured
 first in a closed loop; then requests arrive at `load` times that for so long, in a Poisson process, and a
-share of the users hangs up after a moment. Every few seconds the resident memory of all processes of the
-server is noted. Fails if a request that was not aborted lacks a token, or if memory grew by more than
-`--max-growth` from the first half's end to the last sample.
+share of the users hangs up after a moment. Every few seconds the resident memory of each process of the
+server is noted. Fails if a request that was not aborted lacks a token, or if the engine's or the ranker's
+memory grew by more than `--max-growth` from the third quarter of the time to the last. The CSV has a row for
+each process, and the machine.
 """
 
 import argparse
 import asyncio
 import contextlib
-import json
+import csv
 import math
 import os
 import sys
@@ -25,25 +26,31 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from pars_fast.bench_results import all_threads, machine
 from pars_fast.demo.client import closed_loop_capacity
 from pars_fast.demo.model import make_tiny_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.server import read_metrics, vllm_server
+from pars_fast.errors import make_writable
 from pars_fast.output import write_json
 
 SEATS = 16
 SAMPLE_EVERY_S = 5.0
+SAY_EVERY_S = 60.0
+PROCESSES = {  # by what their command line has; the first that fits
+    "ranker_process": "ranker", "EngineCore": "engine", "VLLM::Worker": "engine", "api_server": "api server",
+}
 ARGUMENTS = ["--enforce-eager", "--max-num-seqs", str(SEATS), "--max-model-len", "2048"]
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the requests, and memory in MiB by time in s."""
+    """What became of the requests, and (seconds, MiB by process)."""
 
     completed: int = 0
     aborted: int = 0
     wrong: int = 0
-    memory: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
 
 def main() -> int:
@@ -53,8 +60,11 @@ def main() -> int:
     parser.add_argument("--abort-share", type=float, default=0.2, help="users that hang up (%(default)s)")
     parser.add_argument("--max-output-tokens", type=int, default=64, help="longer answers are cut to it")
     parser.add_argument("--max-growth", type=float, default=0.05, help="of memory, as a share (%(default)s)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="F", help="all figures, and memory over time")
+    parser.add_argument("--csv", type=Path, metavar="F", help="a row for each process")
     arguments = parser.parse_args()
+    for path in filter(None, (arguments.json, arguments.csv)):
+        make_writable(path.parent)  # minutes before it is written
     sample = [
         replace(prompt, output_tokens=min(prompt.output_tokens, arguments.max_output_tokens))
         for prompt in load_sample()
@@ -62,10 +72,50 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory() as name:
         report = _soak(Path(name), sample, arguments)
-    print(json.dumps({key: value for key, value in report.items() if key != "memory_mib"}, indent=2))
+    _show(report)
     if arguments.json:
         write_json(arguments.json, report)
-    return int(report["wrong"] > 0 or report["memory_growth"] > arguments.max_growth)
+    if arguments.csv:
+        _write_csv(arguments.csv, report)
+    grown = any(growth > arguments.max_growth for process in ("engine", "ranker")
+                if (growth := report["processes"].get(process, {}).get("growth")) is not None)
+    return int(report["wrong"] > 0 or grown)
+
+
+def _show(report: dict[str, Any]) -> None:
+    for name, value in report.items():
+        if name == "counters":
+            for counter, count in value.items():
+                print(f"{counter}: {count:,.6g}")
+        elif name == "processes":
+            for process, figures in value.items():
+                said = (f"{figure} {number:.5g}" for figure, number in figures.items())
+                print(f"{process}: {', '.join(said)}")
+        elif name != "memory_mib":
+            print(f"{name}: {value:,.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _write_csv(path: Path, report: dict[str, Any]) -> None:
+    """A row for each process, with the figures of the whole and the machine."""
+    shown = {name: value for name, value in report.items()
+             if name not in ("processes", "memory_mib", "counters", "machine")}
+    rows = [{"process": process, **figures, **shown, **report["counters"], **report["machine"]}
+            for process, figures in report["processes"].items()]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def of_process(memory: list[tuple[float, dict[str, float]]], process: str) -> dict[str, float]:
+    """Its memory when load began, at the end and at most, MiB, and its growth from the third quarter of the
+    samples to the last: a ratio less 1."""
+    mib = np.array([sample.get(process, 0.0) for _, sample in memory])
+    figures = {"mib_start": mib[0], "mib_end": mib[-1], "mib_max": mib.max()}
+    if len(mib) >= 4:
+        third, last = mib[len(mib) // 2 : 3 * len(mib) // 4].mean(), mib[3 * len(mib) // 4 :].mean()
+        figures["growth"] = last / third - 1 if third else 0.0
+    return {name: round(float(value), 5) for name, value in figures.items()}
 
 
 def _soak(folder: Path, sample: list[SamplePrompt], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,21 +132,22 @@ def _soak(folder: Path, sample: list[SamplePrompt], arguments: argparse.Namespac
         counters = {name: value for name, value in read_metrics(url).items() if name.startswith("pars_")
                     and not name.endswith("_bucket") and not math.isnan(value)}
         log = (folder / "log.txt").read_text(errors="replace")
-    late = [mib for second, mib in tally.memory if second >= 60 * arguments.minutes / 2]
     return {
         "minutes": arguments.minutes,
         "load": arguments.load,
-        "capacity_tok_s": capacity,
-        "arrivals_per_s": rate,
+        "capacity_tok_s": round(capacity, 1),
+        "arrivals_per_s": round(rate, 2),
         "completed": tally.completed,
         "aborted": tally.aborted,
         "wrong": tally.wrong,
-        "memory_growth": late[-1] / late[0] - 1 if late else None,
-        "memory_mib": tally.memory,
         "recorded_bytes": None if not (folder / "lengths.jsonl").exists()
         else (folder / "lengths.jsonl").stat().st_size,
         "errors_logged": log.count("ERROR"),
+        "processes": {process: of_process(tally.memory, process)
+                      for process in dict.fromkeys(PROCESSES.values())},
         "counters": counters,
+        "machine": machine(all_threads()),
+        "memory_mib": tally.memory,
     }
 
 
@@ -148,28 +199,38 @@ async def _one(
 
 
 async def _watch_memory(tally: Tally, start: float) -> None:
+    said = 0.0
     while True:
-        tally.memory.append((time.perf_counter() - start, _resident_mib(os.getpid())))
+        second = time.perf_counter() - start
+        tally.memory.append((round(second, 1), _resident_mib(os.getpid())))
+        if second >= said:
+            said += SAY_EVERY_S
+            memory = ", ".join(f"{process} {mib:.0f} MiB" for process, mib in tally.memory[-1][1].items())
+            print(f"{second / 60:.0f} min: {tally.completed} completed, {tally.aborted} aborted, "
+                  f"{tally.wrong} wrong; {memory}", flush=True)
         await asyncio.sleep(SAMPLE_EVERY_S)
 
 
-def _resident_mib(root: int) -> float:
-    """Resident memory of all descendants of a process."""
+def _resident_mib(root: int) -> dict[str, float]:
+    """Resident memory of the descendants of a process, by what they are."""
     parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
+    resident: dict[int, tuple[str, float]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                parents[int(entry.name)] = int(fields[1])
-                pages[int(entry.name)] = int(fields[21])
-    total = 0
-    for pid in pages:
+                command = (entry / "cmdline").read_text()
+                mib = int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+                parents[int(entry.name)], resident[int(entry.name)] = int(fields[1]), (command, mib)
+    total = dict.fromkeys(PROCESSES.values(), 0.0)
+    for pid, (command, mib) in resident.items():
         ancestor = parents.get(pid)
         while ancestor and ancestor != root:
             ancestor = parents.get(ancestor)
-        total += pages[pid] if ancestor == root else 0
-    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
+        process = next((name for part, name in PROCESSES.items() if part in command), None)
+        if ancestor == root and process is not None:
+            total[process] += mib
+    return {process: round(mib, 1) for process, mib in total.items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Who gives the 16 requests of a step: queues that take keyed arrivals and give the smallest keys first.
 
 All but `stock` (arrival order, the floor) keep the same order, (key, seq). `pars_fast` also keeps every
-promise of the guard, a map for aborts and two more heaps; the others could not abort without a search.
+promise of the guard, and can abort; the others could not without a search.
 """
 
 import heapq

@@ -17,7 +17,7 @@ _GIL_EVERY = 8  # events between two moments at which the scheduling thread may 
 
 
 class Learning:
-    """Scores and endings in the order of their coming; endings are noted as the entries alone, after the time.
+    """Scores and endings in the order of their coming; endings are the entries alone, after the time.
 
     To note one costs the scheduling thread an append. They are handed over in lots, so that the background
     thread wakes once a second or every 256 events, and a failure there is said once and leaves serving alone.

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pars_fast.guards import guard_text
-from pars_fast.host_index import HostIndex
+from pars_fast.host_index import HostIndex, warm_up
 from pars_fast.integration.background import Background
 from pars_fast.integration.calibration import LiveCalibration
 from pars_fast.integration.learning import Learning
@@ -99,6 +99,7 @@ class RankingMixin:
                 shadow=self._shadow is not None,
                 clock=self.clock,
             )
+        self._guarded(warm_up)
         logger.info(
             "pars-fast: waiting queue ordered by %s, guard %s, mode %s",
             settings.policy, guard_text(guard), settings.mode,

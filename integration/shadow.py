@@ -31,15 +31,16 @@ class ShadowReport:
 
         self._kendalltau = scipy.stats.kendalltau
         self._seats, self._guard = seats, guard
-        self._background, self._clock = background, clock
+        self._background = background
         self._finished: deque[FinishedRequest] = deque(maxlen=WINDOW)
         self._reported_at = clock()
 
     def add(self, entry: Entry, output_tokens: int, finished_s: float) -> None:
         if entry.expected_tokens is None or output_tokens < 1:
             return
+        service_s = finished_s - entry.admitted_s
         self._finished.append(
-            FinishedRequest(entry.arrival_s, finished_s - entry.admitted_s, entry.expected_tokens, output_tokens)
+            FinishedRequest(entry.arrival_s, service_s, entry.expected_tokens, output_tokens)
         )
         if finished_s - self._reported_at > REPORT_EVERY_S and len(self._finished) >= MIN_REQUESTS:
             self._reported_at = finished_s

@@ -8,6 +8,7 @@ and when a step asks for the first request, all of them are done and the next fe
 calls. Popping takes from that plan. What a step leaves of it goes back before anything else changes.
 """
 
+import functools
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
@@ -18,15 +19,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pars_fast.guards import Guard, Moment
+from pars_fast.guards import Guard, Moment, PassingLimit
 from pars_fast.guards.base import TOKENS
-from pars_fast.policies import Policy, SharingPolicy
+from pars_fast.policies import POLICIES, Policy, SharingPolicy
 from pars_fast.waiting_tree import (
     ARRIVE,
     CHARGE,
     EMPTY,
     LEAVE,
     LOG_FIELDS,
+    MIN_CAPACITY,
     OVERTAKES,
     PROMOTED,
     RETURN,
@@ -46,7 +48,7 @@ MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long"
 DEVICE_ORDER_MIN_WAITING = 65536  # where a GPU's order should begin to pay; a guess, not measured
 MAX_PLANNED = 64  # requests planned at a time
 _MEDIAN_WINDOW = 511
-_MAX_NOTED = 1024  # operations noted before they are done, whoever runs next
+_MAX_NOTED = 256  # operations noted before they are done, whoever runs next
 _UNKNOWN = float("nan")
 _NO_HINT = np.zeros(0, np.int64)
 
@@ -402,6 +404,24 @@ class HostIndex:
         self.promotions -= (flag & PROMOTED) // PROMOTED
 
 
+@functools.cache
+def warm_up() -> None:
+    """Have all compiled code compiled, or read from disk: up to half a minute, so before anything waits."""
+    index = HostIndex(POLICIES["pars_fast"](), PassingLimit())
+    entries = [Entry(seq, 0, None) for seq in range(2 * MIN_CAPACITY)]
+    for entry in entries:
+        index.set_expected_tokens(entry, 1.0)
+        index.add(entry)
+    for step in range(3):
+        index.begin_step(float(step))
+        popped = index.pop()
+        index.head()
+        index.put_back(popped)  # what is planned goes back, too
+    index.slack(entries[0])
+    index.remove(entries[0])
+    take(*index._classes[0].tree, entries[1].seq)
+
+
 @dataclass(slots=True)
 class _Plan:
     """Entries that run next, in this order, and their flags."""
@@ -511,7 +531,7 @@ class _PriorityClass:
         return made
 
     def plan_shared(self, policy: SharingPolicy, typical_key: float, typical_tokens: float) -> _Plan:
-        """The next one by keys as they are now; they only rise, so it is enough to look at who comes first."""
+        """The next one by keys as they are now; they only rise: it is enough to look at who is first."""
         while True:
             made = self.plan_next(1, typical_key, typical_tokens, True, _NO_HINT)
             entry = made.entries[0]

@@ -15,7 +15,8 @@ room for.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -42,9 +43,16 @@ _KEY, _TOKENS, _KEPT, _KEPT_CAPPED, _PEAK = range(5)
 _FIRST_KEY, _FIRST = range(2)
 _SLACK, _CAPPED, _ADDED, _ADDED_CAPPED = range(4)
 
-# As for the fast simulator: no divisor is 0, and compiled code makes no array. Kept on disk, since an engine
-# compiles it while it starts.
-_compiled = njit(error_model="numpy", _nrt=False, cache=True)
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """As for the fast simulator: no divisor is 0, and compiled code makes no array.
+
+    Kept on disk, since an engine has it compiled while it starts; where that cannot be, anew each time.
+    """
+    try:
+        return njit(error_model="numpy", _nrt=False, cache=True)(function)
+    except RuntimeError:
+        return njit(error_model="numpy", _nrt=False)(function)
 
 
 class WaitingTree(NamedTuple):
@@ -64,7 +72,7 @@ class WaitingTree(NamedTuple):
     cap, which is a slack of its own; the lower of the two counts.
     """
 
-    count: Ints
+    count: Ints  # type: ignore[assignment]  # hides `tuple.count`
     limit: Floats
     ints: Ints
     floats: Floats

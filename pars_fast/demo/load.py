@@ -62,7 +62,7 @@ class LoadPlan:
     def cases(self) -> list[Run]:
         """Runs that have not been served, in their order."""
         groups = [(repeat, load) for repeat in range(self.repeats) for load in self.all_loads
-                  if repeat % LIGHT_EVERY == 0 or (load != "burst" and load >= 1)]
+                  if repeat % LIGHT_EVERY == 0 or (isinstance(load, float) and load >= 1)]
         return [Run(policy, load, repeat, ()) for place, (repeat, load) in enumerate(groups)
                 for policy in rotated(self.policies, place)]
 

@@ -200,7 +200,7 @@ def _light(result: Mapping[str, Any]) -> Markup:
         mean = _at(result["means"], light["load"], light["policy"])
         rows.append(tag("tr", tag("th", f"{light['load']:g}", scope="row"),
                         tag("td", light["policy"], class_="text"), *cells,
-                        tag("td", number(mean and mean["scored_total"]))))
+                        tag("td", number(mean["scored_total"] if mean else None))))
     lead = ("Mean time to first token and mean time per token after it, over arrival order's. Requests are "
             "paired and resampled; what differs between two runs as a whole is not in the interval.")
     table = tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="card scroll")

@@ -106,7 +106,8 @@ class Run:
         times = np.array([(request.first_token_s, request.finish_s) for request in done], dtype=np.float64)
         tokens = np.array([request.output_tokens for request in done])
         last_arrival = max((request.arrival_s for request in self.requests), default=0.0)
-        return throughput_until(*times.reshape(-1, 2).T, tokens, last_arrival)
+        first_token_s, finish_s = times.reshape(-1, 2).T
+        return throughput_until(first_token_s, finish_s, tokens, last_arrival)
 
 
 def throughput_until(first_token_s: NDArray[np.float64], finish_s: NDArray[np.float64],

@@ -68,7 +68,8 @@ class Applications:
         rank = np.empty_like(by_arrival)
         rank[by_arrival] = np.arange(len(names))
         number, first = rank[number], first[by_arrival]
-        demand = np.bincount(number, token_time(workload.prompt_tokens, workload.output_tokens))
+        costs = token_time(workload.prompt_tokens, workload.output_tokens)
+        demand = np.bincount(number, costs).astype(np.float64)
         return cls(
             names[by_arrival], number, workload.arrival_s[first], workload.prompt_tokens[first], demand
         )

@@ -117,13 +117,13 @@ def _compare(
     rows = []
     for (load, policy), of in means.items():
         row: dict[str, Any] = {"policy": policy, "load": load}
-        for column, (real, model) in of.items():
+        for column, (lived, modelled) in of.items():
             base = means.get((load, BASELINE), {}).get(column, (None, None))
-            ratios = _over(real, base[0]), _over(model, base[1])
+            ratios = _over(lived, base[0]), _over(modelled, base[1])
             row |= {
-                f"live_{column}": real,
-                f"simulated_{column}": model,
-                f"{column}_error": _less_one(_over(model, real)),
+                f"live_{column}": lived,
+                f"simulated_{column}": modelled,
+                f"{column}_error": _less_one(_over(modelled, lived)),
                 f"live_{column}_ratio": ratios[0],
                 f"simulated_{column}_ratio": ratios[1],
                 f"{column}_ratio_error": _less_one(_over(ratios[1], ratios[0])),

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,7 +49,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         count = len(self.arrival_s)
-        columns = [self.arrival_s, self.prompt_tokens, self.output_tokens, self.expected_tokens]
+        columns: list[NDArray[Any]] = [
+            self.arrival_s, self.prompt_tokens, self.output_tokens, self.expected_tokens
+        ]
         if self.app is not None:
             columns.append(self.app)
         if not count or any(column.shape != (count,) for column in columns):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pars_fast.guards import OvertakingBudget
-from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex, RunningMedian
+from pars_fast import waiting_tree
+from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget, PassingLimit
+from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex, RunningMedian, warm_up
 from pars_fast.policies import POLICIES
 from pars_fast.waiting_tree import MIN_CAPACITY
 
@@ -306,3 +307,28 @@ def test_a_charge_of_a_forgotten_class_changes_nothing() -> None:
     short.lane = 0
     index.put_back(short)
     assert _drain(index) == [2, 1, 0]
+
+
+def test_after_the_warm_up_nothing_is_compiled_while_requests_wait() -> None:
+    """Else the first step of an engine would take seconds."""
+    warm_up.cache_clear()
+    warm_up()
+    compiled = [value for value in vars(waiting_tree).values() if hasattr(value, "signatures")]
+    before = [list(function.signatures) for function in compiled]
+    assert all(before[compiled.index(function)] for function in compiled)
+    for guard in (PassingLimit(), OvertakingBudget(), NoGuard(), FixedThreshold(0.0)):
+        index = HostIndex(POLICIES["pars_fast"](), guard)
+        entries = [_add(index, seq, expected=float(seq % 5 + 1) if seq % 3 else None) for seq in range(200)]
+        index.set_device_order([1, 2])
+        for step in range(40):
+            index.begin_step(1e3 * step)
+            entry = index.pop()
+            index.head()
+            if step % 2:
+                index.put_back(entry)
+            else:
+                index.finish(entry, 7)
+        index.ranking = False
+        index.remove(index.head())
+        assert index.slack(entries[-1]) > 0
+    assert [list(function.signatures) for function in compiled] == before

@@ -17,7 +17,7 @@ from pars_fast.demo import load as module
 from pars_fast.demo.arrivals import BURST_LENGTHS, arrivals_hash, traffic
 from pars_fast.demo.load import LoadPlan, means_of, run_load
 from pars_fast.demo.load_page import render_page
-from pars_fast.demo.records import Run, ServedRequest, paired_ratio, throughput_until
+from pars_fast.demo.records import Load, Run, ServedRequest, paired_ratio, throughput_until
 from pars_fast.demo.run import Served
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import parse_policy, split_policies
@@ -110,8 +110,10 @@ def test_arrivals_offer_the_load(load: float) -> None:
 
 def test_the_hash_tells_plans_apart() -> None:
     sample = load_sample()
-    hashes = {arrivals_hash(sample, [1], loads, burst) for loads, burst in (
-        ((0.5,), 0), ((0.6,), 0), ((0.5, "burst"), 30), ((0.5, "burst"), 31))}
+    plans: list[tuple[tuple[Load, ...], int]] = [
+        ((0.5,), 0), ((0.6,), 0), ((0.5, "burst"), 30), ((0.5, "burst"), 31)
+    ]
+    hashes = {arrivals_hash(sample, [1], loads, burst) for loads, burst in plans}
     assert len(hashes) == 4
 
 
@@ -188,7 +190,7 @@ def test_an_interrupted_sweep_goes_on(
     served: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, whole = tmp_path / "rows.jsonl", run()
-    real: Callable[..., Run] = module.serve_run
+    real: Callable[..., Run] = vars(module)["serve_run"]
     served.clear()
 
     def interrupted(*arguments: Any) -> Run:

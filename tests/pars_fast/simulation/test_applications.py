@@ -74,9 +74,9 @@ def test_an_application_sends_all_its_requests_at_once(workload: Workload) -> No
 def test_the_same_seed_makes_the_same_applications(folder: Path) -> None:
     arrivals = read_trace(folder / "trace_times.csv")
     made = [
-        make_applications(read_sources(folder, half), arrivals, 60, seed=seed).sha256()
+        make_applications(read_sources(folder, half), arrivals, 60, seed=seed).sha256()  # type: ignore[arg-type]
         for half, seed in (("test", 1), ("test", 1), ("test", 2), ("train", 1))
-    ]  # type: ignore[arg-type]
+    ]
     assert made[0] == made[1]
     assert len(set(made)) == 3
 
@@ -146,8 +146,8 @@ def test_true_demand_keeps_delays_within_the_bound_and_beats_vtc() -> None:
         np.arange(apps * tasks) * 1e-3,
         workload.prompt_tokens,
         workload.output_tokens,
-        app=workload.app[mixed],
-    )  # type: ignore[index]
+        app=workload.app[mixed],  # type: ignore[index]
+    )
     rate = service_rates(workload, ENGINE, STEP)[1]
     rows = {
         order: measure(workload, order, ConstantDemand(), ENGINE, STEP, rate)
