@@ -10,6 +10,9 @@ from pars_fast.errors import ParsFastError, make_writable, require_extra
 from pars_fast.output import wide_console, write_json
 
 
+_TABLES = ("frontier", "robustness", "no_harm", "fleet", "agreement", "policies", "latency_load")
+
+
 def _numbers(text: str) -> list[float]:
     return [float(item) for item in text.split(",")]
 
@@ -69,8 +72,8 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    tables = "frontier, robustness, no_harm, fleet or agreement; or page: draw those of --out"
-    add("table", choices=["frontier", "robustness", "no_harm", "fleet", "agreement", "page"], help=tables)
+    tables = f"{', '.join(_TABLES)}; or page: draw those of --out"
+    add("table", choices=[*_TABLES, "page"], help=tables)
     add("--traces", type=Path, metavar="DIR", help="trace_*.csv[.gz]: arrival_s,prompt_tokens,output_tokens")
     add("--out", type=Path, required=True, metavar="DIR", help="its CSV; rows as they come beside it")
     add("--requests", type=int, default=argparse.SUPPRESS, metavar="N", help="only the first N of a trace")
