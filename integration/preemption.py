@@ -18,7 +18,8 @@ from pars_fast.guards import IdleQuantum
 from pars_fast.host_index import Entry
 from pars_fast.integration.queue import RankedRequestQueue
 
-_ADMISSIBLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # not one that waits for a grammar or a KV load
+# Not one that waits for a grammar or a KV load.
+_ADMISSIBLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 _Rank = tuple[int, float, int]  # priority, key, seq
 
 
@@ -74,7 +75,7 @@ class Preemption:
         return False
 
     def _victims(self, ranked: list[tuple[_Rank, Any]]) -> list[Any]:
-        """Whom to preempt, so that the front of the queue has room; waiting requests are left as they were."""
+        """Whom to preempt, so that the front of the queue has room; the queue is left as it was."""
         index, scheduler = self._queue.index, self._scheduler
         seats = scheduler.max_num_active_reqs - len(scheduler.running)
         seats -= scheduler.num_waiting_for_streaming_input

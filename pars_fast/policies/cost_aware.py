@@ -1,9 +1,9 @@
 """Cheapest expected request first, prompt and KV cache counted.
 
 Key, in output tokens of a full batch: m + PREFILL * p + KV * E[p X + X^2 / 2], with p prompt tokens, X the
-answer's length and m = E[X]. The last term is the KV cache held, summed over the steps (Justitia's cost, arXiv
-2510.17015); SageSched (arXiv 2603.07917) orders by a cost of compute and memory, too. For a request that has
-begun, what is left is counted.
+answer's length and m = E[X]. The last term is the KV cache held, summed over the steps (Justitia's cost,
+arXiv 2510.17015); SageSched (arXiv 2603.07917) orders by a cost of compute and memory, too. For a request
+that has begun, what is left is counted.
 
 What is filled here: the weights. They are seconds of Llama-3.1-8B on an H100: `h100_llama_3_1_8b` with 256
 seats has 17.3 us a prompt token and 28.5 us an output token, the roofline profile 0.039 us a KV token read.

@@ -45,7 +45,7 @@ class Tabulated(Ranked):
 
     @abstractmethod
     def tabulate(self, samples: Floats) -> None:
-        """Keep what the key needs; row i of `samples` is ascending, equally likely lengths at grid point i."""
+        """Keep what the key needs; row i of `samples`: equally likely lengths at grid point i, ascending."""
 
     def look_up(self, table: Floats, expected_tokens: float) -> float:
         """A (grid,) table at an expected length, linear in its logarithm."""

@@ -9,7 +9,6 @@ from typing import Any
 from pars_fast.errors import ParsFastError, make_writable, require_extra
 from pars_fast.output import wide_console, write_json
 
-
 _TABLES = ("frontier", "robustness", "no_harm", "fleet", "agreement", "policies", "latency_load")
 
 
@@ -23,13 +22,14 @@ def _whole_numbers(text: str) -> list[int]:
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    one_of = source.add_argument
-    one_of("--trace", type=Path, metavar="F", help="arrival_s,prompt_tokens,output_tokens[,score][,app]")
-    one_of("--lengths", type=Path, metavar="F", help="length file: real prompts, which a ranker scores")
+    trace = "arrival_s,prompt_tokens,output_tokens[,score][,app]; with --lengths only its times"
+    add("--trace", "--arrivals", type=Path, metavar="F", help=trace)
+    lengths = "length file: real prompts, which a ranker scores, at Poisson times or those of --trace"
+    add("--lengths", type=Path, metavar="F", help=lengths)
     add("--model-column", help="--lengths: whose answers (the first column)")
     add("--ranker", default="default", help="--lengths: ranker directory, or none (%(default)s)")
-    add("--arrivals", type=Path, metavar="TRACE", help="--lengths: arrive at its times; else Poisson")
+    predictors = "--lengths: folder of `baseline`, whose predictors score for the policies they came with"
+    add("--predictors", type=Path, metavar="DIR", help=predictors)
     add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
     add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
     add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
@@ -54,6 +54,8 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
+    if arguments.trace is None and arguments.lengths is None:
+        raise ParsFastError("give --trace, or prompts by --lengths, or both")
     require_extra("numba", "simulate")
     if arguments.engine == "faithful":
         require_extra("vllm", "vllm")

@@ -8,10 +8,10 @@ step is seen after it, as by EngineCore. No two prompts share a prefix, so the p
 preempted requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead.
 
 Three policies ask for more. A length that is predicted again (`repredict_tokens`) has the relative error of
-the first prediction, on what really remains. A model that is asked (`asks_model`) first serves the prompt with
-`QUESTION_TOKENS` more, and answers `ESTIMATE_TOKENS`; the request itself arrives when it has. KV cache that is
-swapped (`swaps_kv`) is not computed again, but takes `SWAP_TOKEN_S` a token, both ways together, nothing of it
-hidden behind other work; vLLM's token budget counts it all the same.
+the first prediction, on what really remains. A model that is asked (`asks_model`) first serves the prompt
+with `QUESTION_TOKENS` more, and answers `ESTIMATE_TOKENS`; the request itself arrives when it has. KV cache
+that is swapped (`swaps_kv`) is not computed again, but takes `SWAP_TOKEN_S` a token, both ways together,
+nothing of it hidden behind other work; vLLM's token budget counts it all the same.
 Source: vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
 """
 
@@ -49,7 +49,7 @@ from pars_fast.simulation.workload import Workload
 _TOKEN = 0  # what the model says
 QUESTION_TOKENS, ESTIMATE_TOKENS = 40, 6  # an instruction of two sentences; a number and its end
 _QUESTION = -1  # the token of instructions, in the names of their KV blocks
-# Llama-3.1-8B: 131,072 bytes of KV cache a token in bf16, half of that in 8 bits, over 25 GB/s of PCIe 4.0 x16.
+# Llama-3.1-8B: 131,072 bytes of KV cache a token in bf16, half of that in 8 bits; 25 GB/s by PCIe 4.0 x16.
 SWAP_TOKEN_S = 2 * 65_536 / 25e9
 
 
@@ -134,9 +134,9 @@ class DelayedRanker:
 
     def _tokens(self, ids: Sequence[int]) -> float:
         """Expected tokens of the whole answer; `ids` are the prompt's head, and the answer so far."""
-        number = ids[0]
-        expected, real = float(self._workload.expected_tokens[number]), int(self._workload.output_tokens[number])
-        made = len(ids) - min(MAX_PROMPT_IDS, int(self._workload.prompt_tokens[number]))
+        workload, number = self._workload, ids[0]
+        expected, real = float(workload.expected_tokens[number]), int(workload.output_tokens[number])
+        made = len(ids) - min(MAX_PROMPT_IDS, int(workload.prompt_tokens[number]))
         return made + (real - made) * expected / real
 
     def poll(self) -> list[Scored]:

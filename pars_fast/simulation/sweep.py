@@ -85,8 +85,8 @@ class Case:
 class Setup:
     """What all cases of a sweep have in common; `workloads` and `capacity_tok_s` are by seed.
 
-    `scores` are (N,) expected tokens by seed and predictor, for the policies whose papers bring a predictor of
-    their own; `lengths` is the distribution of the workload's own scores, by log expected tokens.
+    `scores` are (N,) expected tokens by seed and predictor, for the policies whose papers bring a predictor
+    of their own; `lengths` is the distribution of the workload's own scores, by log expected tokens.
     """
 
     workloads: Mapping[int, Workload]

@@ -141,6 +141,87 @@ def test_the_oracle_admits_short_ones_first(
     }
 
 
+@both_schedulers
+def test_a_running_request_yields_to_a_shorter_one(
+    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy("srpt")
+    engine = make_engine(scheduler_cls, max_num_seqs=1)
+    engine.add([make_request("long", max_tokens=40)])
+    for _ in range(6):
+        engine.step()
+    engine.add([make_request("short", max_tokens=3), make_request("longer", max_tokens=60)])
+    engine.run()
+    assert engine.admitted == ["long", "short", "longer"]
+    assert engine.preemptions == 1
+    assert {name: len(tokens) for name, tokens in engine.tokens.items()} == {
+        "long": 40, "short": 3, "longer": 60
+    }
+
+
+@both_schedulers
+def test_what_remains_counts_and_equal_ones_stay(
+    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy("srpt")
+    engine = make_engine(scheduler_cls, max_num_seqs=1)
+    engine.add([make_request("first", max_tokens=20)])
+    for _ in range(12):
+        engine.step()
+    engine.add([make_request("second", max_tokens=15)])  # longer than what is left of the first
+    engine.run()
+    assert engine.preemptions == 0
+    engine.add([make_request(name, max_tokens=9) for name in ("third", "fourth")])
+    engine.run()
+    assert (engine.preemptions, engine.admitted) == (0, ["first", "second", "third", "fourth"])
+
+
+@both_schedulers
+def test_under_ltr_a_long_request_gets_a_quantum(
+    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """Short ones never cease; without the guard the long one would come last."""
+    use_policy("ltr", PARS_TRUST_CALLER="1", PARS_GUARD="idle_quantum:idle_steps=20,quantum_steps=4")
+    engine = make_engine(scheduler_cls, max_num_seqs=1)
+    engine.add([make_request("long", max_tokens=12, pars_score=500)])
+    for number in range(30):
+        engine.add([make_request(f"short{number}", max_tokens=8, pars_score=8)])
+    engine.run()
+    ran = [next(iter(step), "") for step in engine.steps]
+    first = ran.index("long", 21)
+    assert ran[first : first + 4] == ["long"] * 4
+    assert len({name for name in ran[first + 4 :] if name.startswith("short")}) > 5
+    assert len(engine.tokens["long"]) == 12
+
+
+@both_schedulers
+@pytest.mark.parametrize("policy", ["srpt", "ltr", "alise"])
+@pytest.mark.parametrize("seed", range(3))
+def test_preempting_policies_lose_nothing(
+    scheduler_cls: type, policy: str, seed: int, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """Few seats and few blocks; some requests are aborted, some have no score."""
+    use_policy(policy, PARS_TRUST_CALLER="1")
+    rng = random.Random(seed)
+    engine = make_engine(scheduler_cls, max_num_seqs=4, num_blocks=14)
+    lengths = {f"r{i}": rng.randint(1, 60) for i in range(50)}
+    aborted = set(rng.sample(sorted(lengths), 5))
+    for name, tokens in lengths.items():
+        score = None if rng.random() < 0.2 else tokens * rng.uniform(0.3, 3)
+        prompt = rng.randint(1, 120)
+        engine.add([make_request(name, num_prompt_tokens=prompt, max_tokens=tokens, pars_score=score)])
+        engine.step()
+        if name in aborted:
+            engine.abort(rng.choice([name, *aborted]))
+    engine.run()
+    assert engine.preemptions > 0
+    answers = {name: len(tokens) for name, tokens in engine.tokens.items() if name in engine.finished}
+    complete = {name: tokens for name, tokens in answers.items() if name not in aborted}
+    assert complete == {name: tokens for name, tokens in lengths.items() if name not in aborted}
+    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 13
+    assert not engine.scheduler.waiting.entries
+
+
 def random_workload(make_request: MakeRequest, seed: int) -> Callable[[Engine], None]:
     """60 requests that arrive over 100 steps, some of which are aborted; the same for every engine."""
 
