@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections import deque
 
 from pars_fast.host_index import Entry
 from pars_fast.integration.background import Background
@@ -13,7 +14,10 @@ from pars_fast.live_calibration import Ending
 
 HAND_OVER_S = 1.0
 HAND_OVER_EVENTS = 256
-_GIL_EVERY = 8  # events between two moments at which the scheduling thread may take over
+# The interpreter is left to the scheduling thread after so many events, for so long: to let go of it without
+# sleeping is not enough, the thread that waits for it wakes too late to get it.
+_PAUSE_EVERY = 8
+_PAUSE_S = 5e-5
 
 
 class Learning:
@@ -34,7 +38,7 @@ class Learning:
         self._calibration, self._queue_wait = calibration, queue_wait
         self._shadow, self._recorder = shadow, recorder
         self._background = background
-        self._events: list[float | Entry | tuple[Entry, float]] = []
+        self._events: deque[float | Entry | tuple[Entry, float]] = deque()
         self._handed_over_at = 0.0
 
     def scored(self, entry: Entry, expected_tokens: float) -> None:
@@ -56,15 +60,17 @@ class Learning:
 
     def flush(self) -> None:
         """Have them taken in; never blocks."""
-        events, self._events = self._events, []
+        events, self._events = self._events, deque()
         if events:
             self._background.submit(functools.partial(self._take_in, events))
 
-    def _take_in(self, events: list[float | Entry | tuple[Entry, float]]) -> None:
+    def _take_in(self, events: deque[float | Entry | tuple[Entry, float]]) -> None:
+        """Each event goes as it is taken in: with it ends a request, and all at once would take milliseconds."""
         ended_s = 0.0
-        for count, event in enumerate(events):
-            if count % _GIL_EVERY == 0:
-                time.sleep(0)
+        while events:
+            if len(events) % _PAUSE_EVERY == 0:
+                time.sleep(_PAUSE_S)
+            event = events.popleft()
             if isinstance(event, float):
                 ended_s = event
             elif isinstance(event, Entry):

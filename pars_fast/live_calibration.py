@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from pars_fast.calibration import fit_token_map
 
@@ -164,6 +164,16 @@ class TokenScale:
         share = (expected_tokens - xs[left]) / (xs[right] - xs[left])
         return ys[left] + share * (ys[right] - ys[left])
 
+    def each(self, expected_tokens: ArrayLike) -> NDArray[np.float64]:
+        """The same for (n,) tokens at once."""
+        tokens = np.asarray(expected_tokens, dtype=np.float64)
+        xs, ys = self.expected, self.real
+        if not xs:
+            return tokens
+        inside = np.interp(tokens, xs, ys)
+        below, above = tokens < xs[0], tokens > xs[-1]
+        return np.where(below, ys[0] * tokens / xs[0], np.where(above, ys[-1] * tokens / xs[-1], inside))
+
 
 def fit_token_scale(observations: Sequence[Observation]) -> TokenScale | None:
     """The map that these requests show; None if they are fewer than a cohort.
@@ -180,5 +190,5 @@ def fit_token_scale(observations: Sequence[Observation]) -> TokenScale | None:
 def bias(scale: TokenScale, observations: Sequence[Observation]) -> float:
     """Tokens served over tokens that `scale` expected, in sum; 1 if it is right, or nothing is known."""
     served = [o for o in observations if o.ending is not Ending.CUT and o.output_tokens > 0]
-    expected = sum(scale(o.expected_tokens) for o in served)
+    expected = float(scale.each([o.expected_tokens for o in served]).sum())
     return sum(o.output_tokens for o in served) / expected if expected else 1.0

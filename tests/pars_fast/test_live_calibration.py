@@ -124,6 +124,7 @@ def test_a_fitted_scale_makes_no_two_scores_equal(pairs: list[tuple[float, int]]
     mapped = [scale(float(point)) for point in points]
     assert all(math.isfinite(value) and value > 0 for value in mapped)
     assert mapped == sorted(mapped)
+    assert scale.each(points) == pytest.approx(mapped)
     knots = [y for x, y in zip(scale.expected, scale.real, strict=True)]
     assert mapped[-1] > mapped[0] or knots[0] == knots[-1]
 
@@ -142,3 +143,4 @@ def test_too_few_or_cut_answers_teach_no_scale() -> None:
     assert fit_token_scale([observation(5.0, 9, Ending.CUT)] * COHORT_SIZE) is None
     assert fit_token_scale([observation(5.0, 9, Ending.CAPPED)] * COHORT_SIZE) is not None
     assert bias(TokenScale(), []) == 1.0
+    assert TokenScale().each([3.0]).tolist() == [3.0]

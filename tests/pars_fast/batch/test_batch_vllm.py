@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen2ForCausalLM
 
 pytest.importorskip("vllm")
 
@@ -34,6 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that ends many of its answers by itself, and the prompts."""
     folder = tmp_path_factory.mktemp("batch")
     make_tiny_model(folder / "model", PROMPTS)
+    model = Qwen2ForCausalLM.from_pretrained(folder / "model", tie_word_embeddings=False)
+    with torch.no_grad():  # with tied embeddings every answer repeats the prompt's last token
+        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder / "model")
     endings = {"eos_token_id": list(range(0, 4096, 48))}
     (folder / "model" / "generation_config.json").write_text(json.dumps(endings))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
