@@ -7,7 +7,6 @@ still holds. `schedule()` then admits as ever. Running requests are also sorted 
 blocks run out, preempts the highest as well. Source: vllm/v1/core/sched/scheduler.py (0.32).
 """
 
-import contextlib
 import math
 import time
 from typing import Any
@@ -28,7 +27,7 @@ class Preemption:
 
     def __init__(self, scheduler: Any, queue: RankedRequestQueue) -> None:
         self._scheduler, self._queue = scheduler, queue
-        self._keep_until: dict[int, int] = {}  # seq -> step, of those that run for a quantum
+        self._keep_until: dict[int, int] = {}  # seq -> step, of running requests in their quantum
 
     def before_step(self) -> None:
         """Sort the running requests and preempt those that have to yield."""
@@ -47,42 +46,46 @@ class Preemption:
         """
         entries, index, step = self._queue.entries, self._queue.index, self._queue.index.step
         ranks: dict[str, _Rank] = {}
-        ranked = []
+        ranked, kept = [], {}
         for request in self._scheduler.running:
             entry = entries.get(request.request_id)
             if entry is None:
                 continue
             rank = (request.priority, index.key_now(entry), entry.seq)
             ranks[request.request_id] = rank
-            if not self._keeps_running(entry, step):
-                ranked.append((rank, request))
+            if isinstance(index.guard, IdleQuantum):
+                until = self._quantum(index.guard, entry, request, step)
+                if step < until:
+                    kept[entry.seq] = until
+                    continue
+            ranked.append((rank, request))
+        self._keep_until = kept
         last = (0, 0.0, 0)
         self._scheduler.running.sort(key=lambda r: (r.is_prefill_chunk, ranks.get(r.request_id, last)))
         ranked.sort(key=lambda item: item[0])
         return ranked
 
-    def _keeps_running(self, entry: Entry, step: int) -> bool:
-        """Whether the guard lets a request run for a quantum; its steps of waiting count from now on."""
-        guard = self._queue.index.guard
-        if not isinstance(guard, IdleQuantum):
-            return False
-        if guard.keeps_running(step - entry.arrival_step, 0):
-            self._keep_until[entry.seq] = step + guard.quantum_steps
-        entry.arrival_step = step
-        if step < self._keep_until.get(entry.seq, 0):
-            return True
-        self._keep_until.pop(entry.seq, None)
-        return False
+    def _quantum(self, guard: IdleQuantum, entry: Entry, request: Any, step: int) -> int:
+        """The step until which a running request may not be preempted; its steps of waiting count anew.
+
+        A step of the quantum is one that makes a token: the engine that LTR was written for computed a whole
+        prompt in one step, and a quantum of parts of a long prompt would end before any answer.
+        """
+        waited, entry.arrival_step = step - entry.arrival_step, step
+        until = self._keep_until.get(entry.seq, 0)
+        if waited >= guard.idle_steps or (step < until and request.is_prefill_chunk):
+            return step + guard.quantum_steps
+        return until
 
     def _victims(self, ranked: list[tuple[_Rank, Any]]) -> list[Any]:
         """Whom to preempt, so that the front of the queue has room; the queue is left as it was."""
-        index, scheduler = self._queue.index, self._scheduler
+        scheduler = self._scheduler
         seats = scheduler.max_num_active_reqs - len(scheduler.running)
         seats -= scheduler.num_waiting_for_streaming_input
         blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         tokens = scheduler.max_num_scheduled_tokens  # what one step can begin
         victims: list[Any] = []
-        with contextlib.closing(index.look_ahead()) as ahead:
+        with self._queue.looking_ahead() as ahead:
             for entry, promoted in ahead:
                 request = entry.payload
                 if request.status not in _ADMISSIBLE:
@@ -121,8 +124,8 @@ class Preemption:
         """As in `schedule()`; should it be resumed in the same step, its worker must see it as new."""
         scheduler = self._scheduler
         drop = scheduler.requires_kv_delivery
-        scheduler.running.remove(request)
         scheduler._preempt_request(request, time.monotonic(), drop_stale_output=drop)
+        scheduler.running.remove(request)  # last: if the other fails at once, the request runs on
         scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 
     def _blocks(self, tokens: int) -> int:

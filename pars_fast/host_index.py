@@ -12,7 +12,7 @@ import functools
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -268,7 +268,7 @@ class HostIndex:
         if entry.key is not None:
             entry.key = self.key_now(entry)
 
-    def look_ahead(self) -> Iterator[tuple[Entry, bool]]:
+    def look_ahead(self) -> Generator[tuple[Entry, bool], None, None]:
         """Who would run next, one after another, and whether the guard put it there.
 
         To be closed before anything else is done: then all wait as before.
@@ -281,6 +281,8 @@ class HostIndex:
                 yield entry, bool(made.flags[-len(self.planned)] & PROMOTED)
                 taken.append(self.pop())
         finally:
+            for entry in taken:
+                entry.waiting = True  # of all, before anything can fail
             for entry in taken:
                 self.put_back(entry)
             self._settle()

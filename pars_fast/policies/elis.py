@@ -4,9 +4,11 @@ Source: ELIS (arXiv 2505.09142): the predictor reads prompt and answer so far, i
 are then sorted by what remains and the next batch is taken from the front.
 
 What is filled here: between two predictions the remaining length falls by what was made, and the order is
-looked at in every step. No length file holds the answers that the later predictions would be trained on, so
-the simulator stands in for them: each has the relative error of the first one, on what really remains. That
-is kind to the method where the first guess is far off.
+looked at in every step. In a live engine the ranker is asked again, with prompt and answer so far as its
+text; it is trained on prompts alone and reads their first tokens, so that little comes of it. No length file
+holds the answers that later predictions would be trained on, so the simulator stands in for them: each has
+the relative error of the first one, on what really remains. That is kind to the method where the first guess
+is far off.
 """
 
 from pars_fast.policies.base import QueuedRequest
@@ -21,10 +23,6 @@ class Elis(Ranked):
     predictor = "elis"
     preempts = True
     repredict_tokens = WINDOW_TOKENS
-    not_live = (
-        "it predicts again from the answer so far, and a ranker is trained on prompts alone; "
-        "`pars-fast simulate --engine faithful` runs it"
-    )
 
     def key(self, expected_tokens: float, request: QueuedRequest | None = None) -> float:
         made = 0 if request is None else request.num_output_tokens

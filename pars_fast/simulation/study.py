@@ -54,7 +54,7 @@ _T = 2.365
 # Those that share the engine among applications have a study of their own (`docs/fairness.md`).
 COMPARED = [name for name, policy in POLICIES.items()
             if name != "priority" and not issubclass(policy, SharingPolicy)]
-_POLICY_LOADS = (0.8, 1.0, 1.2)
+_POLICY_LOADS = (0.7, 1.0, 1.2)
 _POLICY_COLUMNS = ("p99_latency_per_token_s", "mean_ttft_s", "p99_ttft_s", "mean_tpot_s", "p99_tpot_s",
                    "preemptions", "recomputed_tokens", "prefix_hit_tokens")
 _CLAIMING = ("fcfs", "pars", "ltr", "elis", "alise", "pars_fast")
@@ -246,9 +246,14 @@ def _agreement(study: Study) -> list[_Row]:
     return rows
 
 
+def _with_ltr_unguarded(policies: Sequence[str], loads: Sequence[float]) -> list[Case]:
+    """Every policy under its own guard; LTR without it, too, since its paper has both."""
+    return grid(policies, None, loads, taus=[TAU]) + grid(["ltr"], [NoGuard()], loads, taus=[TAU])
+
+
 def _policies(study: Study) -> list[_Row]:
-    """Every policy under its own guard, in the faithful simulator, all with the same noisy scores."""
-    cases = grid(COMPARED, None, _POLICY_LOADS, taus=[TAU])
+    """Every policy in the faithful simulator, all with the same noisy scores."""
+    cases = _with_ltr_unguarded(COMPARED, _POLICY_LOADS)
     rows: list[_Row] = []
     for path in study.traces:
         rows += _run(study, {0: _read(path, study.requests)}, cases, simulator="faithful")
@@ -260,7 +265,7 @@ def _policies(study: Study) -> list[_Row]:
 def _latency_load(study: Study) -> list[_Row]:
     """Mean latency against load on one trace, for what papers say of throughput and of light loads."""
     path = next((path for path in study.traces if "conv" in path.name), study.traces[0])
-    cases = grid(_CLAIMING, None, _CLAIM_LOADS, taus=[TAU])
+    cases = _with_ltr_unguarded(_CLAIMING, _CLAIM_LOADS)
     rows = _run(study, {0: _read(path, study.requests)}, cases, simulator="faithful")
     return [_short(row, "load", "policy", "guard") | {name: row[name] for name in _POLICY_COLUMNS}
             for row in rows]

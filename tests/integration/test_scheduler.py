@@ -4,6 +4,7 @@ How a step is driven follows vLLM's own tests/v1/core: `schedule`, a made-up tok
 prompt is done, `update_from_output`.
 """
 
+import itertools
 import logging
 import math
 import random
@@ -180,22 +181,78 @@ def test_what_remains_counts_and_equal_ones_stay(
 def test_under_ltr_a_long_request_gets_a_quantum(
     scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
 ) -> None:
-    """Short ones never cease; without the guard the long one would come last."""
-    use_policy("ltr", PARS_TRUST_CALLER="1", PARS_GUARD="idle_quantum:idle_steps=20,quantum_steps=4")
-    engine = make_engine(scheduler_cls, max_num_seqs=1)
-    engine.add([make_request("long", max_tokens=12, pars_score=500)])
-    for number in range(30):
-        engine.add([make_request(f"short{number}", max_tokens=8, pars_score=8)])
-    engine.run()
-    ran = [next(iter(step), "") for step in engine.steps]
-    first = ran.index("long", 21)
-    assert ran[first : first + 4] == ["long"] * 4
-    assert len({name for name in ran[first + 4 :] if name.startswith("short")}) > 5
-    assert len(engine.tokens["long"]) == 12
+    """Short ones never cease; without the guard the long one runs when all of them are done."""
+    prompts = 300  # computed in two steps, which do not count
+
+    def runs_of_long(guard: str) -> tuple[list[int], list[str]]:
+        use_policy("ltr", PARS_TRUST_CALLER="1", PARS_GUARD=guard)
+        engine = make_engine(scheduler_cls, max_num_seqs=1)
+        engine.add([make_request("long", num_prompt_tokens=prompts, max_tokens=12, pars_score=500)])
+        for number in range(30):
+            engine.add([make_request(f"short{number}", max_tokens=5, pars_score=5)])
+            for _ in range(5):
+                engine.step()
+        engine.run()
+        assert len(engine.tokens["long"]) == 12
+        ran = [next(iter(step), "") for step in engine.steps]
+        runs = [len(list(same)) for name, same in itertools.groupby(ran) if name == "long"]
+        return runs, ran[: ran.index("long")]
+
+    runs, before = runs_of_long("idle_quantum:idle_steps=20,quantum_steps=4")
+    assert len(before) >= 20
+    assert runs == [5, 5, 5]  # what has to be computed in two steps, the second with a token, and three more
+    runs, before = runs_of_long("none")
+    assert len(runs) == 1
+    assert len({name for name in before if name}) == 30
+
+
+@pytest.mark.parametrize("where", ["ahead", "rank", "preempt"])
+@both_schedulers
+def test_a_fault_while_preempting_is_said_once_and_loses_nobody(
+    scheduler_cls: type,
+    where: str,
+    make_engine: Any,
+    make_request: MakeRequest,
+    use_policy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the middle of looking who waits, at a key of one that runs, or before vLLM has let anybody go."""
+    use_policy("srpt")
+    engine = make_engine(scheduler_cls, max_num_seqs=3)
+    scheduler = engine.scheduler
+    engine.add([make_request(f"long{i}", max_tokens=40 + i) for i in range(3)])
+    for _ in range(4):
+        engine.step()
+    calls = itertools.count()
+
+    def fails(*arguments: Any, **more: Any) -> Any:
+        if next(calls) >= 1:
+            raise RuntimeError("a fault")
+        return real(*arguments, **more)
+
+    target, name = {
+        "ahead": (scheduler.waiting.index, "put_back"),
+        "rank": (scheduler.waiting.index, "key_now"),
+        "preempt": (scheduler, "_preempt_request"),
+    }[where]
+    real = getattr(target, name)
+    monkeypatch.setattr(target, name, fails)
+    engine.add([make_request(f"short{i}", max_tokens=3) for i in range(6)])
+    with caplog.at_level(logging.ERROR, logger="vllm.pars_fast"):
+        engine.step()
+        monkeypatch.undo()
+        engine.run()
+    assert next(calls) >= 2
+    assert caplog.text.count("ranking is switched off") == 1
+    assert scheduler._counters.values["pars_fallback_error"] == 1
+    wanted = {f"long{i}": 40 + i for i in range(3)} | {f"short{i}": 3 for i in range(6)}
+    assert {name: len(tokens) for name, tokens in engine.tokens.items()} == wanted
+    assert engine.admitted[3:] == [f"short{i}" for i in range(6)]
 
 
 @both_schedulers
-@pytest.mark.parametrize("policy", ["srpt", "ltr", "alise"])
+@pytest.mark.parametrize("policy", ["srpt", "ltr", "elis", "alise"])
 @pytest.mark.parametrize("seed", range(3))
 def test_preempting_policies_lose_nothing(
     scheduler_cls: type, policy: str, seed: int, make_engine: Any, make_request: MakeRequest, use_policy: Any

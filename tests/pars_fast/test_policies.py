@@ -67,7 +67,7 @@ def test_no_policy_peeks_at_the_length(policy: str, changed: str) -> None:
 @pytest.mark.parametrize("policy", HONEST)
 def test_a_key_at_arrival_reads_no_more_than_the_prompt(policy: str) -> None:
     """Stronger than any field by name: the key is the same for an object without any other."""
-    prompt = SimpleNamespace(request_id="a", num_prompt_tokens=7)
+    prompt = SimpleNamespace(request_id="a", num_prompt_tokens=7, priority=0)
     once, again = (POLICIES[policy]().key_on_arrival(prompt) for _ in range(2))  # type: ignore[arg-type]
     assert once == again
 

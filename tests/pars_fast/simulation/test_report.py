@@ -24,7 +24,8 @@ def row(policy: str, guard: str = "none", load: float = 1.2, **changes: Any) -> 
         "mean_latency_per_token_s": 0.1 * (1 - loose), "mean_ttft_s": 4.0,
         "mean_e2e_s": 9 * (1 - 0.5 * loose),
         "p99_e2e_s": 20 * (1 + loose), "max_wait_s": 15 * (1 + 2 * loose), "throughput_tok_s": 880.0,
-        "preemptions": 0, "recomputed_tokens": None, "prefix_hit_tokens": None, "gain_captured": loose / 0.8, "gain_captured_e2e": loose,
+        "preemptions": 0, "recomputed_tokens": None, "prefix_hit_tokens": None,
+        "gain_captured": loose / 0.8, "gain_captured_e2e": loose,
     }
     return {**made, **changes}
 
