@@ -134,7 +134,7 @@ class RankingLoop:
             for e in entries
             if e.payload.prompt_token_ids and e.seq not in self._in_flight
         ]
-        if self._runtime.submit(prompts):
+        if prompts and self._runtime.submit(prompts):
             now = self._clock()
             if not self._in_flight:
                 self._heard_at = now

@@ -33,7 +33,8 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
     add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
     add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
-    add("--policies", default="all", help="by comma, or all (%(default)s)")
+    policies = "by comma, or all that the engine has and the scores allow (%(default)s)"
+    add("--policies", default="all", help=policies)
     guards = "own, all, frontier, or by comma, as in none,passing_limit:beta=1 (%(default)s)"
     add("--guards", default="own", help=guards)
     add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")

@@ -43,10 +43,6 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: `{"runs": [one row per case], ...}` and what is needed to remake it.
     Raises: ParsFastError: says which option cannot be.
     """
-    known = list(POLICIES)
-    if arguments.policies == "all" and arguments.engine == "fast":
-        known = FAST_POLICIES
-    policies = _chosen("policy", arguments.policies, known)
     routers = _chosen("router", arguments.router, list(ROUTERS))
     guards = parse_guards(arguments.guards)
     step_time, engine = load_profile(arguments.profile)
@@ -54,8 +50,13 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
                                 if hasattr(arguments, field.name)})
     workloads = {seed: make_workload(arguments, seed) for seed in arguments.seed}
     first = workloads[arguments.seed[0]]
+    has_scores = arguments.tau is not None or not np.isnan(first.expected_tokens).all()
+    if arguments.policies == "all":
+        policies = allowed_policies(arguments.engine, has_scores=has_scores)
+    else:
+        policies = _chosen("policy", arguments.policies, list(POLICIES))
     ranked = [policy for policy in policies if POLICIES[policy].uses_ranker]
-    if ranked and arguments.tau is None and np.isnan(first.expected_tokens).all():
+    if ranked and not has_scores:
         raise ParsFastError(f"{first.name} has no scores for {', '.join(ranked)}: give --tau for noisy ones, "
                             "or prompts by --lengths for a ranker")
     cases = grid(policies, guards, arguments.load, seeds=arguments.seed, taus=arguments.tau or [None],
@@ -84,6 +85,13 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
         "version": __version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def allowed_policies(engine: str, *, has_scores: bool) -> list[str]:
+    """All policies that a simulator has and a trace allows: none has priorities, some have scores."""
+    return [name for name, policy in POLICIES.items()
+            if name != "priority" and (has_scores or not policy.uses_ranker)
+            and (engine == "faithful" or name in FAST_POLICIES)]
 
 
 def make_workload(arguments: argparse.Namespace, seed: int) -> Workload:

@@ -28,6 +28,7 @@ _PARETO = (  # title, column across, column up
     ("Per token", "p99_latency_per_token_s", "mean_latency_per_token_s"),
 )
 _POLICIES_TO_COMPARE = 4
+_POLICY_STYLES = {"fcfs": "fcfs", "pars_fast": "pars_fast", "oracle": "oracle", "srpt": "oracle"}
 _CURVES = (  # column, title, what the horizontal axis says, whether larger is better
     ("tau", "Quality of the ranking", "Kendall's tau of the scores"),
     ("ranker_delay_s", "Delay of the ranker", "seconds from prompt to score"),
@@ -159,7 +160,8 @@ def _lead(rows: Sequence[_Row]) -> str:
 
 
 def _pareto_section(rows: Sequence[_Row]) -> Markup:
-    """Every policy under its own guard; those that no other beats in both are ringed."""
+    """Every policy under its own guard; of those that cannot know lengths, the ones that none beats in both
+    are ringed."""
     tau = _best_tau(rows)
     own = [row for row in _one(rows) if row["tau"] in (None, tau)
            and row["guard"] == guard_text(POLICIES[row["policy"]].default_guard)]
@@ -170,17 +172,18 @@ def _pareto_section(rows: Sequence[_Row]) -> Markup:
         for title, across, up in _PARETO:
             points = {row["policy"]: (x, y) for row in own if row["load"] == load
                       and (x := _ratio(rows, row, across)) and (y := _ratio(rows, row, up))}
-            best = [point for point in points.values() if not any(
-                other != point and other[0] <= point[0] and other[1] <= point[1]
-                for other in points.values())]
+            honest = [point for policy, point in points.items() if not POLICIES[policy].knows_lengths]
+            best = [point for point in honest if not any(
+                other != point and other[0] <= point[0] and other[1] <= point[1] for other in honest)]
             chart = line_chart(f"pareto-{across}-{load:g}", f"{title}, load {load:g}",
                                {policy: [point] for policy, point in points.items()},
                                "p99, times arrival order's", "mean, times arrival order's",
-                               lambda tick: f"{tick:g}", log=True, include=(1.0, 1.0), ringed=best)
+                               lambda tick: f"{tick:g}", log=True, include=(1.0, 1.0), ringed=best,
+                               styles=_POLICY_STYLES)
             figures.append(figure(f"{title} \u00b7 load {load:g}", chart))
     lead = ("Each point is one policy under its own guard; 1 is arrival order. Lower is faster on average, "
             "further left is kinder to those who wait longest. No policy is better in both than one that is "
-            "ringed.")
+            "ringed; the two that know the lengths are left out of that.")
     return section("pareto", "Policies: mean against p99", lead, *figures)
 
 

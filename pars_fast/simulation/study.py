@@ -54,11 +54,11 @@ _T = 2.365
 # Those that share the engine among applications have a study of their own (`docs/fairness.md`).
 COMPARED = [name for name, policy in POLICIES.items()
             if name != "priority" and not issubclass(policy, SharingPolicy)]
-_POLICY_LOADS = (0.7, 1.0, 1.2)
+_POLICY_LOADS = (0.8, 1.0, 1.2)
 _POLICY_COLUMNS = ("p99_latency_per_token_s", "mean_ttft_s", "p99_ttft_s", "mean_tpot_s", "p99_tpot_s",
                    "preemptions", "recomputed_tokens", "prefix_hit_tokens")
 _CLAIMING = ("fcfs", "pars", "ltr", "elis", "alise", "pars_fast")
-_CLAIM_LOADS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6)
+_CLAIM_LOADS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.6)
 
 _Row = dict[str, Any]
 
