@@ -7,6 +7,7 @@ The order may fail, the queue may not: whatever a policy, a guard or the index r
 plain arrival order with every request that waits.
 """
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -106,8 +107,13 @@ class RankedRequestQueue(RequestQueue):
         if entry is None:  # never waited here, so it comes last among its equals
             self.add_request(request)
             return
-        entry.lane = 0 if request.status == RequestStatus.PREEMPTED else 1
+        entry.lane = 1
         try:
+            if request.status == RequestStatus.PREEMPTED:
+                if self.index.policy.preempts:  # then it has a place among the others, by what remains
+                    self.index.set_key_now(entry)
+                else:
+                    entry.lane = 0
             self.index.put_back(entry)
         except Exception as error:
             self._put_in_spite_of(error, entry)
@@ -157,6 +163,17 @@ class RankedRequestQueue(RequestQueue):
         """Nobody scores or learns any more, and there is no device: keep nothing for them."""
         self.arrivals = deque(maxlen=0)
         self._keep = False
+
+    @contextlib.contextmanager
+    def looking_ahead(self) -> Iterator[Iterator[tuple[Entry, bool]]]:
+        """`HostIndex.look_ahead`. Whatever is raised meanwhile goes on, and nobody has left the queue."""
+        assert isinstance(self.index, HostIndex)
+        try:
+            with contextlib.closing(self.index.look_ahead()) as ahead:
+                yield ahead
+        except Exception as error:
+            self._fall_back(error)
+            raise
 
     def finish(self, request_id: str) -> Entry | None:
         """Forget a finished or aborted request; its charge is corrected to the tokens it really made."""

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pars_fast.host_index import Entry
 from pars_fast.integration.calibration import LiveCalibration
@@ -125,6 +125,22 @@ class RankingLoop:
             if reason := self._runtime.failure():  # it ended while it had nothing to do
                 self._fail(reason)
 
+    def predict_again(self, entries: Sequence[Entry]) -> None:
+        """Have running requests scored anew, from prompt and answer so far."""
+        if not entries or not self._ready:
+            return
+        prompts = [
+            (e.seq, [*e.payload.prompt_token_ids[:MAX_PROMPT_IDS], *e.payload.output_token_ids])
+            for e in entries
+            if e.payload.prompt_token_ids and e.seq not in self._in_flight
+        ]
+        if prompts and self._runtime.submit(prompts):
+            now = self._clock()
+            if not self._in_flight:
+                self._heard_at = now
+            handed_over = {seq for seq, _ in prompts}
+            self._in_flight |= {e.seq: (e, now) for e in entries if e.seq in handed_over}
+
     def close(self) -> None:
         self._runtime.close()
 
@@ -161,7 +177,8 @@ class RankingLoop:
                 self._known.add(seq)
                 if self._queue.entries.get(entry.payload.request_id) is not entry:  # finished meanwhile
                     self._queue.finished.append(seq)
-                self._learning.scored(entry, expected_tokens)
+                if entry.expected_tokens is None:  # what is learnt is of first predictions
+                    self._learning.scored(entry, expected_tokens)
                 self._queue.set_expected_tokens(entry, self._calibration.in_tokens(expected_tokens))
                 self._counters["pars_scored"] += 1
                 self._score_latency.observe(self._heard_at - handed_over_at)

@@ -6,7 +6,23 @@ from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.recorder import Decode, Recorder
 from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, Scorer, ThreadRuntime
 from pars_fast.packaged import serving_ranker
+from pars_fast.policies import Policy, needs_distribution, with_lengths
 from pars_fast.settings import Settings
+
+
+def make_policy(settings: Settings, vllm_config: Any) -> Policy:
+    """The policy of one engine; one that orders by a distribution gets its ranker's.
+
+    Raises: CheckpointError: if that ranker has none.
+    """
+    if not needs_distribution(settings.policy):
+        return settings.make_policy()
+    from pars_fast.ranker import read_length_distribution
+
+    device = "cuda" if _ranks_on_gpu(settings, vllm_config) else "cpu"
+    return with_lengths(
+        settings.policy, read_length_distribution(serving_ranker(settings.ranker, device))
+    )
 
 
 def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
@@ -15,8 +31,8 @@ def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
     With tensor or pipeline parallelism EngineCore shares no CUDA context with its workers, and a second
     one would cost memory on the same GPU, so the ranker goes to the CPU.
     """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if settings.device == "cuda" or (settings.device == "auto" and _owns_a_gpu(parallel)):
+    model = vllm_config.model_config
+    if _ranks_on_gpu(settings, vllm_config):
         from pars_fast.integration.gpu_scoring import make_gpu_scorer
 
         def load() -> Scorer:
@@ -44,6 +60,12 @@ def make_recorder(settings: Settings, vllm_config: Any, counters: CounterFile) -
     name = model.served_model_name
     column = str(name[0] if isinstance(name, list) else name or model.model)
     return Recorder(settings.record, settings.record_prompts, column, counters, load_decode)
+
+
+def _ranks_on_gpu(settings: Settings, vllm_config: Any) -> bool:
+    if settings.device == "auto":
+        return _owns_a_gpu(vllm_config.parallel_config)
+    return settings.device == "cuda"
 
 
 def _owns_a_gpu(parallel_config: Any) -> bool:

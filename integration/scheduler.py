@@ -24,10 +24,11 @@ from pars_fast.integration.calibration import LiveCalibration
 from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.overhead import OverheadMedian
+from pars_fast.integration.preemption import Preemption
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import RankingLoop
 from pars_fast.integration.runtime import RankerRuntime
-from pars_fast.integration.runtime_choice import make_recorder, make_runtime
+from pars_fast.integration.runtime_choice import make_policy, make_recorder, make_runtime
 from pars_fast.integration.shadow import ShadowReport
 from pars_fast.integration.status_line import StatusLine
 from pars_fast.policies import Policy
@@ -85,6 +86,7 @@ class RankingMixin:
             self._recorder,
             background,
         )
+        self._preemption = Preemption(self, self.waiting) if policy.preempts else None
         self._ranking_loop: RankingLoop | None = None
         if policy.uses_ranker:
             self._ranking_loop = RankingLoop(
@@ -107,7 +109,7 @@ class RankingMixin:
         return Settings.from_environ()
 
     def _make_policy(self, settings: Settings) -> Policy:
-        return settings.make_policy()
+        return make_policy(settings, self.vllm_config)  # type: ignore[attr-defined]
 
     def _make_runtime(self, settings: Settings) -> RankerRuntime:
         return make_runtime(settings, self.vllm_config)  # type: ignore[attr-defined]
@@ -179,6 +181,22 @@ class RankingMixin:
         self._learning.hand_over(queue.step_s)
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
+        if self._preemption is not None:
+            self._predict_again()
+            self._preemption.before_step()
+
+    def _predict_again(self) -> None:
+        """Hand over those that have made enough tokens since their last prediction."""
+        every = self.waiting.index.policy.repredict_tokens
+        if every is None or self._ranking_loop is None:
+            return
+        due = []
+        for request in self.running:  # type: ignore[attr-defined]
+            entry = self.waiting.entries.get(request.request_id)
+            if entry is not None and request.num_output_tokens // every > entry.predictions:
+                entry.predictions = request.num_output_tokens // every
+                due.append(entry)
+        self._ranking_loop.predict_again(due)
 
     def _after_step(self) -> None:
         # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.

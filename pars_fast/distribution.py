@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import isotonic_regression
 
+from pars_fast.calibration import TokenMap
 from pars_fast.data import CONSENSUS, LengthFile, Split
 from pars_fast.errors import CheckpointError, DataError
 from pars_fast.text import normalised
@@ -57,6 +58,11 @@ class LengthDistribution:
         """Scores of any shape -> (mu, sigma), float64, same shape."""
         given = np.asarray(scores, dtype=np.float64)
         return np.interp(given, self.scores, self.mu), np.interp(given, self.scores, self.sigma)
+
+    def by_tokens(self, token_map: TokenMap) -> "LengthDistribution":
+        """The same, with the log of expected tokens in place of the score that gives them."""
+        tokens = np.log(np.maximum(token_map(self.scores), 1.0))
+        return LengthDistribution(tuple(tokens.tolist()), self.mu, self.sigma, self.dof)
 
     def quantile(self, scores: ArrayLike, probability: float) -> Floats:
         """Output tokens that an answer stays under with this probability."""

@@ -12,7 +12,7 @@ import functools
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +60,7 @@ class Entry:
     `expected_tokens` and `key` are None until a score comes. `charged_to` is the class that knows of its
     admission, None while it has not been admitted, and `charged_tokens` what that cost the requests it
     passed, if the guard counts tokens. Stamps are monotonic seconds. `waiting` is the queue's to write.
+    `predictions` counts those that were made anew while it ran.
     """
 
     seq: int
@@ -73,6 +74,7 @@ class Entry:
     admitted_s: float = 0.0
     charged_tokens: float = 0.0
     charged_to: "_PriorityClass | None" = None
+    predictions: int = 0
     waiting: bool = False
 
 
@@ -232,7 +234,8 @@ class HostIndex:
         Each entry is checked before use; when it is used up, the host's own order decides.
         """
         self._settle()
-        self._hint = np.array(seqs, np.int64)
+        by_length = type(self.policy).key is Policy.key  # as on the device
+        self._hint = np.array(seqs, np.int64) if by_length else _NO_HINT
         for group in self._classes.values():
             new_hint(group.tree)
 
@@ -246,6 +249,45 @@ class HostIndex:
         group = self._classes[entry.priority]
         group.do_what_was_noted()
         return slack_of(*group.tree, entry.seq)
+
+    @property
+    def step(self) -> int:
+        """Number of the scheduling step."""
+        return self._now.step
+
+    def key_now(self, entry: Entry) -> float:
+        """The key as of now, of a request that runs: it may have fallen with the tokens that were made."""
+        if self.policy.uses_ranker:
+            return self.policy.key(self.expected(entry), entry.payload)
+        key = self.policy.key_on_arrival(entry.payload)
+        assert key is not None
+        return key
+
+    def set_key_now(self, entry: Entry) -> None:
+        """Before a request that ran is put back, of a policy that preempts; without a score it has no key."""
+        if entry.key is not None:
+            entry.key = self.key_now(entry)
+
+    def look_ahead(self) -> Generator[tuple[Entry, bool], None, None]:
+        """Who would run next, one after another, and whether the guard put it there.
+
+        To be closed before anything else is done: then all wait as before.
+        """
+        counted = self.promotions, self.overtakes
+        taken: list[Entry] = []
+        try:
+            while len(self):
+                entry, made = self.head(), self._plans[-1]
+                yield entry, bool(made.flags[-len(self.planned)] & PROMOTED)
+                taken.append(self.pop())
+        finally:
+            for entry in taken:
+                entry.waiting = True  # of all, before anything can fail
+            for entry in taken:
+                self.put_back(entry)
+            self._settle()
+            self._plans.clear()
+            self.promotions, self.overtakes = counted
 
     def head(self) -> Entry:
         """Who runs next. Raises: IndexError: if nothing waits."""
@@ -287,7 +329,7 @@ class HostIndex:
         self._median.add(tokens)
         self._now.typical_tokens = self._median.value
         if self.policy.uses_ranker:  # else the key is known from the start
-            entry.key = self.policy.key(tokens)
+            entry.key = self.policy.key(tokens, entry.payload)
 
     def _class_of(self, priority: int) -> "_PriorityClass":
         group = self._classes.get(priority)

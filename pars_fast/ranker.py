@@ -247,6 +247,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
+def read_length_distribution(path: str | Path) -> LengthDistribution:
+    """The distribution of a ranker's lengths by log expected tokens, without loading its weights.
+
+    Raises: CheckpointError: if there is no ranker, or it has no distribution or no token map.
+    """
+    directory = checkpoint_directory(path)
+    section = read_config(directory).get("pars_fast")
+    section = section if isinstance(section, dict) else {}
+    token_map = _knots(directory, section, "token_map", TokenMap)
+    distribution = _knots(directory, section, "distribution", LengthDistribution)
+    if token_map is None or distribution is None:
+        raise CheckpointError(
+            f"{directory}: no distribution of lengths there, which this policy orders by; fit one with "
+            "`pars-fast calibrate`"
+        )
+    return distribution.by_tokens(token_map)
+
+
 def _build(directory: Path, settings: dict[str, Any], pooling: Pooling) -> tuple[ScoreModel, BertConfig]:
     given = {**SUPPORTED, "model_type": None, **settings}
     for key, wanted in SUPPORTED.items():

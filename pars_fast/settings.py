@@ -79,8 +79,10 @@ class Settings:
         enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
         ranker: PARS_RANKER. Ranker directory, or `default` or `small`, which are in the package; `auto`
             (default) is `default` on a GPU and `small` on a CPU.
-        policy: PARS_POLICY. `pars_fast` (default), `pars`, `prompt_length`, `fcfs`, `justitia` or `vtc`
-            (share the engine among applications), or `oracle` (reads `max_tokens`; for replays).
+        policy: PARS_POLICY. `pars_fast` (default), `pars`, `relative_ageing`, `uniboost`, `tie`, `gittins`,
+            `cost_aware`, `prompt_length`, `priority`, `fcfs`; `ltr`, `elis` and `alise`, which preempt
+            running requests; `justitia` or `vtc`, which share the engine; `oracle` and `srpt`,
+            which read `max_tokens`, for replays (`docs/policies.md`).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
             `idle_quantum`, `relative_ageing`, `uniboost`, `overtaking_budget` or `passing_limit`, each with
@@ -152,6 +154,8 @@ class Settings:
             raise SettingsError(f"{both[0]} is a setting of the default guard, and PARS_GUARD names one: "
                                 "give it there, as in passing_limit:beta=0.5,floor_requests=0")
         settings = cls(**values)
+        if reason := POLICIES[settings.policy].not_live:
+            raise SettingsError(f"PARS_POLICY={settings.policy} is not for a live engine: {reason}")
         if settings.ranker not in (AUTO, *PACKAGED) and not Path(settings.ranker).is_dir():
             names = ", ".join((AUTO, *PACKAGED))
             raise SettingsError(

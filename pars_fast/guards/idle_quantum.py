@@ -2,7 +2,8 @@
 
 Source: LTR (arXiv 2408.15792) and its scheduler: a request that did not run in `idle_steps` iterations is
 promoted, the promoted are served by score, and a promotion ends when the request has run for a quantum.
-Chosen here, since in vLLM a request that runs is not in the queue: the quantum is counted in waiting steps.
+Chosen here, since in vLLM a request that runs is not in the queue: the quantum is counted in waiting steps,
+and under a policy that preempts in running ones as well (`integration/preemption.py`).
 A request promoted for `quantum_steps` steps and not admitted counts its idle steps anew; a long quantum
 keeps it promoted until it is admitted, as LTR does.
 """

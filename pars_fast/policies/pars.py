@@ -1,14 +1,11 @@
 """Shortest expected answer first, bounded by a fixed waiting time: PARS as its paper has it."""
 
 from pars_fast.guards import FixedThreshold
-from pars_fast.policies.base import Policy, QueuedRequest
+from pars_fast.policies.ranked import Ranked
 
 
-class Pars(Policy):
+class Pars(Ranked):
     """Key: the ranker's expected output tokens. Source: PARS (arXiv 2510.03243)."""
 
-    uses_ranker = True
+    predictor = "head_margin"
     default_guard = FixedThreshold()
-
-    def key_on_arrival(self, request: QueuedRequest) -> None:
-        return None

@@ -12,6 +12,7 @@ STYLES = {  # one colour for each guard, router and measure on all pages
 }
 _OTHER = "other0"
 _WIDTH, _HEIGHT, _NAMES = 500, 290.0, 132.0  # of one chart; room for the names of its lines
+_NAME_HEIGHT = 17
 
 
 def section(name: str, title: str, lead: str, *figures: Markup) -> Markup:
@@ -34,7 +35,8 @@ def line_chart(name: str, title: str, lines: Mapping[str, Sequence[Point]], x_ti
     """
     xs, ys = ([point[k] for points in lines.values() for point in points]
               + [value for value in (include[k],) if value is not None] for k in (0, 1))
-    right, bottom, top, left = _WIDTH - _NAMES, _HEIGHT - 46, 26.0, 46.0
+    height = max(_HEIGHT, 72 + _NAME_HEIGHT * len(lines))  # room for all names
+    right, bottom, top, left = _WIDTH - _NAMES, height - 46, 26.0, 46.0
     x, y = _axis(xs, left, right, log), _axis(ys, bottom, top, log)
     desc = "; ".join(f"{label}: " + ", ".join(f"({number(a)}, {y_label(b)})" for a, b in points)
                      for label, points in lines.items())
@@ -45,10 +47,10 @@ def line_chart(name: str, title: str, lines: Mapping[str, Sequence[Point]], x_ti
         drawn.append(tag("line", x1=x(include[0]), x2=x(include[0]), y1=top, y2=bottom, class_="diagonal"))
     if include[1] is not None:
         drawn.append(tag("line", x1=left, x2=right, y1=y(include[1]), y2=y(include[1]), class_="diagonal"))
-    chart = svg(name, "chart", _WIDTH, _HEIGHT, title, desc,
+    chart = svg(name, "chart", _WIDTH, height, title, desc,
                 x_axis(x, top, bottom, x.ticks(5), lambda tick: f"{tick:g}"),
                 y_axis(y, left, right, y.ticks(5), y_label),
-                text(0, 12, y_title), text(right, _HEIGHT - 6, x_title, text_anchor="end"),
+                text(0, 12, y_title), text(right, height - 6, x_title, text_anchor="end"),
                 *drawn, *_names(lines, styles, x, y, right, top, bottom))
     return tag("div", chart, data_scope="")
 
@@ -73,9 +75,11 @@ def _names(lines: Mapping[str, Sequence[Point]], styles: Mapping[str, str], x: A
     ends = sorted((y(points[-1][1]), x(points[-1][0]), label) for label, points in lines.items())
     heights: list[float] = []
     for place, (height, _, _) in enumerate(ends):
-        heights.append(max(height, heights[-1] + 17 if place else top))
-    over = max(0.0, heights[-1] - bottom)
-    heights = [height - over for height in heights]
+        heights.append(max(height, heights[-1] + _NAME_HEIGHT if place else top))
+    lowest = bottom
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], lowest)
+        lowest = heights[place] - _NAME_HEIGHT
     parts = []
     for (height, end, label), at in zip(ends, heights, strict=True):
         style = styles.get(label, _OTHER)

@@ -9,6 +9,8 @@ from typing import Any
 from pars_fast.errors import ParsFastError, make_writable, require_extra
 from pars_fast.output import wide_console, write_json
 
+_TABLES = ("frontier", "robustness", "no_harm", "fleet", "agreement", "policies", "latency_load")
+
 
 def _numbers(text: str) -> list[float]:
     return [float(item) for item in text.split(",")]
@@ -20,17 +22,19 @@ def _whole_numbers(text: str) -> list[int]:
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    one_of = source.add_argument
-    one_of("--trace", type=Path, metavar="F", help="arrival_s,prompt_tokens,output_tokens[,score][,app]")
-    one_of("--lengths", type=Path, metavar="F", help="length file: real prompts, which a ranker scores")
+    trace = "arrival_s,prompt_tokens,output_tokens[,score][,app]; with --lengths only its times"
+    add("--trace", "--arrivals", type=Path, metavar="F", help=trace)
+    lengths = "length file: real prompts, which a ranker scores, at Poisson times or those of --trace"
+    add("--lengths", type=Path, metavar="F", help=lengths)
     add("--model-column", help="--lengths: whose answers (the first column)")
     add("--ranker", default="default", help="--lengths: ranker directory, or none (%(default)s)")
-    add("--arrivals", type=Path, metavar="TRACE", help="--lengths: arrive at its times; else Poisson")
+    predictors = "--lengths: folder of `baseline`, whose predictors score for the policies they came with"
+    add("--predictors", type=Path, metavar="DIR", help=predictors)
     add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
     add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
     add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
-    add("--policies", default="all", help="by comma, or all (%(default)s)")
+    policies = "by comma, or all that the engine has and the scores allow (%(default)s)"
+    add("--policies", default="all", help=policies)
     guards = "own, all, frontier, or by comma, as in none,passing_limit:beta=1 (%(default)s)"
     add("--guards", default="own", help=guards)
     add("--load", type=_numbers, default=[0.7, 1.0, 1.2], help="offered over closed-loop tokens/s")
@@ -51,6 +55,8 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
+    if arguments.trace is None and arguments.lengths is None:
+        raise ParsFastError("give --trace, or prompts by --lengths, or both")
     require_extra("numba", "simulate")
     if arguments.engine == "faithful":
         require_extra("vllm", "vllm")
@@ -69,8 +75,8 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    tables = "frontier, robustness, no_harm, fleet or agreement; or page: draw those of --out"
-    add("table", choices=["frontier", "robustness", "no_harm", "fleet", "agreement", "page"], help=tables)
+    tables = f"{', '.join(_TABLES)}; or page: draw those of --out"
+    add("table", choices=[*_TABLES, "page"], help=tables)
     add("--traces", type=Path, metavar="DIR", help="trace_*.csv[.gz]: arrival_s,prompt_tokens,output_tokens")
     add("--out", type=Path, required=True, metavar="DIR", help="its CSV; rows as they come beside it")
     add("--requests", type=int, default=argparse.SUPPRESS, metavar="N", help="only the first N of a trace")

@@ -15,7 +15,9 @@ class Served:
     """What became of N requests; times are (N,) float64 seconds, NaN for a refused request.
 
     `refused` counts requests that no empty engine could hold: prompt and answer beyond the KV cache or the
-    model's longest sequence. `preemptions` and `steps` are of all engines.
+    model's longest sequence. `preemptions` and `steps` are of all engines. `recomputed_tokens` were computed
+    before, and lost by a preemption; `prefix_hit_tokens` were found in the prefix cache by a request that
+    began or resumed; None where they were not counted.
     """
 
     first_scheduled_s: NDArray[np.float64]
@@ -24,6 +26,8 @@ class Served:
     preemptions: int
     steps: int
     refused: int
+    recomputed_tokens: int | None = None
+    prefix_hit_tokens: int | None = None
 
 
 def columns(workload: Workload, served: Served) -> dict[str, Any]:
@@ -51,6 +55,8 @@ def columns(workload: Workload, served: Served) -> dict[str, Any]:
         "throughput_tok_s": throughput_until(first, finished, tokens, last_arrival),
         "makespan_s": _rounded(finished.max()) if len(finished) else None,
         "preemptions": served.preemptions,
+        "recomputed_tokens": served.recomputed_tokens,
+        "prefix_hit_tokens": served.prefix_hit_tokens,
         "steps": served.steps,
     }
 

@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -12,9 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pars_fast import __version__
-from pars_fast.data import read_length_file
+from pars_fast.calibration import TokenMap
+from pars_fast.data import LengthFile, read_length_file
+from pars_fast.distribution import LengthDistribution
 from pars_fast.errors import ParsFastError
-from pars_fast.policies import POLICIES
+from pars_fast.policies import POLICIES, needs_distribution
+from pars_fast.simulation.arrays import Floats
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fleet import FAST_POLICIES, ROUTERS
 from pars_fast.simulation.step_time import load_profile
@@ -28,6 +31,9 @@ from pars_fast.simulation.workload import (
     with_burst,
 )
 
+if TYPE_CHECKING:
+    from pars_fast.baselines import Predictor
+
 _DEFAULT_PROMPTS = 2000
 
 
@@ -37,10 +43,6 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: `{"runs": [one row per case], ...}` and what is needed to remake it.
     Raises: ParsFastError: says which option cannot be.
     """
-    known = list(POLICIES)
-    if arguments.policies == "all" and arguments.engine == "fast":
-        known = FAST_POLICIES
-    policies = _chosen("policy", arguments.policies, known)
     routers = _chosen("router", arguments.router, list(ROUTERS))
     guards = parse_guards(arguments.guards)
     step_time, engine = load_profile(arguments.profile)
@@ -48,14 +50,20 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
                                 if hasattr(arguments, field.name)})
     workloads = {seed: make_workload(arguments, seed) for seed in arguments.seed}
     first = workloads[arguments.seed[0]]
+    has_scores = arguments.tau is not None or not np.isnan(first.expected_tokens).all()
+    if arguments.policies == "all":
+        policies = allowed_policies(arguments.engine, has_scores=has_scores)
+    else:
+        policies = _chosen("policy", arguments.policies, list(POLICIES))
     ranked = [policy for policy in policies if POLICIES[policy].uses_ranker]
-    if ranked and arguments.tau is None and np.isnan(first.expected_tokens).all():
+    if ranked and not has_scores:
         raise ParsFastError(f"{first.name} has no scores for {', '.join(ranked)}: give --tau for noisy ones, "
                             "or prompts by --lengths for a ranker")
     cases = grid(policies, guards, arguments.load, seeds=arguments.seed, taus=arguments.tau or [None],
                  delays_s=arguments.ranker_delay, unscored=arguments.unscored, engines=arguments.fleet,
                  routers=routers)
-    setup = make_setup(workloads, engine, step_time, arguments.engine)
+    setup = replace(make_setup(workloads, engine, step_time, arguments.engine),
+                    scores=_own_scores(arguments, policies), lengths=_lengths(arguments, policies))
     kept = arguments.json and arguments.json.with_name(arguments.json.name + ".rows.jsonl")
     bars = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeRemainingColumn())
@@ -79,16 +87,20 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def allowed_policies(engine: str, *, has_scores: bool) -> list[str]:
+    """All policies that a simulator has and a trace allows: none has priorities, some have scores."""
+    return [name for name, policy in POLICIES.items()
+            if name != "priority" and (has_scores or not policy.uses_ranker)
+            and (engine == "faithful" or name in FAST_POLICIES)]
+
+
 def make_workload(arguments: argparse.Namespace, seed: int) -> Workload:
     """The requests before any load is set."""
     if arguments.requests is not None and arguments.requests < 1:
         raise ParsFastError(f"--requests must be at least 1, got {arguments.requests}")
     if arguments.lengths is not None:
         file = read_length_file(arguments.lengths)
-        arrivals = None if arguments.arrivals is None else read_trace(arguments.arrivals)
-        workload = from_lengths(file, arguments.model_column or file.first_model,
-                                arguments.requests or _DEFAULT_PROMPTS, seed=seed,
-                                scorer=_scorer(arguments.ranker), arrivals=arrivals)
+        workload = _drawn(arguments, file, seed, _scorer(arguments.ranker))
     else:
         workload = read_trace(arguments.trace)
         if arguments.requests is not None:
@@ -96,6 +108,50 @@ def make_workload(arguments: argparse.Namespace, seed: int) -> Workload:
         if arguments.poisson:
             workload = poisson(workload, seed=seed)
     return with_burst(workload, arguments.burst, seed=seed) if arguments.burst else workload
+
+
+def _drawn(arguments: argparse.Namespace, file: LengthFile, seed: int,
+           scorer: PromptScorer | None) -> Workload:
+    """Prompts of a length file, at the times of `--trace` if there is one."""
+    arrivals = None if arguments.trace is None else read_trace(arguments.trace)
+    return from_lengths(file, arguments.model_column or file.first_model,
+                        arguments.requests or _DEFAULT_PROMPTS, seed=seed, scorer=scorer, arrivals=arrivals)
+
+
+def _own_scores(arguments: argparse.Namespace, policies: Sequence[str]) -> dict[tuple[int, str], Floats]:
+    """Expected tokens by seed and predictor, of the predictors in `--predictors` that a policy asks for."""
+    if arguments.predictors is None or arguments.tau is not None:
+        return {}
+    if arguments.lengths is None:
+        raise ParsFastError("--predictors needs prompts: give --lengths, at the times of --trace")
+    from pars_fast.baselines import load_predictor
+
+    file = read_length_file(arguments.lengths)
+    scores: dict[tuple[int, str], Floats] = {}
+    names = dict.fromkeys(name for policy in policies if (name := POLICIES[policy].predictor))
+    for name in names:
+        predictor = load_predictor(arguments.predictors / name)
+        if (token_map := predictor.token_map) is None:
+            raise ParsFastError(f"{name}: the predictor has no map from scores to tokens")
+        for seed in arguments.seed:
+            drawn = _drawn(arguments, file, seed, _in_tokens(predictor, token_map))
+            scores[seed, name] = drawn.expected_tokens
+    return scores
+
+
+def _lengths(arguments: argparse.Namespace, policies: Sequence[str]) -> LengthDistribution | None:
+    """The ranker's distribution, if there are prompts and a policy orders by it."""
+    if arguments.lengths is None or arguments.tau is not None or arguments.ranker == "none":
+        return None
+    if not any(needs_distribution(policy) for policy in policies):
+        return None
+    from pars_fast.ranker import read_length_distribution
+
+    return read_length_distribution(arguments.ranker)
+
+
+def _in_tokens(predictor: "Predictor", token_map: TokenMap) -> PromptScorer:
+    return lambda prompts: token_map(predictor.score(prompts).numpy())
 
 
 def _scorer(ranker: str) -> PromptScorer | None:
@@ -106,8 +162,7 @@ def _scorer(ranker: str) -> PromptScorer | None:
     loaded = Ranker.from_pretrained(ranker)
     if loaded.token_map is None:
         raise ParsFastError(f"{ranker}: the ranker has no map from scores to tokens")
-    token_map = loaded.token_map
-    return lambda prompts: token_map(loaded.score(prompts).numpy())
+    return _in_tokens(loaded, loaded.token_map)
 
 
 def real_tau(workload: Workload) -> float | None:

@@ -6,6 +6,12 @@ Made up: what the model says (every answer has its recorded length), how long a 
 the ranker, which gives `Workload.expected_tokens` after `ranker_delay_s`. A request that arrives during a
 step is seen after it, as by EngineCore. No two prompts share a prefix, so the prefix cache serves only
 preempted requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead.
+
+Three policies ask for more. A length that is predicted again (`repredict_tokens`) has the relative error of
+the first prediction, on what really remains. A model that is asked (`asks_model`) first serves the prompt
+with `QUESTION_TOKENS` more, and answers `ESTIMATE_TOKENS`; the request itself arrives when it has. KV cache
+that is swapped (`swaps_kv`) is not computed again, but takes `SWAP_TOKEN_S` a token, both ways together,
+nothing of it hidden behind other work; vLLM's token budget counts it all the same.
 Source: vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
 """
 
@@ -17,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import Qwen2Config
 from vllm import SamplingParams
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
@@ -31,6 +36,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
+from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS
 from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES, Policy
@@ -41,6 +47,10 @@ from pars_fast.simulation.step_time import StepTime, step_work
 from pars_fast.simulation.workload import Workload
 
 _TOKEN = 0  # what the model says
+QUESTION_TOKENS, ESTIMATE_TOKENS = 40, 6  # an instruction of two sentences; a number and its end
+_QUESTION = -1  # the token of instructions, in the names of their KV blocks
+# Llama-3.1-8B: 131,072 bytes of KV cache a token in bf16, half of that in 8 bits; 25 GB/s by PCIe 4.0 x16.
+SWAP_TOKEN_S = 2 * 65_536 / 25e9
 
 
 def simulate(
@@ -70,8 +80,13 @@ def simulate(
     if not ranker_delay_s >= 0:
         raise ParsFastError(f"ranker_delay_s must be >= 0, got {ranker_delay_s}")
     clock = VirtualClock()
-    settings = Settings(guard=guard or policy.default_guard, calibration=False, log_every_s=0.0)
-    ranker = DelayedRanker(workload.expected_tokens, ranker_delay_s, clock)
+    settings = Settings(
+        guard=guard or policy.default_guard,
+        trust_caller=policy.asks_model,
+        calibration=False,
+        log_every_s=0.0,
+    )
+    ranker = DelayedRanker(workload, ranker_delay_s, clock)
     scheduler_cls = type(
         "SimulatedScheduler",
         (with_ranking(Scheduler),),
@@ -83,7 +98,9 @@ def simulate(
         },
     )
     scheduler = make_scheduler(scheduler_cls, engine)
-    served = serve(scheduler, workload, engine, step_time, clock)
+    served = serve(
+        scheduler, workload, engine, step_time, clock, ask_model=policy.asks_model, swap_kv=policy.swaps_kv
+    )
     scheduler.shutdown()
     return served
 
@@ -103,8 +120,8 @@ class DelayedRanker:
 
     max_in_flight = ProcessRuntime.max_in_flight
 
-    def __init__(self, expected_tokens: NDArray[np.float64], delay_s: float, clock: VirtualClock) -> None:
-        self._expected_tokens, self._delay_s, self._clock = expected_tokens, delay_s, clock
+    def __init__(self, workload: Workload, delay_s: float, clock: VirtualClock) -> None:
+        self._workload, self._delay_s, self._clock = workload, delay_s, clock
         self._answers: deque[tuple[float, Scored]] = deque()  # (when it is known, answer), in order
 
     def start(self) -> None:
@@ -112,8 +129,15 @@ class DelayedRanker:
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         due = self._clock() + self._delay_s
-        self._answers.extend((due, (seq, float(self._expected_tokens[ids[0]]))) for seq, ids in prompts)
+        self._answers.extend((due, (seq, self._tokens(ids))) for seq, ids in prompts)
         return True
+
+    def _tokens(self, ids: Sequence[int]) -> float:
+        """Expected tokens of the whole answer; `ids` are the prompt's head, and the answer so far."""
+        workload, number = self._workload, ids[0]
+        expected, real = float(workload.expected_tokens[number]), int(workload.output_tokens[number])
+        made = len(ids) - min(MAX_PROMPT_IDS, int(workload.prompt_tokens[number]))
+        return made + (real - made) * expected / real
 
     def poll(self) -> list[Scored]:
         scored = []
@@ -135,18 +159,28 @@ class DelayedRanker:
 
 
 def serve(
-    scheduler: Scheduler, workload: Workload, engine: EngineSettings, step_time: StepTime, clock: VirtualClock
+    scheduler: Scheduler,
+    workload: Workload,
+    engine: EngineSettings,
+    step_time: StepTime,
+    clock: VirtualClock,
+    *,
+    ask_model: bool = False,
+    swap_kv: bool = False,
 ) -> Served:
     """Drive a scheduler of that engine, on that clock, until every request has finished or been refused.
+
+    `ask_model` and `swap_kv` are as in `Policy`.
 
     Raises: ParsFastError: if the scheduler plans nothing although requests wait.
     """
     record = _Record(workload)
+    make = _question if ask_model else _request
     arrived, planned = 0, True
     while True:
         while arrived < len(workload) and workload.arrival_s[arrived] <= clock.time_s:
             if engine.can_hold(int(workload.prompt_tokens[arrived]), int(workload.output_tokens[arrived])):
-                scheduler.add_request(_request(workload, arrived, engine.block_size))
+                scheduler.add_request(make(workload, arrived, engine.block_size))
             else:
                 record.refused += 1
             arrived += 1
@@ -160,48 +194,90 @@ def serve(
             raise ParsFastError(f"{workload.name}: vLLM's scheduler plans nothing, and requests wait")
         planned = output.total_num_scheduled_tokens > 0
         if planned:
-            _step(scheduler, output, step_time, clock, record)
+            for number in _step(scheduler, output, step_time, clock, record, swap_kv=swap_kv):
+                scheduler.add_request(_request(workload, number, engine.block_size, estimated=True))
 
 
 def _step(
-    scheduler: Scheduler, output: SchedulerOutput, step_time: StepTime, clock: VirtualClock, record: "_Record"
-) -> None:
-    """What the model would do with a plan, and how long it would take."""
+    scheduler: Scheduler,
+    output: SchedulerOutput,
+    step_time: StepTime,
+    clock: VirtualClock,
+    record: "_Record",
+    *,
+    swap_kv: bool,
+) -> list[int]:
+    """What the model would do with a plan, and how long it would take.
+
+    Returns: the requests whose questions were answered.
+    """
     requests = [scheduler.requests[request_id] for request_id in output.num_scheduled_tokens]
-    record.scheduled(requests, clock.time_s)
-    clock.time_s += step_time.seconds(*step_work(requests, output.num_scheduled_tokens.values()))
+    recomputed = record.scheduled(output, requests, clock.time_s)
+    prefill_tokens, decode_seqs, kv_tokens_read = step_work(requests, output.num_scheduled_tokens.values())
+    if swap_kv:
+        prefill_tokens -= recomputed
+        clock.time_s += recomputed * SWAP_TOKEN_S
+    clock.time_s += step_time.seconds(prefill_tokens, decode_seqs, kv_tokens_read)
     ids = list(output.num_scheduled_tokens)
     answers = [[] if request.is_prefill_chunk else [_TOKEN] for request in requests]
     positions = {request_id: position for position, request_id in enumerate(ids)}
     scheduler.update_from_output(output, ModelRunnerOutput(ids, positions, answers))
-    record.stepped(requests, clock.time_s)
+    return record.stepped(requests, clock.time_s)
 
 
 class _Record:
-    """When each request was scheduled first, had its first token, and its last."""
+    """When each request was scheduled first, had its first token, and its last; and what was done twice."""
 
     def __init__(self, workload: Workload) -> None:
         self._first_scheduled_s, self._first_token_s, self._finished_s = np.full((3, len(workload)), np.nan)
         self._waiting, self._silent = set(range(len(workload))), set(range(len(workload)))
+        self._computed: dict[str, int] = {}  # the most tokens of a request that were ever in its KV cache
         self._preemptions = self._steps = self.refused = 0
+        self._recomputed_tokens = self._prefix_hit_tokens = 0
 
-    def scheduled(self, requests: Sequence[Request], time_s: float) -> None:
+    def scheduled(self, output: SchedulerOutput, requests: Sequence[Request], time_s: float) -> int:
+        """Note a plan. Returns: its tokens that are computed again, after a preemption."""
+        resumed = output.scheduled_cached_reqs.resumed_req_ids | {
+            new.req_id for new in output.scheduled_new_reqs
+        }
+        recomputed = 0
         for request in requests:
-            number = int(request.request_id)
+            request_id = request.request_id
+            now = request.num_computed_tokens
+            before = now - output.num_scheduled_tokens[request_id]
+            if request_id in resumed:
+                self._prefix_hit_tokens += before
+            most = self._computed.get(request_id, 0)
+            recomputed += max(0, min(now, most) - before)
+            self._computed[request_id] = max(now, most)
+            if _is_question(request_id):
+                continue
+            number = int(request_id)
             if number in self._waiting:
                 self._waiting.remove(number)
                 self._first_scheduled_s[number] = time_s
+        self._recomputed_tokens += recomputed
+        return recomputed
 
-    def stepped(self, requests: Sequence[Request], time_s: float) -> None:
+    def stepped(self, requests: Sequence[Request], time_s: float) -> list[int]:
+        """Note what a step made. Returns: the requests whose questions it answered."""
         self._steps += 1
+        answered = []
         for request in requests:
+            finished = request.is_finished()
+            if finished:
+                self._preemptions += request.num_preemptions
+                del self._computed[request.request_id]
+            if _is_question(request.request_id):
+                answered += [request.prompt_token_ids[0]] * finished
+                continue
             number = int(request.request_id)
             if number in self._silent and request.num_output_tokens:
                 self._silent.remove(number)
                 self._first_token_s[number] = time_s
-            if request.is_finished():
+            if finished:
                 self._finished_s[number] = time_s
-                self._preemptions += request.num_preemptions
+        return answered
 
     def served(self) -> Served:
         return Served(
@@ -211,15 +287,18 @@ class _Record:
             preemptions=self._preemptions,
             steps=self._steps,
             refused=self.refused,
+            recomputed_tokens=self._recomputed_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
         )
 
 
-def _request(workload: Workload, number: int, block_size: int) -> Request:
-    """vLLM's request; every token of its prompt is its number."""
+def _request(workload: Workload, number: int, block_size: int, *, estimated: bool = False) -> Request:
+    """vLLM's request; every token of its prompt is its number. `estimated`: the model said how long it is."""
+    extra_args = _application(workload, number)
+    if estimated:
+        extra_args["pars_score"] = float(workload.expected_tokens[number])
     sampling_params = SamplingParams(
-        max_tokens=int(workload.output_tokens[number]),
-        ignore_eos=True,
-        extra_args=_application(workload, number),
+        max_tokens=int(workload.output_tokens[number]), ignore_eos=True, extra_args=extra_args or None
     )
     return Request(
         request_id=str(number),
@@ -231,17 +310,45 @@ def _request(workload: Workload, number: int, block_size: int) -> Request:
     )
 
 
-def _application(workload: Workload, number: int) -> dict[str, str] | None:
+def _question(workload: Workload, number: int, block_size: int) -> Request:
+    """The prompt with an instruction behind it; it is expected to be answered by a few tokens."""
+    sampling_params = SamplingParams(
+        max_tokens=ESTIMATE_TOKENS, ignore_eos=True, extra_args={"pars_score": ESTIMATE_TOKENS}
+    )
+    return Request(
+        request_id=f"question {number}",
+        prompt_token_ids=[number] * int(workload.prompt_tokens[number]) + [_QUESTION] * QUESTION_TOKENS,
+        sampling_params=sampling_params,
+        pooling_params=None,
+        arrival_time=float(workload.arrival_s[number]),
+        block_hasher=functools.partial(_new_block_hashes, block_size),
+    )
+
+
+def _is_question(request_id: str) -> bool:
+    return request_id.startswith("question")
+
+
+def _application(workload: Workload, number: int) -> dict[str, str | float]:
     if workload.app is None or not workload.app[number]:
-        return None
+        return {}
     app = str(workload.app[number])
     return {"pars_app": app, "pars_app_type": app.partition("/")[0] if "/" in app else ""}
 
 
 def _new_block_hashes(block_size: int, request: Request) -> list[BlockHash]:
-    """Names of the blocks that have become full: request and place say what is in them."""
+    """Names of the blocks that have become full: prompt and place say what is in them.
+
+    A question's blocks are its request's as far as the prompt goes.
+    """
+    name, prompt_blocks = request.request_id, 0
+    if _is_question(name):
+        prompt_blocks = (request.num_prompt_tokens - QUESTION_TOKENS) // block_size
+    number = name.removeprefix("question ")
     blocks = range(len(request.block_hashes), request.num_tokens // block_size)
-    return [BlockHash(f"{request.request_id}:{block}".encode()) for block in blocks]
+    return [
+        BlockHash(f"{number if block < prompt_blocks else name}:{block}".encode()) for block in blocks
+    ]
 
 
 def make_scheduler(scheduler_cls: type[Scheduler], engine: EngineSettings) -> Any:

@@ -21,7 +21,7 @@ import pars_fast.simulation.heaps as heaps_module
 import pars_fast.simulation.waiting_queue as queue_module
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
-from pars_fast.policies import POLICIES, SharingPolicy
+from pars_fast.policies import POLICIES, Policy, SharingPolicy
 from pars_fast.simulation.arrays import Flags, Floats, Records, compiled
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
@@ -49,7 +49,11 @@ Router = Literal["round_robin", "least_loaded", "predicted_work"]
 ROUTERS: tuple[Router, ...] = get_args(Router)
 _ROUND_ROBIN, _LEAST_LOADED, _PREDICTED_WORK = range(3)
 MAX_ENGINES = 100_000
-FAST_POLICIES = [name for name, policy in POLICIES.items() if not issubclass(policy, SharingPolicy)]
+FAST_POLICIES = [
+    name for name, policy in POLICIES.items()
+    if policy.key is Policy.key  # of the expected tokens alone
+    and not (policy.preempts or policy.asks_model or issubclass(policy, SharingPolicy))
+]
 
 
 def simulate_fleet(
@@ -109,7 +113,8 @@ def _check(policy: str, router: str, engines: int, ranker_delay_s: float) -> Non
     if policy not in POLICIES:
         raise ParsFastError(f"no policy {policy!r}; there are: {', '.join(POLICIES)}")
     if policy not in FAST_POLICIES:
-        raise ParsFastError(f"{policy} goes by what was served: take --engine faithful")
+        raise ParsFastError(f"{policy} preempts, or goes by more than an expected length: "
+                            "take --engine faithful")
     if router not in ROUTERS:
         raise ParsFastError(f"no router {router!r}; there are: {', '.join(ROUTERS)}")
     if not 1 <= engines <= MAX_ENGINES:
@@ -121,7 +126,7 @@ def _check(policy: str, router: str, engines: int, ranker_delay_s: float) -> Non
 def _keys(workload: Workload, policy: str) -> Floats:
     """What each policy's key is of a request with vLLM's lengths and the ranker's expectation."""
     match policy:
-        case "fcfs":
+        case "fcfs" | "priority":
             return np.zeros(len(workload))
         case "prompt_length":
             return workload.prompt_tokens.astype(np.float64)

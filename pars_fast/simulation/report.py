@@ -23,6 +23,12 @@ _FRONTIERS = (  # title, column across, its name, column up, its name
     ("End to end: mean against p99", "p99_e2e_s", "p99", "mean_e2e_s", "mean"),
     ("Per token, against the longest wait", "max_wait_s", "longest wait", "mean_latency_per_token_s", "mean"),
 )
+_PARETO = (  # title, column across, column up
+    ("End to end", "p99_e2e_s", "mean_e2e_s"),
+    ("Per token", "p99_latency_per_token_s", "mean_latency_per_token_s"),
+)
+_POLICIES_TO_COMPARE = 4
+_POLICY_STYLES = {"fcfs": "fcfs", "pars_fast": "pars_fast", "oracle": "oracle", "srpt": "oracle"}
 _CURVES = (  # column, title, what the horizontal axis says, whether larger is better
     ("tau", "Quality of the ranking", "Kendall's tau of the scores"),
     ("ranker_delay_s", "Delay of the ranker", "seconds from prompt to score"),
@@ -31,7 +37,8 @@ _CURVES = (  # column, title, what the horizontal axis says, whether larger is b
 _TABLE = (  # column, title
     ("mean_latency_per_token_s", "mean s/token"), ("mean_ttft_s", "mean TTFT"), ("mean_e2e_s", "mean e2e"),
     ("p99_e2e_s", "p99 e2e"), ("max_wait_s", "max wait"), ("throughput_tok_s", "tok/s"),
-    ("preemptions", "preempted"), ("completed", "completed"),
+    ("preemptions", "preempted"), ("recomputed_tokens", "computed again"),
+    ("prefix_hit_tokens", "found in cache"), ("completed", "completed"),
 )
 
 
@@ -53,7 +60,8 @@ def render_report(result: Mapping[str, Any]) -> str:
                       f"{result['simulator']} simulator · {result['date']}"),
         headline=join([before, tag("em", emphasis), after]),
         lead=escape(_lead(rows)),
-        sections=join([*_frontier_sections(rows), *_curve_sections(rows), _fleet_section(rows)]),
+        sections=join([_pareto_section(rows), *_frontier_sections(rows), *_curve_sections(rows),
+                       _fleet_section(rows)]),
         table=_table(rows),
         provenance=_provenance(result),
     )
@@ -149,6 +157,34 @@ def _lead(rows: Sequence[_Row]) -> str:
 
 
 # --- Sections -----------------------------------------------------------------------------------------------
+
+
+def _pareto_section(rows: Sequence[_Row]) -> Markup:
+    """Every policy under its own guard; of those that cannot know lengths, the ones that none beats in both
+    are ringed."""
+    tau = _best_tau(rows)
+    own = [row for row in _one(rows) if row["tau"] in (None, tau)
+           and row["guard"] == guard_text(POLICIES[row["policy"]].default_guard)]
+    if len({row["policy"] for row in own}) < _POLICIES_TO_COMPARE:
+        return Markup("")
+    figures = []
+    for load in _values(own, "load"):
+        for title, across, up in _PARETO:
+            points = {row["policy"]: (x, y) for row in own if row["load"] == load
+                      and (x := _ratio(rows, row, across)) and (y := _ratio(rows, row, up))}
+            honest = [point for policy, point in points.items() if not POLICIES[policy].knows_lengths]
+            best = [point for point in honest if not any(
+                other != point and other[0] <= point[0] and other[1] <= point[1] for other in honest)]
+            chart = line_chart(f"pareto-{across}-{load:g}", f"{title}, load {load:g}",
+                               {policy: [point] for policy, point in points.items()},
+                               "p99, times arrival order's", "mean, times arrival order's",
+                               lambda tick: f"{tick:g}", log=True, include=(1.0, 1.0), ringed=best,
+                               styles=_POLICY_STYLES)
+            figures.append(figure(f"{title} \u00b7 load {load:g}", chart))
+    lead = ("Each point is one policy under its own guard; 1 is arrival order. Lower is faster on average, "
+            "further left is kinder to those who wait longest. No policy is better in both than one that is "
+            "ringed; the two that know the lengths are left out of that.")
+    return section("pareto", "Policies: mean against p99", lead, *figures)
 
 
 def _frontier_sections(rows: Sequence[_Row]) -> list[Markup]:

@@ -19,6 +19,7 @@ from pars_fast import __version__
 from pars_fast.bench_results import commit
 from pars_fast.errors import DataError, make_writable
 from pars_fast.guards import NoGuard
+from pars_fast.policies import POLICIES, SharingPolicy
 from pars_fast.simulation.fleet import ROUTERS
 from pars_fast.simulation.step_time import load_profile
 from pars_fast.simulation.sweep import FRONTIER, Case, Simulator, grid, make_setup, run_sweep
@@ -50,6 +51,14 @@ _AGREEING = ("mean_latency_per_token_s", "p99_latency_per_token_s", "mean_ttft_s
              "p99_e2e_s")
 # 97.5 % quantile of Student's t for that many pieces, less one
 _T = 2.365
+# Those that share the engine among applications have a study of their own (`docs/fairness.md`).
+COMPARED = [name for name, policy in POLICIES.items()
+            if name != "priority" and not issubclass(policy, SharingPolicy)]
+_POLICY_LOADS = (0.8, 1.0, 1.2)
+_POLICY_COLUMNS = ("p99_latency_per_token_s", "mean_ttft_s", "p99_ttft_s", "mean_tpot_s", "p99_tpot_s",
+                   "preemptions", "recomputed_tokens", "prefix_hit_tokens")
+_CLAIMING = ("fcfs", "pars", "ltr", "elis", "alise", "pars_fast")
+_CLAIM_LOADS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.6)
 
 _Row = dict[str, Any]
 
@@ -237,12 +246,39 @@ def _agreement(study: Study) -> list[_Row]:
     return rows
 
 
+def _with_ltr_unguarded(policies: Sequence[str], loads: Sequence[float]) -> list[Case]:
+    """Every policy under its own guard; LTR without it, too, since its paper has both."""
+    return grid(policies, None, loads, taus=[TAU]) + grid(["ltr"], [NoGuard()], loads, taus=[TAU])
+
+
+def _policies(study: Study) -> list[_Row]:
+    """Every policy in the faithful simulator, all with the same noisy scores."""
+    cases = _with_ltr_unguarded(COMPARED, _POLICY_LOADS)
+    rows: list[_Row] = []
+    for path in study.traces:
+        rows += _run(study, {0: _read(path, study.requests)}, cases, simulator="faithful")
+    shown = [row | {"tau": TAU if POLICIES[row["policy"]].uses_ranker else None} for row in rows]
+    return [_short(row, "load", "policy", "guard") | {name: row[name] for name in _POLICY_COLUMNS}
+            for row in shown]
+
+
+def _latency_load(study: Study) -> list[_Row]:
+    """Mean latency against load on one trace, for what papers say of throughput and of light loads."""
+    path = next((path for path in study.traces if "conv" in path.name), study.traces[0])
+    cases = _with_ltr_unguarded(_CLAIMING, _CLAIM_LOADS)
+    rows = _run(study, {0: _read(path, study.requests)}, cases, simulator="faithful")
+    return [_short(row, "load", "policy", "guard") | {name: row[name] for name in _POLICY_COLUMNS}
+            for row in rows]
+
+
 TABLES: dict[str, Callable[[Study], list[_Row]]] = {
     "frontier": _frontier,
     "robustness": _robustness,
     "no_harm": _no_harm,
     "fleet": _fleet,
     "agreement": _agreement,
+    "policies": _policies,
+    "latency_load": _latency_load,
 }
 
 

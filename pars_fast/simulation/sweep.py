@@ -12,12 +12,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from pars_fast import __version__
 from pars_fast.demo.records import gain_captured
+from pars_fast.distribution import LengthDistribution, fit_length_distribution
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import (
     GUARDS,
@@ -33,7 +36,8 @@ from pars_fast.guards import (
     parse_guard,
 )
 from pars_fast.kept_rows import append_row, read_rows
-from pars_fast.policies import POLICIES
+from pars_fast.policies import POLICIES, needs_distribution, with_lengths
+from pars_fast.simulation.arrays import Floats
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fast import capacity_tok_s
@@ -54,6 +58,7 @@ FRONTIER: tuple[Guard, ...] = (  # each guard from tight to loose, for queues of
 )
 
 
+_OTHER_DRAW = 1000  # added to a seed
 _GAINS = (("gain_captured", "mean_latency_per_token_s"), ("gain_captured_e2e", "mean_e2e_s"))
 
 
@@ -78,13 +83,19 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all cases of a sweep have in common; `workloads` and `capacity_tok_s` are by seed."""
+    """What all cases of a sweep have in common; `workloads` and `capacity_tok_s` are by seed.
+
+    `scores` are (N,) expected tokens by seed and predictor, for the policies whose papers bring a predictor
+    of their own; `lengths` is the distribution of the workload's own scores, by log expected tokens.
+    """
 
     workloads: Mapping[int, Workload]
     capacity_tok_s: Mapping[int, float]
     engine: EngineSettings
     step_time: StepTime
     simulator: Simulator = "fast"
+    scores: Mapping[tuple[int, str], Floats] = field(default_factory=dict)
+    lengths: LengthDistribution | None = None
 
 
 def make_setup(workloads: Mapping[int, Workload], engine: EngineSettings, step_time: StepTime,
@@ -144,14 +155,17 @@ def run_case(setup: Setup, case: Case) -> dict[str, Any]:
     workload = at_load(setup.workloads[case.seed], case.load, capacity * case.engines)
     if case.tau is not None:
         workload = with_noisy_scores(workload, case.tau, seed=case.seed)
+    elif (own := _own_scores(setup, case)) is not None:
+        workload = replace(workload, expected_tokens=own)
+    lengths = _lengths(setup, case, workload)
     if case.unscored_share:
         workload = with_unscored(workload, case.unscored_share, seed=case.seed)
     guard = parse_guard(case.guard)
     if setup.simulator == "faithful":
         from pars_fast.simulation import faithful
 
-        served = faithful.simulate(workload, case.policy, guard, setup.engine, setup.step_time,
-                                   ranker_delay_s=case.ranker_delay_s)
+        served = faithful.simulate(workload, with_lengths(case.policy, lengths), guard, setup.engine,
+                                   setup.step_time, ranker_delay_s=case.ranker_delay_s)
     else:
         served = simulate_fleet(workload, case.policy, guard, setup.engine, setup.step_time,
                                 engines=case.engines, router=case.router, ranker_delay_s=case.ranker_delay_s)
@@ -161,6 +175,23 @@ def run_case(setup: Setup, case: Case) -> dict[str, Any]:
     return {**asdict(case), "workload": workload.name, "simulator": setup.simulator,
             "arrivals_sha256": workload.sha256(), "capacity_tok_s": round(capacity, 3),
             "achieved_load": achieved, **row}
+
+
+def _own_scores(setup: Setup, case: Case) -> Floats | None:
+    """Of the predictor that the policy's paper brings, if it was trained."""
+    predictor = POLICIES[case.policy].predictor
+    return None if predictor is None else setup.scores.get((case.seed, predictor))
+
+
+def _lengths(setup: Setup, case: Case, workload: Workload) -> LengthDistribution | None:
+    """The distribution that a policy orders by: of noisy scores it is fitted on another draw of the noise."""
+    if not needs_distribution(case.policy):
+        return None
+    if case.tau is None:
+        return setup.lengths
+    other = with_noisy_scores(workload, case.tau, seed=case.seed + _OTHER_DRAW)
+    lengths = np.log(other.output_tokens.astype(np.float64))
+    return fit_length_distribution(np.log(other.expected_tokens), lengths, np.ones(len(other)))
 
 
 def run_sweep(setup: Setup, cases: Sequence[Case], *, kept: Path | None = None, workers: int | None = None,
@@ -222,6 +253,10 @@ def _key(setup: Setup, case: Case) -> str:
     given = {**asdict(case), "workload": setup.workloads[case.seed].sha256(), "engine": asdict(setup.engine),
              "capacity": setup.capacity_tok_s[case.seed], "step_time": asdict(setup.step_time),
              "simulator": setup.simulator, "version": __version__}
+    if case.tau is None and (own := _own_scores(setup, case)) is not None:
+        given["scores"] = hashlib.sha256(np.ascontiguousarray(own).tobytes()).hexdigest()
+    if case.tau is None and setup.lengths is not None and needs_distribution(case.policy):
+        given["lengths"] = asdict(setup.lengths)
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 

@@ -466,6 +466,27 @@ def test_a_new_device_order_does_not_part_what_is_shown_from_what_is_popped(benc
     assert bench.expected(nameless) is None
 
 
+def test_a_length_is_predicted_again_from_prompt_and_answer(bench: Bench) -> None:
+    bench.runtime.answer = lambda prompt: float(len(prompt[1]))
+    (request,) = bench.add(num_prompt_tokens=10)
+    (longer,) = bench.add(num_prompt_tokens=MAX_PROMPT_IDS + 5)
+    bench.step()  # the ranker is ready
+    bench.step()
+    request.append_output_token_ids([1] * 50)
+    longer.append_output_token_ids([1] * 50)
+    entries = [bench.queue.entries[each.request_id] for each in (request, longer)]
+    bench.runtime.answer = None
+    bench.loop.predict_again(entries)
+    bench.loop.predict_again(entries)  # it is asked already
+    asked = [(0, [*request.prompt_token_ids, *[1] * 50])]
+    asked.append((1, [*longer.prompt_token_ids[:MAX_PROMPT_IDS], *[1] * 50]))
+    assert bench.runtime.submitted[2:] == asked
+    assert bench.expected(request) == 10
+    bench.runtime.answer = lambda prompt: float(len(prompt[1]))
+    bench.step()
+    assert (bench.expected(request), bench.expected(longer)) == (60, MAX_PROMPT_IDS + 50)
+
+
 def test_close_ends_the_ranker(bench: Bench) -> None:
     bench.loop.close()
     assert bench.runtime.closed

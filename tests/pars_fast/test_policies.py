@@ -1,21 +1,32 @@
 """Policies on vLLM's own requests: what each order is, and that only the oracle knows the length."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from pars_fast.distribution import LengthDistribution
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
-from pars_fast.policies import POLICIES, Policy
+from pars_fast.policies import POLICIES, Policy, with_lengths
+from pars_fast.policies.cost_aware import PREFILL
+from pars_fast.policies.tabulated import LONGEST
+from pars_fast.policies.tie import BETA
 
 pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 SCORES = random.Random(3).choices(range(1, 900), k=40)
-HONEST = sorted(set(POLICIES) - {"oracle"})
+ORACLES = {"oracle", "srpt"}
+HONEST = sorted(set(POLICIES) - ORACLES)
 
 
 def request(
@@ -56,7 +67,7 @@ def test_no_policy_peeks_at_the_length(policy: str, changed: str) -> None:
 @pytest.mark.parametrize("policy", HONEST)
 def test_a_key_at_arrival_reads_no_more_than_the_prompt(policy: str) -> None:
     """Stronger than any field by name: the key is the same for an object without any other."""
-    prompt = SimpleNamespace(request_id="a", num_prompt_tokens=7)
+    prompt = SimpleNamespace(request_id="a", num_prompt_tokens=7, priority=0)
     once, again = (POLICIES[policy]().key_on_arrival(prompt) for _ in range(2))  # type: ignore[arg-type]
     assert once == again
 
@@ -70,6 +81,99 @@ def test_the_oracle_is_shortest_first() -> None:
     lengths = [30, 10, 20, 10]
     requests = [request(n, max_tokens=length) for n, length in enumerate(lengths)]
     assert order("oracle", requests) == ["request-1", "request-3", "request-2", "request-0"]
+
+
+def test_srpt_is_shortest_remaining_first() -> None:
+    begun = request(0, max_tokens=30)
+    begun.append_output_token_ids([1] * 25)
+    policy = POLICIES["srpt"]()
+    assert policy.key_on_arrival(begun) == 5.0
+    assert policy.key_on_arrival(request(1, max_tokens=9)) == 9.0
+
+
+def test_priority_goes_by_priority_then_arrival() -> None:
+    params = SamplingParams(max_tokens=5)
+    priorities = [2, 0, 1, 0]
+    requests = [Request(f"request-{n}", [n], params, None, priority=p) for n, p in enumerate(priorities)]
+    assert order("priority", requests) == ["request-1", "request-3", "request-2", "request-0"]
+
+
+SPREAD = LengthDistribution(  # short answers are uncertain, long ones are not
+    scores=(math.log(50), math.log(200), math.log(1000)),
+    mu=(math.log(50), math.log(200), math.log(1000)),
+    sigma=(1.2, 0.2, 0.05),
+    dof=3.5,
+)
+
+
+def sampled(tokens: float, spread: LengthDistribution = SPREAD, count: int = 200_000) -> NDArray[np.float64]:
+    """Lengths drawn from the distribution at an expected length, cut as the policies cut them."""
+    mu, sigma = spread(math.log(tokens))
+    draws = np.random.default_rng(0).standard_t(spread.dof, count)
+    return np.clip(np.exp(mu + sigma * draws), 1.0, LONGEST)
+
+
+@pytest.mark.parametrize("tokens", [50, 90, 200, 700])
+def test_tie_is_the_mean_and_half_of_the_worst_tenth(tokens: float) -> None:
+    drawn = np.sort(sampled(tokens))
+    expected = drawn.mean() + BETA * drawn[-len(drawn) // 10 :].mean()
+    assert with_lengths("tie", SPREAD).key(tokens) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("tokens", [50, 90, 200, 700])
+def test_gittins_is_the_least_work_for_a_chance_of_being_done(tokens: float) -> None:
+    drawn = sampled(tokens)
+    ends = np.quantile(drawn, np.linspace(0.005, 1, 300))
+    expected = min(np.minimum(drawn, end).mean() / (drawn <= end).mean() for end in ends)
+    assert with_lengths("gittins", SPREAD).key(tokens) == pytest.approx(expected, rel=0.05)
+
+
+def test_an_uncertain_request_comes_late_by_its_tail_and_early_by_its_chance() -> None:
+    uncertain = replace(SPREAD, sigma=(1.2, 1.2, 1.2))
+    certain = replace(SPREAD, sigma=(0.1, 0.1, 0.1))
+    for policy, sign in (("tie", 1), ("gittins", -1)):
+        keys = [with_lengths(policy, spread).key(200.0) for spread in (uncertain, certain)]
+        assert sign * (keys[0] - keys[1]) > 0
+
+
+@pytest.mark.parametrize("policy", ["tie", "gittins", "cost_aware"])
+@given(st.lists(st.floats(1, 20_000), min_size=2, max_size=20))
+def test_with_one_spread_for_all_the_order_is_that_of_the_expected_length(
+    policy: str, tokens: list[float]
+) -> None:
+    keys = [ONE_SPREAD[policy].key(length) for length in sorted(tokens)]
+    assert keys == sorted(keys)
+
+
+ONE_SPREAD = {name: POLICIES[name]() for name in ("tie", "gittins", "cost_aware")}
+
+
+def test_cost_aware_counts_prompt_and_cache() -> None:
+    policy = POLICIES["cost_aware"]()
+    short, long = (request(0, max_tokens=5, num_prompt_tokens=n) for n in (10, 4000))
+    assert policy.key(200.0, short) < policy.key(100.0, long)
+    begun = request(0, max_tokens=500, num_prompt_tokens=10)
+    before = policy.key(200.0, begun)
+    begun.append_output_token_ids([1] * 100)
+    assert 0 < policy.key(200.0, begun) - PREFILL * 110 < before
+
+
+def test_elis_goes_by_what_remains() -> None:
+    policy, begun = POLICIES["elis"](), request(0, max_tokens=500)
+    begun.append_output_token_ids([1] * 60)
+    assert (policy.key(100.0), policy.key(100.0, begun), policy.key(20.0, begun)) == (100.0, 40.0, 1.0)
+    assert policy.repredict_tokens == 50
+
+
+def test_alise_has_levels_and_one_that_outlasts_its_estimate_sinks() -> None:
+    policy, waiting = POLICIES["alise"](), request(0, max_tokens=500, num_prompt_tokens=1)
+    assert [policy.key(tokens, waiting) for tokens in (1, 30, 33, 60, 130, 1000)] == [0, 0, 1, 1, 3, 5]
+    assert policy.key(30.0, request(0, max_tokens=5, num_prompt_tokens=1000)) > 4
+    levels = []
+    for _ in range(3):
+        waiting.append_output_token_ids([1] * 90)
+        levels.append(policy.key(100.0, waiting))
+    assert levels == [0, 3, 4]  # 10 left; then 180 and 270 made, of 100
 
 
 def test_fcfs_is_arrival_order() -> None:
@@ -93,6 +197,13 @@ def test_pars_fast_is_not_arrival_order() -> None:
         ("pars_fast", True, "passing_limit"),
         ("justitia", False, "none"),
         ("vtc", False, "none"),
+        ("srpt", False, "none"),
+        ("ltr", True, "idle_quantum"),
+        ("elis", True, "none"),
+        ("alise", True, "none"),
+        ("tie", True, "none"),
+        ("relative_ageing", True, "relative_ageing"),
+        ("uniboost", True, "uniboost"),
     ],
 )
 def test_what_a_policy_needs(policy: str, uses_ranker: bool, guard: str) -> None:

@@ -114,7 +114,7 @@ def test_the_fast_simulator_says_that_it_cannot_share(workload: Workload) -> Non
     pytest.importorskip("numba")
     from pars_fast.simulation import fast
 
-    with pytest.raises(ParsFastError, match="justitia goes by what was served: take --engine faithful"):
+    with pytest.raises(ParsFastError, match=r"justitia preempts, or goes by .*: take --engine faithful"):
         fast.simulate(workload, "justitia", None, ENGINE, STEP)
 
 

@@ -67,7 +67,7 @@ def recorded(workload: Workload, engine: EngineSettings, *, ranked: bool, **sett
     bases: tuple[type, ...] = (Recorder,)
     if ranked:
         bases = (with_ranking(Recorder),)
-        ranker = faithful.DelayedRanker(workload.expected_tokens, 0.0, clock)
+        ranker = faithful.DelayedRanker(workload, 0.0, clock)
         fields |= {
             "clock": clock,
             "_read_settings": lambda self: Settings(**settings),
@@ -207,6 +207,71 @@ def test_times_of_one_request() -> None:
     assert served.steps == 5
 
 
+def long_and_short() -> tuple[Workload, EngineSettings]:
+    """One seat; while a long request runs, a short one comes, and a longer one before: both long ones have
+    scores, since the first left the second waiting."""
+    prompts, answers = [100, 100, 20], [200, 250, 3]
+    workload = make_workload("three", [0.0, 0.0, 0.3], prompts, answers, answers)
+    return workload, replace(ENGINE, max_num_seqs=1)
+
+
+@pytest.mark.parametrize("policy", ["srpt", "ltr", "elis", "alise"])
+def test_what_a_preemption_loses_is_counted(policy: str) -> None:
+    workload, engine = long_and_short()
+    served = simulate(workload, policy, None, engine, STEP)
+    assert served.finished_s[2] < served.finished_s[0]
+    assert served.preemptions == 1
+    blocks, rest = served.prefix_hit_tokens, served.recomputed_tokens
+    assert blocks is not None
+    assert rest is not None
+    assert blocks % ENGINE.block_size == 0
+    assert 0 < rest < ENGINE.block_size  # what no full block held
+    assert 100 < blocks + rest < 160
+    waits = simulate(workload, "fcfs", None, engine, STEP)
+    assert (waits.preemptions, waits.recomputed_tokens, waits.prefix_hit_tokens) == (0, 0, 0)
+
+
+def test_a_swapped_cache_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, engine = long_and_short()
+    ends = []
+    for seconds in (0.0, 1.0):
+        monkeypatch.setattr(faithful, "SWAP_TOKEN_S", seconds)
+        served = simulate(workload, "alise", None, engine, STEP)
+        ends.append(served.finished_s)
+    assert ends[0][2] == ends[1][2]
+    assert ends[1][0] - ends[0][0] == pytest.approx(served.recomputed_tokens)
+
+
+def test_a_remaining_length_is_predicted_again_every_50_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the relative error of the first prediction, on what really remains."""
+    workload = make_workload("three", [0.0, 0.0, 0.0], [300, 20, 20], [170, 120, 4], [340.0, 60.0, 4.0])
+    asked: list[tuple[int, int, float]] = []
+    submit = faithful.DelayedRanker.submit
+
+    def note(self: Any, prompts: Any) -> bool:
+        asked.extend((ids[0], len(ids), self._tokens(ids)) for _, ids in prompts)
+        return bool(submit(self, prompts))
+
+    monkeypatch.setattr(faithful.DelayedRanker, "submit", note)
+    simulate(workload, "elis", None, replace(ENGINE, max_num_seqs=2), STEP)
+    again = [(length, tokens) for number, length, tokens in asked if number == 0 and length > 300]
+    assert [(length - 300) // 50 for length, _ in again] == [1, 2, 3]
+    for length, tokens in again:
+        made = length - 300
+        assert tokens == pytest.approx(made + 2 * (170 - made))
+
+
+def test_a_model_that_is_asked_serves_each_prompt_twice() -> None:
+    """300 tokens and an instruction in three steps, an estimate of six; then nine blocks are found again."""
+    workload = make_workload("one", [0.0], [300], [3], [3.0])
+    served = simulate(workload, "perception_only", None, ENGINE, STEP)
+    assert served.steps == (3 + faithful.ESTIMATE_TOKENS - 1) + 3
+    assert served.prefix_hit_tokens == 288
+    assert served.recomputed_tokens == 0
+    alone = simulate(workload, "fcfs", None, ENGINE, STEP)
+    assert served.first_token_s[0] > alone.first_token_s[0] + faithful.ESTIMATE_TOKENS * STEP.base_s
+
+
 def test_an_idle_engine_waits_for_the_next_arrival() -> None:
     workload = make_workload("apart", [0.0, 100.0], [10, 10], [5, 5])
     served = simulate(workload, "pars_fast", None, ENGINE, STEP)
@@ -216,7 +281,7 @@ def test_an_idle_engine_waits_for_the_next_arrival() -> None:
 
 def test_errors() -> None:
     workload = overload(5)
-    with pytest.raises(ParsFastError, match="no policy 'sjf'; there are: fcfs, prompt_length, oracle, pars,"):
+    with pytest.raises(ParsFastError, match="no policy 'sjf'; there are: fcfs, priority, prompt_length,"):
         simulate(workload, "sjf", None, ENGINE, STEP)
     with pytest.raises(ParsFastError, match=r"ranker_delay_s must be >= 0, got -1.0"):
         simulate(workload, "fcfs", None, ENGINE, STEP, ranker_delay_s=-1.0)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from pars_fast.guards import guard_text
+from pars_fast.policies import POLICIES
+from pars_fast.simulation.charts import line_chart
 from pars_fast.simulation.report import render_report
 
 GUARDS = ["none", *(f"overtaking_budget:beta={beta:g},floor_tokens=2000" for beta in (0, 0.5, 2)),
@@ -21,10 +24,11 @@ def row(policy: str, guard: str = "none", load: float = 1.2, **changes: Any) -> 
         "unscored_share": 0.0, "engines": 1, "router": "round_robin", "simulator": "fast",
         "workload": "w", "arrivals_sha256": "ab" * 32, "capacity_tok_s": 900.0, "requests": 100,
         "completed": 100, "refused": 0,
-        "mean_latency_per_token_s": 0.1 * (1 - loose), "mean_ttft_s": 4.0,
+        "mean_latency_per_token_s": 0.1 * (1 - loose), "p99_latency_per_token_s": 0.3, "mean_ttft_s": 4.0,
         "mean_e2e_s": 9 * (1 - 0.5 * loose),
         "p99_e2e_s": 20 * (1 + loose), "max_wait_s": 15 * (1 + 2 * loose), "throughput_tok_s": 880.0,
-        "preemptions": 0, "gain_captured": loose / 0.8, "gain_captured_e2e": loose,
+        "preemptions": 0, "recomputed_tokens": None, "prefix_hit_tokens": None,
+        "gain_captured": loose / 0.8, "gain_captured_e2e": loose,
     }
     return {**made, **changes}
 
@@ -91,6 +95,29 @@ def test_every_guard_is_a_line_with_its_name_at_each_load() -> None:
         assert section.count("<svg") == 4  # two loads, two pairs of columns
         for name in ("none", "overtaking budget", "fixed threshold"):
             assert section.count(f">{name}</text>") == 4
+
+
+def test_policies_are_points_and_the_best_ones_are_ringed() -> None:
+    """One has the lowest mean, one the lowest p99 for it; the oracle is out of it."""
+    points = {"fcfs": (9, 20), "oracle": (3, 10), "pars_fast": (5, 30), "pars": (6, 20), "tie": (7, 40)}
+    runs = [row(policy) | {"guard": guard_text(POLICIES[policy].default_guard), "mean_e2e_s": mean,
+                           "p99_e2e_s": p99} for policy, (mean, p99) in points.items()]
+    section = render_report(result(runs)).split('id="pareto"')[1].split("</section>")[0]
+    chart = section.split("</svg>")[0]
+    assert chart.count('class="ring"') == 2
+    assert "pars_fast: (1.5, 0.556)" in chart
+    for name in points:
+        assert f">{name.replace('_', ' ')}</text>" in chart
+
+
+def test_names_of_many_lines_stay_within_the_chart() -> None:
+    lines = {f"line {i}": [(1.0, 1.0)] for i in range(20)} | {"far": [(2.0, 9.0)]}
+    chart = str(line_chart("many", "Many", lines, "x", "y", str))
+    height = float(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', chart)[0])
+    places = sorted(float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.-]+)" class="name', chart))
+    assert len(places) == 21
+    assert 17 < places[0] < places[-1] < height - 40
+    assert all(below - above > 16.8 for above, below in pairwise(places))
 
 
 def test_sections_are_there_if_their_rows_are() -> None:

@@ -12,7 +12,9 @@ from pars_fast import cli
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget
 from pars_fast.kept_rows import read_rows
+from pars_fast.policies import POLICIES
 from pars_fast.simulation import sweep
+from pars_fast.simulation.command import allowed_policies
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.report import render_report
 from pars_fast.simulation.step_time import StepTime
@@ -154,6 +156,35 @@ def test_command_writes_rows_and_page(
         assert html.escape(heading) in text
     assert "src=" not in text
     assert text == render_report(result)
+
+
+def test_all_policies_are_run_side_by_side(
+        trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vllm", reason="the faithful simulator drives vLLM's scheduler")
+    out, page = tmp_path / "out.json", tmp_path / "page.html"
+    status = cli.main([
+        "simulate", "--trace", str(trace), "--policies", "all", "--engine", "faithful", "--load", "1.5", "--tau",
+        "0.5", "--max-num-seqs", "4", "--workers", "1", "--json", str(out), "--report", str(page),
+    ])
+    assert status == 0, capsys.readouterr().err
+    rows = {row["policy"]: row for row in json.loads(out.read_text())["runs"]}
+    assert rows.keys() == POLICIES.keys() - {"priority"}
+    assert {row["completed"] for row in rows.values()} == {60}
+    assert rows["srpt"]["preemptions"] > 0 < rows["srpt"]["recomputed_tokens"]
+    assert rows["pars_fast"]["preemptions"] == rows["pars_fast"]["recomputed_tokens"] == 0
+    assert rows["perception_only"]["steps"] > rows["fcfs"]["steps"]
+    text = page.read_text()
+    assert "Policies: mean against p99" in text
+    assert "computed again" in text
+
+
+def test_all_is_what_engine_and_scores_allow() -> None:
+    everything = allowed_policies("faithful", has_scores=True)
+    assert everything == [name for name in POLICIES if name != "priority"]
+    fast = allowed_policies("fast", has_scores=True)
+    assert {"pars", "tie", "ltr", "justitia"} & set(fast) == {"pars"}
+    assert allowed_policies("fast", has_scores=False) == ["fcfs", "prompt_length", "oracle"]
+    assert "srpt" in allowed_policies("faithful", has_scores=False)
 
 
 @pytest.mark.parametrize(("options", "message"), [
