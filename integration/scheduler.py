@@ -201,8 +201,8 @@ class RankingMixin:
     def _order_can_help(self) -> bool:
         """Whether requests wait that an order can help: not for a grammar, an adapter or remote KV.
 
-        Since 0.31 vLLM has a set of those, which are in either of its queues. Before, they left `waiting` for a
-        second queue, in order of arrival and admitted first.
+        Since 0.31 vLLM has a set of those, which are in either of its queues. Before, they left `waiting` for
+        a second queue, in order of arrival and admitted first.
         """
         if not hasattr(self, "deferred_waiting"):
             return bool(self.waiting)

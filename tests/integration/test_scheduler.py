@@ -139,7 +139,7 @@ def test_with_ranking_makes_a_subclass_once() -> None:
     ],
 )
 def test_an_order_helps_no_request_that_is_deferred(state: dict[str, Any], expected: bool) -> None:
-    """By what a scheduler has: from 0.31 on deferred requests are in a set, before in a queue of their own."""
+    """By what a scheduler has: from 0.31 on they are in a set, before in a queue of their own."""
     assert RankingMixin._order_can_help(SimpleNamespace(**state)) is expected  # type: ignore[arg-type]
 
 
