@@ -10,8 +10,11 @@ Written by `make conformance VLLM=x.y.z`, which makes an environment with the CP
 nothing else, takes vLLM's own tests from its source archive, and runs every file of `tests/v1` that builds
 a scheduler (core, KV and EC connectors, streaming, speculation) three times: stock; with every scheduler
 replaced by the ranked one and scores in order of arrival; the same with scores reversed. Every request has
-its score as soon as it is queued, so the load gate is open all the time, and no guard comes between. What
-stock fails, for want of a model or a GPU, says nothing and is left out.
+its score as soon as it is queued, so the load gate is open all the time, and no guard comes between.
+
+What stock fails says nothing and is left out. On 0.32 these are 98 of 708: 61 build the configuration of a
+model (LLaVA, Qwen) whose files are not at hand, 20 are coroutines and want a plug-in of pytest, 11 want a
+GPU, 6 a module, a fixture or a file that is not there. So the scheduling of multimodal requests is not tested here.
 
 The command fails if, of the tests that stock passes, one fails in order of arrival that is not named under
 *On no queue of ours*, or one fails reversed that is not named under *Order of arrival*; or if no request
