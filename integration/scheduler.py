@@ -2,7 +2,7 @@
 
 Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule` and `shutdown`
 around `super()`; no line of vLLM's loop is copied. Who has finished since the last step is what the scheduler
-is about to tell the workers, `finished_req_ids`. Source: vllm/v1/core/sched/scheduler.py, 0.30 to 0.32.
+is about to tell the workers, `finished_req_ids`. Source: vllm/v1/core/sched/scheduler.py, 0.29 to 0.32.
 """
 
 import contextlib

@@ -14,17 +14,11 @@ its score as soon as it is queued, so the load gate is open all the time, and no
 
 What stock fails says nothing and is left out. On 0.32 these are 98 of 708: 61 build the configuration of a
 model (LLaVA, Qwen) whose files are not at hand, 20 are coroutines and want a plug-in of pytest, 11 want a
-GPU, 6 a module, a fixture or a file that is not there. So the scheduling of multimodal requests is not tested here.
+GPU, 6 a module, a fixture or a file that is not there. So the scheduling of multimodal requests is not
+tested here.
 
-The command fails if, of the tests that stock passes, one fails in order of arrival that is not named under
-*On no queue of ours*, or one fails reversed that is not named under *Order of arrival*; or if no request
-was popped from our queue.
-"""
-
-NOT_OURS = """
-## On no queue of ours
-
-Tests that fail in either order since they are run on no scheduler of ours, or ask for vLLM's own queue.
+The command fails if, of the tests that stock passes, one fails in order of arrival, or one fails reversed
+that is not named below with its reason; or if no request was popped from our queue.
 """
 
 REVERSED = """
@@ -50,19 +44,12 @@ class Result(TypedDict):
     reversed: Ranked
 
 
-class Expected(TypedDict):
-    """Tests that may fail, without parameters, each with the reason."""
-
-    not_ours: dict[str, str]
-    reversed: dict[str, str]
-
-
 def base(test: str) -> str:
     """A test's name without its parameters."""
     return test.partition("[")[0]
 
 
-def write_document(path: Path, results: Mapping[str, Result], expected: Expected) -> None:
+def write_document(path: Path, results: Mapping[str, Result], expected: Mapping[str, str]) -> None:
     versions = sorted(results, key=_numbers, reverse=True)
     lines = [
         "| vLLM | stock passes | of these, by arrival | reversed | requests popped | environment |",
@@ -80,15 +67,11 @@ def write_document(path: Path, results: Mapping[str, Result], expected: Expected
             ", ".join(f"{key} {value}" for key, value in result["environment"].items()),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    text = HEAD + "\n" + "\n".join(lines) + "\n"
-    for title, kind in ((NOT_OURS, "not_ours"), (REVERSED, "reversed")):
-        text += f"{title}\n| test | reason | in |\n|---|---|---|\n"
-        for test, reason in sorted(expected[kind].items()):  # type: ignore[literal-required]
-            where = [
-                version for version in versions if test in map(base, results[version]["reversed"]["failed"])
-            ]
-            text += f"| `{test.removeprefix('tests.v1.')}` | {reason} | {', '.join(where) or 'none'} |\n"
-    path.write_text(text)
+    lines += [REVERSED, "| test | reason | in |", "|---|---|---|"]
+    for test, reason in sorted(expected.items()):
+        where = [version for version in versions if test in map(base, results[version]["reversed"]["failed"])]
+        lines.append(f"| `{test.removeprefix('tests.v1.')}` | {reason} | {', '.join(where) or 'none'} |")
+    path.write_text(HEAD + "\n" + "\n".join(lines) + "\n")
 
 
 def _numbers(version: str) -> Iterable[int]:
