@@ -1,6 +1,6 @@
 """`docs/conformance.md`, written from the results of all versions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -74,5 +74,5 @@ def write_document(path: Path, results: Mapping[str, Result], expected: Mapping[
     path.write_text(HEAD + "\n" + "\n".join(lines) + "\n")
 
 
-def _numbers(version: str) -> Iterable[int]:
+def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")]

@@ -141,7 +141,7 @@ def run_vllms(folder: Path, scores: str | None) -> tuple[Outcomes, int]:
     return outcomes, int(pops.read_text())
 
 
-def run_pytest(arguments: Sequence[str], cwd: Path, output: Path, environment: Mapping[str, str]) -> Outcomes:
+def run_pytest(arguments: Sequence[str], cwd: Path, output: Path, environment: dict[str, str]) -> Outcomes:
     """Outcome of each test; the log goes to `output`.log."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PARS_")}
     junit = output.with_suffix(".xml")
