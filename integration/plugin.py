@@ -3,7 +3,7 @@
 Loaded by every vLLM process (API server, EngineCore before it chooses its scheduler class, workers), so it
 imports no torch, makes no CUDA context, and does nothing while PARS_ENABLE is unset. It wraps
 `SchedulerConfig.get_scheduler_cls`, which EngineCore calls once. Source: vllm/plugins/__init__.py,
-vllm/v1/engine/core.py (0.32).
+vllm/v1/engine/core.py (0.29 to 0.32).
 """
 
 import functools
@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 
-TESTED_VLLM = ("0.32",)
+TESTED_VLLM = ("0.29", "0.30", "0.31", "0.32")
 
 logger = logging.getLogger("vllm.pars_fast")  # below vLLM's own logger, so that its handler shows it
 

@@ -1,6 +1,6 @@
 """The waiting queue that replaces vLLM's: same interface, ordered by `HostIndex`.
 
-Implements all of `RequestQueue` (vllm/v1/core/sched/request_queue.py, 0.32) and `__getitem__`, which
+Implements all of `RequestQueue` (vllm/v1/core/sched/request_queue.py, 0.29 to 0.32) and `__getitem__`, which
 vLLM's own tests use. Lives in EngineCore, on the scheduling thread.
 
 The order may fail, the queue may not: whatever a policy, a guard or the index raises, the queue goes on in
@@ -77,9 +77,7 @@ class RankedRequestQueue(RequestQueue):
                 self.prepend_request(request)
                 return
             self.finish(request_id)  # an id that is used again
-        entry = Entry(self._next_seq, request.priority, request, arrival_s=self._clock())
-        self._next_seq += 1
-        self.entries[request_id] = entry
+        entry = self._enter(request)
         try:
             if self._trust_caller and (estimate := _callers_estimate(request)) is not None:
                 self.index.set_expected_tokens(entry, estimate)
@@ -104,9 +102,11 @@ class RankedRequestQueue(RequestQueue):
     def prepend_request(self, request: Request) -> None:
         """Take back a request that was popped: skipped in this step, or preempted while running."""
         entry = self.entries.get(request.request_id)
-        if entry is None:  # never waited here, so it comes last among its equals
-            self.add_request(request)
-            return
+        if entry is None:
+            if request.status != RequestStatus.PREEMPTED:  # it comes last among its equals
+                self.add_request(request)
+                return
+            entry = self._enter(request)  # until it ran, vLLM kept it elsewhere: for a grammar or remote KV
         entry.lane = 1
         try:
             if request.status == RequestStatus.PREEMPTED:
@@ -201,6 +201,13 @@ class RankedRequestQueue(RequestQueue):
 
     def __getitem__(self, position: int) -> Request:
         return list(self)[position]
+
+    def _enter(self, request: Request) -> Entry:
+        """A new entry, which does not wait yet."""
+        entry = Entry(self._next_seq, request.priority, request, arrival_s=self._clock())
+        self._next_seq += 1
+        self.entries[request.request_id] = entry
+        return entry
 
     def _peek(self) -> Request:
         started = time.perf_counter_ns() if self.timed else 0

@@ -2,7 +2,7 @@
 
 Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule` and `shutdown`
 around `super()`; no line of vLLM's loop is copied. Who has finished since the last step is what the scheduler
-is about to tell the workers, `finished_req_ids`. Source: vllm/v1/core/sched/scheduler.py, 0.32.
+is about to tell the workers, `finished_req_ids`. Source: vllm/v1/core/sched/scheduler.py, 0.29 to 0.32.
 """
 
 import contextlib
@@ -199,8 +199,7 @@ class RankingMixin:
         self._ranking_loop.predict_again(due)
 
     def _after_step(self) -> None:
-        # Deferred requests wait for a grammar, an adapter or remote KV, and no order would help them.
-        left_waiting = len(self.waiting) > len(self.deferred_waiting)  # type: ignore[attr-defined]
+        left_waiting = self._order_can_help()
         if self._ranking_loop is not None:
             self._ranking_loop.after_step(left_waiting=left_waiting)
         if left_waiting:
@@ -216,6 +215,17 @@ class RankingMixin:
         values["pars_overtaken"] = float(index.overtakes)
         values["pars_guard_promotions"] = float(index.promotions)
         self._counters.write()
+
+    def _order_can_help(self) -> bool:
+        """Whether requests wait that an order can help: not for a grammar, an adapter or remote KV.
+
+        Since 0.31 vLLM has a set of those, which are in either of its queues. Before, they left `waiting` for
+        a second queue, in order of arrival and admitted first.
+        """
+        if not hasattr(self, "deferred_waiting"):
+            return bool(self.waiting)
+        waiting = len(self.waiting) + len(self.kv_holding_waiting)  # type: ignore[attr-defined]
+        return waiting > len(self.deferred_waiting)
 
     def _forget_finished(self) -> None:
         """Those that ended since the last step, aborted ones among them."""

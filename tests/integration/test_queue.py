@@ -107,6 +107,15 @@ def test_a_request_that_never_waited_here_can_be_prepended(make_request: MakeReq
     assert set(drain(queue)) == {stranger, *requests}
 
 
+def test_a_preempted_request_that_never_waited_here_comes_first(make_request: MakeRequest) -> None:
+    """Until 0.30 one with a grammar waited in vLLM's second queue, and comes here if it is preempted."""
+    queue, requests = filled(make_request, [30.0, 10.0])
+    stranger = make_request()
+    stranger.status = RequestStatus.PREEMPTED
+    queue.prepend_request(stranger)
+    assert drain(queue) == [stranger, requests[1], requests[0]]
+
+
 def test_remove_request(make_request: MakeRequest) -> None:
     queue, requests = filled(make_request, [30.0, 10.0, 20.0])
     assert queue.peek_request() is requests[1]

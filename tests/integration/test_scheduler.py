@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,22 @@ def test_with_ranking_makes_a_subclass_once() -> None:
     assert issubclass(RankedAsyncScheduler, AsyncScheduler)
     assert issubclass(RankedAsyncScheduler, RankingMixin)
     assert RankedScheduler.__module__ == "pars_fast.integration.scheduler"
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"waiting": "ab", "kv_holding_waiting": "", "deferred_waiting": {"a"}}, True),
+        ({"waiting": "ab", "kv_holding_waiting": "", "deferred_waiting": {"a", "b"}}, False),
+        ({"waiting": "a", "kv_holding_waiting": "bc", "deferred_waiting": {"b", "c"}}, True),
+        ({"waiting": "a", "kv_holding_waiting": "b", "deferred_waiting": {"a", "b"}}, False),
+        ({"waiting": "a", "skipped_waiting": ""}, True),
+        ({"waiting": "", "skipped_waiting": "bc"}, False),
+    ],
+)
+def test_an_order_helps_no_request_that_is_deferred(state: dict[str, Any], expected: bool) -> None:
+    """By what a scheduler has: from 0.31 on they are in a set, before in a queue of their own."""
+    assert RankingMixin._order_can_help(SimpleNamespace(**state)) is expected  # type: ignore[arg-type]
 
 
 @both_schedulers
