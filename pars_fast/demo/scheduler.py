@@ -5,6 +5,7 @@ when a request finds the engine empty.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -12,8 +13,8 @@ from vllm.v1.request import Request
 
 from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE, parse_policy
 from pars_fast.integration.overhead import OverheadMedian
+from pars_fast.integration.preemption import Preemption
 from pars_fast.integration.scheduler import with_ranking
-from pars_fast.policies import POLICIES
 
 
 class SwitchableScheduler(with_ranking(Scheduler)):  # type: ignore[misc]
@@ -22,7 +23,8 @@ class SwitchableScheduler(with_ranking(Scheduler)):  # type: ignore[misc]
     def add_request(self, request: Request) -> None:
         if not self.requests:
             name, guard = parse_policy(Path(os.environ[POLICY_FILE_VARIABLE]).read_text().strip())
-            policy = POLICIES[name]()
+            policy = self._make_policy(replace(self._settings, policy=name))
+            self._preemption = Preemption(self, self.waiting) if policy.preempts else None
             self.waiting.index.set_policy(policy, guard or self._settings.guard_of(policy))
             self._overhead = OverheadMedian()
         super().add_request(request)

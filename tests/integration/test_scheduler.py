@@ -21,7 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.guards import NoGuard, PassingLimit
+from pars_fast.guards import IdleQuantum, NoGuard, PassingLimit
 from pars_fast.integration import scheduler as scheduler_module
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler, RankingMixin, with_ranking
 from pars_fast.policies import POLICIES
@@ -668,7 +668,7 @@ def test_a_wrong_setting_stops_the_start(
     make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PARS_POLICY", "sjf")
-    allowed = "one of fcfs, prompt_length, oracle, pars, pars_fast"
+    allowed = "one of fcfs, priority, prompt_length, oracle, srpt, pars, pars_fast"
     with pytest.raises(ValueError, match=f"PARS_POLICY='sjf' is not allowed: expected {allowed}"):
         make_scheduler(RankedScheduler)
 
@@ -684,8 +684,10 @@ def test_the_demos_switch_changes_policy_and_guard_between_runs(
     monkeypatch.setenv("PARS_DEMO_POLICY_FILE", str(policy_file))
     engine = Engine(make_scheduler(SwitchableScheduler))
     index = engine.scheduler.waiting.index
-    for policy, guard in (("fcfs", NoGuard()), ("pars_fast", PassingLimit(2.0)), ("oracle", NoGuard())):
+    guards = {"fcfs": NoGuard(), "pars_fast": PassingLimit(2.0), "ltr": IdleQuantum(), "oracle": NoGuard()}
+    for policy, guard in guards.items():
         policy_file.write_text(policy)
         engine.add([make_request(max_tokens=3) for _ in range(6)])
         assert (type(index.policy), index.guard) == (POLICIES[policy], guard)
+        assert (engine.scheduler._preemption is not None) == (policy == "ltr")
         engine.run()
