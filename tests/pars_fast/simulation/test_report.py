@@ -105,7 +105,7 @@ def test_policies_are_points_and_the_best_ones_are_ringed() -> None:
     section = render_report(result(runs)).split('id="pareto"')[1].split("</section>")[0]
     chart = section.split("</svg>")[0]
     assert chart.count('class="ring"') == 2
-    assert "pars_fast: (1.5, 0.556)" in chart
+    assert "pars_fast: (1.50, 0.555556)" in chart
     for name in points:
         assert f">{name.replace('_', ' ')}</text>" in chart
 

@@ -163,8 +163,8 @@ def test_all_policies_are_run_side_by_side(
     pytest.importorskip("vllm", reason="the faithful simulator drives vLLM's scheduler")
     out, page = tmp_path / "out.json", tmp_path / "page.html"
     status = cli.main([
-        "simulate", "--trace", str(trace), "--policies", "all", "--engine", "faithful", "--load", "1.5", "--tau",
-        "0.5", "--max-num-seqs", "4", "--workers", "1", "--json", str(out), "--report", str(page),
+        "simulate", "--trace", str(trace), "--policies", "all", "--engine", "faithful", "--load", "1.5",
+        "--tau", "0.5", "--max-num-seqs", "4", "--workers", "1", "--json", str(out), "--report", str(page),
     ])
     assert status == 0, capsys.readouterr().err
     rows = {row["policy"]: row for row in json.loads(out.read_text())["runs"]}
