@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from pars_fast.guards import IdleQuantum
-from pars_fast.host_index import Entry
+from pars_fast.host_index import Entry, HostIndex
 from pars_fast.integration.queue import RankedRequestQueue
 
 # Not one that waits for a grammar or a KV load.
@@ -44,7 +44,9 @@ class Preemption:
 
         Those that are still in their prompt stay behind the others, which make a token with a token.
         """
-        entries, index, step = self._queue.entries, self._queue.index, self._queue.index.step
+        entries, index = self._queue.entries, self._queue.index
+        assert isinstance(index, HostIndex)  # the other one does not rank
+        step = index.step
         ranks: dict[str, _Rank] = {}
         ranked, kept = [], {}
         for request in self._scheduler.running:

@@ -36,8 +36,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
-from pars_fast.integration.ranking_loop import MAX_PROMPT_IDS
-from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
+from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, ProcessRuntime, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES, Policy
 from pars_fast.settings import Settings
