@@ -79,10 +79,10 @@ class Settings:
         enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
         ranker: PARS_RANKER. Ranker directory, or `default` or `small`, which are in the package; `auto`
             (default) is `default` on a GPU and `small` on a CPU.
-        policy: PARS_POLICY. `pars_fast` (default), `pars`, `relative_ageing`, `uniboost`, `tie`, `gittins`,
-            `cost_aware`, `prompt_length`, `priority`, `fcfs`; `ltr`, `elis` and `alise`, which preempt
-            running requests; `justitia` or `vtc`, which share the engine; `oracle` and `srpt`,
-            which read `max_tokens`, for replays (`docs/policies.md`).
+        policy: PARS_POLICY. `pars_fast` (default), `smith`, `pars`, `relative_ageing`, `uniboost`, `tie`,
+            `gittins`, `cost_aware`, `prompt_length`, `priority`, `fcfs`; `ltr`, `elis` and `alise`, which
+            preempt running requests; `justitia` or `vtc`, which share the engine; `oracle` and `srpt`, which
+            read `max_tokens`, for replays (`docs/policies.md`).
         mode: PARS_MODE. `on` (default), or `shadow`: score and log, keep arrival order.
         guard: PARS_GUARD. Bounds the order in place of the policy's own guard: `none`, `fixed_threshold`,
             `idle_quantum`, `relative_ageing`, `uniboost`, `overtaking_budget` or `passing_limit`, each with

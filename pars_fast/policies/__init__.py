@@ -18,6 +18,7 @@ from pars_fast.policies.priority import Priority
 from pars_fast.policies.prompt_length import PromptLength
 from pars_fast.policies.relative_ageing import RelativeAgeing
 from pars_fast.policies.sharing import SharingPolicy
+from pars_fast.policies.smith import Smith
 from pars_fast.policies.srpt import Srpt
 from pars_fast.policies.tabulated import Tabulated
 from pars_fast.policies.tie import Tie
@@ -37,6 +38,7 @@ POLICIES: dict[str, type[Policy]] = {
     "srpt": Srpt,
     "pars": Pars,
     "pars_fast": ParsFast,
+    "smith": Smith,
     "ltr": Ltr,
     "perception_only": PerceptionOnly,
     "elis": Elis,

@@ -11,11 +11,11 @@ Prompt tokens that are in the prefix cache count like others: a waiting request 
 """
 
 from pars_fast.policies.base import QueuedRequest
+from pars_fast.policies.prompt_size import PromptSize
 from pars_fast.policies.tabulated import Floats, Tabulated
 
 PREFILL = 17.3 / 28.5
 KV = 0.039 / 28.5
-_MEMORY = 0.01  # of the typical prompt: a hundred requests
 
 
 class CostAware(Tabulated):
@@ -23,14 +23,13 @@ class CostAware(Tabulated):
 
     def tabulate(self, samples: Floats) -> None:
         self._mean, self._square = samples.mean(axis=1), (samples**2).mean(axis=1)
-        self._typical_prompt = 0.0
+        self._typical_prompt = PromptSize()
 
     def key_on_arrival(self, request: QueuedRequest) -> None:
-        prompt = request.num_prompt_tokens
-        self._typical_prompt += _MEMORY * (prompt - self._typical_prompt) if self._typical_prompt else prompt
+        self._typical_prompt.meet(request.num_prompt_tokens)
 
     def key(self, expected_tokens: float, request: QueuedRequest | None = None) -> float:
-        made, prompt = 0, self._typical_prompt
+        made, prompt = 0, self._typical_prompt.tokens
         if request is not None:
             made, prompt = request.num_output_tokens, request.num_prompt_tokens
         mean, square = (self.look_up(table, expected_tokens) for table in (self._mean, self._square))

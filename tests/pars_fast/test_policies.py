@@ -159,6 +159,19 @@ def test_cost_aware_counts_prompt_and_cache() -> None:
     assert 0 < policy.key(200.0, begun) - PREFILL * 110 < before
 
 
+def test_smith_weighs_prompt_and_answer_together() -> None:
+    policy = POLICIES["smith"]()
+    short, long = (request(0, max_tokens=5, num_prompt_tokens=n) for n in (10, 4000))
+    assert policy.key(100.0) == 100.0  # nobody has come yet, so nothing is known of prompts
+    assert policy.key(100.0, short) < policy.key(200.0, short) < policy.key(100.0, long)
+    assert policy.key(100.0, short) ** 2 == pytest.approx(100 * (100 + PREFILL * 10))
+    assert policy.key_on_arrival(short) is None
+    assert policy.key(100.0) == policy.key(100.0, short)  # what one without a score counts as
+    for _ in range(2000):
+        policy.key_on_arrival(long)
+    assert policy.key(100.0) == pytest.approx(policy.key(100.0, long), rel=1e-3)
+
+
 def test_elis_goes_by_what_remains() -> None:
     policy, begun = POLICIES["elis"](), request(0, max_tokens=500)
     begun.append_output_token_ids([1] * 60)
