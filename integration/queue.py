@@ -110,7 +110,8 @@ class RankedRequestQueue(RequestQueue):
         entry.lane = 1
         try:
             if request.status == RequestStatus.PREEMPTED:
-                if isinstance(self.index, HostIndex) and self.index.policy.preempts:  # then it has a place among the others, by what remains
+                if isinstance(self.index, HostIndex) and self.index.policy.preempts:
+                    # It has a place among the others, by what remains.
                     self.index.set_key_now(entry)
                 else:
                     entry.lane = 0
