@@ -115,6 +115,10 @@ class RankingMixin:
         return make_runtime(settings, self.vllm_config)  # type: ignore[attr-defined]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._failed:
+            with contextlib.suppress(Exception):
+                self._forget_finished()  # else all that was ever served would be kept
+            return super().schedule(*args, **kwargs)  # type: ignore[misc,no-any-return]
         self._steps += 1
         if self._steps % TIMED_EVERY_STEPS:
             self._guarded(self._before_step)

@@ -207,4 +207,4 @@ def test_a_wrong_setting_stops_the_server(served_model: Path) -> None:
         env=environment(PARS_ENABLE="1", PARS_POLICY="sjf"),
     )
     assert code != 0
-    assert "PARS_POLICY='sjf' is not allowed: expected one of fcfs, prompt_length, oracle, pars" in output
+    assert "PARS_POLICY='sjf' is not allowed: expected one of fcfs, priority, prompt_length" in output

@@ -93,7 +93,7 @@ def test_settings_of_the_default_guard_beside_another_are_refused(variable: str)
         ("PARS_RANKER", "/no/such/folder", "auto, default, small or an existing directory"),
         ("PARS_RECORD", "/no/such/folder/lengths.jsonl", "a file in a folder that can be written to"),
         ("PARS_MIN_TAU", "-2", "a number >= -1"),
-        ("PARS_POLICY", "sjf", "one of fcfs, prompt_length, oracle, pars, pars_fast"),
+        ("PARS_POLICY", "sjf", "one of fcfs, priority, prompt_length, oracle, srpt, pars, pars_fast"),
         ("PARS_MODE", "off", "one of on, shadow"),
         ("PARS_GUARD", "patience", "one of none, fixed_threshold, idle_quantum, relative_ageing, uniboost, "),
         ("PARS_GUARD", "none:seconds=1", "none with no settings, not 'seconds'"),
