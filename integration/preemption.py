@@ -4,7 +4,7 @@ Called before vLLM's `schedule()`, on the scheduling thread. It names the runnin
 while waiting requests of lower keys have no seat or no room in the KV cache, and preempts them by vLLM's own
 `_preempt_request`: their blocks are freed and their tokens computed again later, less what the prefix cache
 still holds. `schedule()` then admits as ever. Running requests are also sorted by key, so that vLLM, when its
-blocks run out, preempts the highest as well. Source: vllm/v1/core/sched/scheduler.py (0.32).
+blocks run out, preempts the highest as well. Source: vllm/v1/core/sched/scheduler.py (0.31, 0.32).
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from pars_fast.errors import SettingsError
 from pars_fast.guards import IdleQuantum
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.integration.queue import RankedRequestQueue
@@ -23,9 +24,15 @@ _Rank = tuple[int, float, int]  # priority, key, seq
 
 
 class Preemption:
-    """What makes one scheduler's running requests yield."""
+    """What makes one scheduler's running requests yield.
+
+    Raises: SettingsError: on a vLLM before 0.31, which counts seats otherwise.
+    """
 
     def __init__(self, scheduler: Any, queue: RankedRequestQueue) -> None:
+        if not hasattr(scheduler, "max_num_active_reqs"):
+            raise SettingsError("this PARS_POLICY preempts running requests, which needs vLLM 0.31 or newer: "
+                                "take a newer vLLM, or a policy that only orders those that wait")
         self._scheduler, self._queue = scheduler, queue
         self._keep_until: dict[int, int] = {}  # seq -> step, of running requests in their quantum
 

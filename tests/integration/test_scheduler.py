@@ -674,6 +674,18 @@ def test_a_wrong_setting_stops_the_start(
         make_scheduler(RankedScheduler)
 
 
+def test_a_policy_that_preempts_says_which_vllm_it_needs(make_engine: Any, use_policy: Any) -> None:
+    from pars_fast.errors import SettingsError
+    from pars_fast.integration.preemption import Preemption
+
+    use_policy("srpt")
+    scheduler = make_engine(RankedScheduler).scheduler
+    Preemption(scheduler, scheduler.waiting)
+    del scheduler.max_num_active_reqs  # as before 0.31
+    with pytest.raises(SettingsError, match=r"needs vLLM 0\.31"):
+        Preemption(scheduler, scheduler.waiting)
+
+
 def test_the_demos_switch_changes_policy_and_guard_between_runs(
     make_scheduler: MakeScheduler, make_request: MakeRequest, use_policy: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
