@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pars_fast.errors import SettingsError
-from pars_fast.guards import FixedThreshold, NoGuard, PassingLimit
+from pars_fast.guards import FixedThreshold, IdleQuantum, NoGuard, PassingLimit, RelativeAgeing, UniBoost
 from pars_fast.policies import POLICIES
 from pars_fast.settings import INTERNAL_VARIABLES, Settings
 
@@ -69,14 +69,14 @@ def test_a_guard_by_name_with_settings() -> None:
 
 def test_without_a_guard_asked_for_each_policy_has_its_own() -> None:
     settings = Settings.from_environ({"PARS_GUARD_BETA": "2", "PARS_GUARD_FLOOR_REQUESTS": "7"})
-    assert {name: settings.guard_of(policy()) for name, policy in POLICIES.items()} == {
-        "fcfs": NoGuard(),
-        "prompt_length": NoGuard(),
-        "oracle": NoGuard(),
+    guards = {name: settings.guard_of(policy()) for name, policy in POLICIES.items()}
+    assert {name: guard for name, guard in guards.items() if guard != NoGuard()} == {
         "pars": FixedThreshold(120.0),
         "pars_fast": PassingLimit(2.0, 7.0),
-        "justitia": NoGuard(),
-        "vtc": NoGuard(),
+        "smith": PassingLimit(2.0, 7.0),
+        "ltr": IdleQuantum(200, 10),
+        "relative_ageing": RelativeAgeing(),
+        "uniboost": UniBoost(),
     }
 
 
