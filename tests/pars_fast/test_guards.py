@@ -138,7 +138,7 @@ def test_each_guard_goes_with_each_policy(name: str, policy: str) -> None:
     """What goes in comes out, once."""
 
     class Request:
-        request_id, max_tokens, num_prompt_tokens, num_output_tokens = "a", 50, 3, 0
+        request_id, priority, max_tokens, num_prompt_tokens, num_output_tokens = "a", 0, 50, 3, 0
 
     index = HostIndex(POLICIES[policy](), GUARDS[name]())
     for seq in range(40):
