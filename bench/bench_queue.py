@@ -28,7 +28,7 @@ class Queue:
 
 
 def host_index() -> Queue:
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget())
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget())
     rng = random.Random(0)
 
     def make(seq: int) -> Entry:

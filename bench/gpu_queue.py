@@ -174,7 +174,7 @@ class Pops:
 
     def __init__(self, waiting: int, *, hinted: bool) -> None:
         self.index = HostIndex(
-            POLICIES["pars_fast"](), OvertakingBudget(), device_order_min_waiting=1 if hinted else 1 << 62
+            POLICIES["pars"](), OvertakingBudget(), device_order_min_waiting=1 if hinted else 1 << 62
         )
         self._waiting, self._hinted = waiting, hinted
         self._rng, self._seqs = random.Random(0), itertools.count()

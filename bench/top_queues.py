@@ -111,7 +111,7 @@ class Argpartition:
 
 class Ours:
     def __init__(self, guard: OvertakingBudget | None = None) -> None:
-        self._index = HostIndex(POLICIES["pars_fast"](), guard or OvertakingBudget())
+        self._index = HostIndex(POLICIES["pars"](), guard or OvertakingBudget())
         self._arrived = 0
 
     def add(self, keys: Sequence[float]) -> None:

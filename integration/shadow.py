@@ -39,9 +39,9 @@ class ShadowReport:
         if entry.expected_tokens is None or output_tokens < 1:
             return
         service_s = finished_s - entry.admitted_s
-        self._finished.append(
-            FinishedRequest(entry.arrival_s, service_s, entry.expected_tokens, output_tokens)
-        )
+        self._finished.append(FinishedRequest(
+            entry.arrival_s, service_s, entry.expected_tokens, output_tokens, entry.payload.num_prompt_tokens
+        ))
         if finished_s - self._reported_at > REPORT_EVERY_S and len(self._finished) >= MIN_REQUESTS:
             self._reported_at = finished_s
             requests = sorted(self._finished, key=lambda request: request.arrival_s)

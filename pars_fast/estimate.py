@@ -13,12 +13,16 @@ from pars_fast.policies import POLICIES
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """One served request; `service_s` is from admission to its last token, times in seconds."""
+    """One served request, as a policy may see it; `service_s` is from admission to its last token.
+
+    Times are in seconds.
+    """
 
     arrival_s: float
     service_s: float
     expected_tokens: float
     output_tokens: int
+    num_prompt_tokens: int
 
 
 def mean_latencies(
@@ -36,7 +40,7 @@ def mean_latencies(
         request = requests[len(entries)] if len(entries) < len(requests) else None
         if request is not None and (not busy or request.arrival_s <= busy[0][0]):
             now = request.arrival_s
-            entries.append(Entry(len(entries), 0, None, arrival_s=now))
+            entries.append(Entry(len(entries), 0, request, arrival_s=now))
             if index.policy.uses_ranker:
                 index.set_expected_tokens(entries[-1], request.expected_tokens)
             index.add(entries[-1])

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pars_fast.guards import Guard, Moment, PassingLimit
 from pars_fast.guards.base import TOKENS
-from pars_fast.policies import POLICIES, Policy, SharingPolicy
+from pars_fast.policies import POLICIES, Policy, SharingPolicy, prompt_work
 from pars_fast.waiting_tree import (
     ARRIVE,
     CHARGE,
@@ -173,10 +173,11 @@ class HostIndex:
         """Put in a new request; its key comes from the policy."""
         if self.planned:
             self._settle()
+        key = self.policy.key_on_arrival(entry.payload)
         if entry.key is None:  # else the caller's estimate gave it
-            entry.key = self.policy.key_on_arrival(entry.payload)
-            if self.policy.knows_lengths and entry.key is not None:
-                self._expect(entry, entry.key)
+            entry.key = key
+            if self.policy.knows_lengths and key is not None:
+                self._expect(entry, key)
         entry.arrival_step = self._now.step
         entry.waiting = True
         self._unplanned += 1
@@ -234,8 +235,8 @@ class HostIndex:
         Each entry is checked before use; when it is used up, the host's own order decides.
         """
         self._settle()
-        by_length = type(self.policy).key is Policy.key  # as on the device
-        self._hint = np.array(seqs, np.int64) if by_length else _NO_HINT
+        known = prompt_work(type(self.policy)) is not None
+        self._hint = np.array(seqs, np.int64) if known else _NO_HINT
         for group in self._classes.values():
             new_hint(group.tree)
 
@@ -409,7 +410,7 @@ class HostIndex:
 @functools.cache
 def warm_up() -> None:
     """Have all compiled code compiled, or read from disk: up to half a minute, so before anything waits."""
-    index = HostIndex(POLICIES["pars_fast"](), PassingLimit())
+    index = HostIndex(POLICIES["pars"](), PassingLimit())
     entries = [Entry(seq, 0, None) for seq in range(2 * MIN_CAPACITY)]
     for entry in entries:
         index.set_expected_tokens(entry, 1.0)

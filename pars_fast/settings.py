@@ -79,7 +79,7 @@ class Settings:
         enable: PARS_ENABLE. 1 ranks the waiting queue, 0 (default) leaves vLLM as it is.
         ranker: PARS_RANKER. Ranker directory, or `default` or `small`, which are in the package; `auto`
             (default) is `default` on a GPU and `small` on a CPU.
-        policy: PARS_POLICY. `pars_fast` (default), `smith`, `pars`, `relative_ageing`, `uniboost`, `tie`,
+        policy: PARS_POLICY. `pars_fast` (default), `pars`, `relative_ageing`, `uniboost`, `tie`,
             `gittins`, `cost_aware`, `prompt_length`, `priority`, `fcfs`; `ltr`, `elis` and `alise`, which
             preempt running requests; `justitia` or `vtc`, which share the engine; `oracle` and `srpt`, which
             read `max_tokens`, for replays (`docs/policies.md`).

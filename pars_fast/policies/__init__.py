@@ -16,9 +16,9 @@ from pars_fast.policies.pars_fast import ParsFast
 from pars_fast.policies.perception_only import PerceptionOnly
 from pars_fast.policies.priority import Priority
 from pars_fast.policies.prompt_length import PromptLength
+from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.policies.relative_ageing import RelativeAgeing
 from pars_fast.policies.sharing import SharingPolicy
-from pars_fast.policies.smith import Smith
 from pars_fast.policies.srpt import Srpt
 from pars_fast.policies.tabulated import Tabulated
 from pars_fast.policies.tie import Tie
@@ -28,7 +28,7 @@ from pars_fast.policies.vtc import VirtualTokenCounter
 if TYPE_CHECKING:
     from pars_fast.distribution import LengthDistribution
 
-__all__ = ["POLICIES", "Policy", "SharingPolicy", "needs_distribution", "with_lengths"]
+__all__ = ["POLICIES", "Policy", "SharingPolicy", "needs_distribution", "prompt_work", "with_lengths"]
 
 POLICIES: dict[str, type[Policy]] = {
     "fcfs": FCFS,
@@ -38,7 +38,6 @@ POLICIES: dict[str, type[Policy]] = {
     "srpt": Srpt,
     "pars": Pars,
     "pars_fast": ParsFast,
-    "smith": Smith,
     "ltr": Ltr,
     "perception_only": PerceptionOnly,
     "elis": Elis,
@@ -51,6 +50,15 @@ POLICIES: dict[str, type[Policy]] = {
     "justitia": Justitia,
     "vtc": VirtualTokenCounter,
 }
+
+
+def prompt_work(policy: type[Policy]) -> float | None:
+    """The w of a key sqrt(X * (X + w * P)), of an expected answer X and a prompt P, both in tokens.
+
+    It is 0 where the key is X alone, and None for any other key. The GPU's order and the fast simulator know
+    no others.
+    """
+    return {Policy.key: 0.0, ParsFast.key: PROMPT_WORK}.get(policy.key)
 
 
 def needs_distribution(name: str) -> bool:

@@ -15,7 +15,7 @@ counts as swapped unless the job comes back before the GPU reuses it, and the sw
 import math
 
 from pars_fast.policies.base import QueuedRequest
-from pars_fast.policies.cost_aware import PREFILL
+from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.policies.ranked import Ranked
 
 FIRST_LEVEL_TOKENS = 32.0
@@ -34,4 +34,4 @@ class Alise(Ranked):
             made = request.num_output_tokens
             prompt = 0 if made else request.num_prompt_tokens  # once it answers, its prompt is computed
         remaining = expected_tokens - made if made < expected_tokens else made
-        return float(max(0, math.ceil(math.log2((remaining + PREFILL * prompt) / FIRST_LEVEL_TOKENS))))
+        return float(max(0, math.ceil(math.log2((remaining + PROMPT_WORK * prompt) / FIRST_LEVEL_TOKENS))))

@@ -1,20 +1,19 @@
 """Cheapest expected request first, prompt and KV cache counted.
 
-Key, in output tokens of a full batch: m + PREFILL * p + KV * E[p X + X^2 / 2], with p prompt tokens, X the
-answer's length and m = E[X]. The last term is the KV cache held, summed over the steps (Justitia's cost,
+Key, in output tokens of a full batch: m + PROMPT_WORK * p + KV * E[p X + X^2 / 2], with p prompt tokens, X
+the answer's length and m = E[X]. The last term is the KV cache held, summed over the steps (Justitia's cost,
 arXiv 2510.17015); SageSched (arXiv 2603.07917) orders by a cost of compute and memory, too. For a request
 that has begun, what is left is counted.
 
-What is filled here: the weights. They are seconds of Llama-3.1-8B on an H100: `h100_llama_3_1_8b` with 256
-seats has 17.3 us a prompt token and 28.5 us an output token, the roofline profile 0.039 us a KV token read.
+What is filled here: the weights. `PROMPT_WORK` says where its own comes from; of the same engine the roofline
+profile has 0.039 us a KV token read.
 Prompt tokens that are in the prefix cache count like others: a waiting request does not know of them.
 """
 
 from pars_fast.policies.base import QueuedRequest
-from pars_fast.policies.prompt_size import PromptSize
+from pars_fast.policies.prompt_size import PROMPT_WORK, PromptSize
 from pars_fast.policies.tabulated import Floats, Tabulated
 
-PREFILL = 17.3 / 28.5
 KV = 0.039 / 28.5
 
 
@@ -34,4 +33,4 @@ class CostAware(Tabulated):
             made, prompt = request.num_output_tokens, request.num_prompt_tokens
         mean, square = (self.look_up(table, expected_tokens) for table in (self._mean, self._square))
         held = prompt * mean + square / 2 - made * (prompt + made / 2)
-        return PREFILL * (prompt + made) + max(mean - made, 1.0) + KV * max(held, prompt + made)
+        return PROMPT_WORK * (prompt + made) + max(mean - made, 1.0) + KV * max(held, prompt + made)

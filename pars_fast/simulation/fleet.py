@@ -21,7 +21,7 @@ import pars_fast.simulation.heaps as heaps_module
 import pars_fast.simulation.waiting_queue as queue_module
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
-from pars_fast.policies import POLICIES, Policy, SharingPolicy
+from pars_fast.policies import POLICIES, SharingPolicy, prompt_work
 from pars_fast.simulation.arrays import Flags, Floats, Records, compiled
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
@@ -51,7 +51,7 @@ _ROUND_ROBIN, _LEAST_LOADED, _PREDICTED_WORK = range(3)
 MAX_ENGINES = 100_000
 FAST_POLICIES = [
     name for name, policy in POLICIES.items()
-    if policy.key is Policy.key  # of the expected tokens alone
+    if prompt_work(policy) is not None
     and not (policy.preempts or policy.asks_model or issubclass(policy, SharingPolicy))
 ]
 
@@ -88,9 +88,9 @@ def simulate_fleet(
         lengths = chosen.output_tokens.astype(np.float64)
         expected = lengths if rules.knows_lengths else chosen.expected_tokens
         order = guard_order(guard or rules.default_guard, score_delay_s=ranker_delay_s,
-                            uses_ranker=rules.uses_ranker)
+                            uses_ranker=rules.uses_ranker, prompt_work=prompt_work(rules) or 0.0)
         known = expected if rules.uses_ranker or rules.knows_lengths else np.full(len(chosen), np.nan)
-        queue = make_queue(chosen.arrival_s, _keys(chosen, policy), known, engines)
+        queue = make_queue(chosen.arrival_s, chosen.prompt_tokens, _keys(chosen, policy), known, engines)
         requests = make_requests(chosen.prompt_tokens, chosen.output_tokens,
                                  _work_s(chosen, expected, engine, step_time))
         state = make_engines(engines, engine)
@@ -132,7 +132,9 @@ def _keys(workload: Workload, policy: str) -> Floats:
             return workload.prompt_tokens.astype(np.float64)
         case "oracle":
             return workload.output_tokens.astype(np.float64)
-    return workload.expected_tokens
+    expected = workload.expected_tokens
+    work = prompt_work(POLICIES[policy]) or 0.0
+    return np.sqrt(expected * (expected + work * workload.prompt_tokens))
 
 
 def _work_s(workload: Workload, expected: Floats, engine: EngineSettings, step_time: StepTime) -> Floats:

@@ -1,8 +1,8 @@
 """The waiting queues of many engines in flat arrays: `HostIndex` and the guards, compiled.
 
 The order is `HostIndex`'s: preempted requests first, then the lowest key, a request without a score having
-the running median; the guard may put another request ahead. Requests are numbered in order of arrival, which
-is `seq`. Per engine there is one chain of all its arrivals (`after`), along which the oldest waiting one and
+that of the running median; the guard may put another request ahead. Requests are numbered in order of
+arrival, which is `seq`. Per engine there is one chain of all its arrivals (`after`), along which the oldest waiting one and
 the oldest without a score move. Prompts go to the ranker as `RankingLoop` hands them over.
 
 A guard keeps each waiting request in one of two heaps, `later` and `urgent`, which share their links:
@@ -35,6 +35,7 @@ from pars_fast.guards import (
 )
 from pars_fast.guards.passing_limit import GROWTH_FROM, MAX_GROWTH
 from pars_fast.host_index import MAX_EXPECTED_TOKENS
+from pars_fast.policies.prompt_size import PROMPT_MEMORY
 from pars_fast.simulation.arrays import Floats, Ints, Records, compiled
 from pars_fast.simulation.heaps import EMPTY, meld, pop
 
@@ -53,6 +54,7 @@ class Order(NamedTuple):
     a: float
     b: float
     score_delay_s: float  # of a ranker, from handing prompts over
+    prompt_work: float  # of a prompt token in a key, in output tokens
     uses_ranker: bool  # keys come with scores; else both are known at arrival, if there are any
     charges: bool  # whether the guard counts what later arrivals take, in tokens or requests
 
@@ -61,6 +63,7 @@ REQUEST = np.dtype([
     ("arrival_s", "f8"),
     ("seen_s", "f8"),  # end of the step in which it arrived: the live queue's time of arrival
     ("arrival_step", "i8"),
+    ("prompt_tokens", "i8"),
     ("key", "f8"),  # lower runs first
     ("expected", "f8"),  # tokens, NaN if it will never be scored
     ("scored", "?"),
@@ -99,7 +102,8 @@ ENGINE = np.dtype([
     ("tree_start", "i8"),  # in `trees`
     ("tree_capacity", "i8"),  # a power of two
     ("tree_base", "i8"),  # `place` of the first charge kept
-    ("median", "f8"),
+    ("median", "f8"),  # of scores, in tokens
+    ("typical_prompt", "f8"),  # tokens, 0 before the first arrival
     ("num_scores", "i8"),
 ], align=True)
 
@@ -117,7 +121,7 @@ class Queue(NamedTuple):
     ranked: Floats  # the same, ascending
 
 
-def guard_order(guard: Guard, *, score_delay_s: float, uses_ranker: bool) -> Order:
+def guard_order(guard: Guard, *, score_delay_s: float, uses_ranker: bool, prompt_work: float = 0.0) -> Order:
     """Raises: ValueError: if the guard is none that is known here."""
     match guard:
         case NoGuard():
@@ -137,10 +141,10 @@ def guard_order(guard: Guard, *, score_delay_s: float, uses_ranker: bool) -> Ord
         case _:
             raise ValueError(f"the fast simulator does not know the guard {guard.name}")
     charges = kind in (OVERTAKING_BUDGET, PASSING_LIMIT)
-    return Order(kind, float(a), float(b), float(score_delay_s), uses_ranker, charges)
+    return Order(kind, float(a), float(b), float(score_delay_s), float(prompt_work), uses_ranker, charges)
 
 
-def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -> Queue:
+def make_queue(arrival_s: Floats, prompt_tokens: Ints, key: Floats, expected: Floats, engines: int) -> Queue:
     """Empty queues for requests with known keys and scores; both are seen only once they have come."""
     count = len(arrival_s)
     request, engine = np.recarray(count, REQUEST), np.recarray(engines, ENGINE)
@@ -152,7 +156,7 @@ def make_queue(arrival_s: Floats, key: Floats, expected: Floats, engines: int) -
     for name in ("keyed", "lane", "later", "urgent", "unscored_later", "last", "oldest", "unscored",
                  "to_score"):
         engine[name] = EMPTY
-    request.arrival_s, request.key = arrival_s, key
+    request.arrival_s, request.prompt_tokens, request.key = arrival_s, prompt_tokens, key
     request.expected = np.clip(expected, 1.0, MAX_EXPECTED_TOKENS)
     engine.median = INITIAL_MEDIAN
     engine.tree_start = np.arange(engines) * (_FIRST_CAPACITY + 1)
@@ -186,6 +190,8 @@ def arrive(q: Queue, order: Order, e: int, i: int, seen_s: float, step: int) -> 
     requests[i].place = here.num_arrivals
     here.num_arrivals += 1
     requests[i].seen_s, requests[i].arrival_step = seen_s, step
+    share = PROMPT_MEMORY if here.typical_prompt > 0 else 1.0
+    here.typical_prompt += share * (requests[i].prompt_tokens - here.typical_prompt)
     requests[i].waiting = True
     here.num_waiting += 1
     here.num_unscored += 1
@@ -307,7 +313,7 @@ def preempt(q: Queue, order: Order, e: int, i: int) -> None:
     requests = q.request
     here = q.engine[e]
     unknown = order.uses_ranker and not requests[i].scored
-    requests[i].lane_key = here.median if unknown else requests[i].key
+    requests[i].lane_key = _typical_key(here, order) if unknown else requests[i].key
     requests[i].waiting = requests[i].preempted = True
     _account(q, e, i, 1)
     if order.guard == PASSING_LIMIT:
@@ -332,6 +338,12 @@ def _tokens(q: Queue, e: int, i: int) -> float:
     requests = q.request
     here = q.engine[e]
     return requests[i].expected if requests[i].scored else here.median
+
+
+@compiled
+def _typical_key(here: Records, order: Order) -> float:
+    """Of a request without a score."""
+    return math.sqrt(here.median * (here.median + order.prompt_work * here.typical_prompt))
 
 
 @compiled
@@ -415,7 +427,7 @@ def _shortest(q: Queue, order: Order, e: int) -> int:
     unscored = _oldest_unscored(q, e)
     if unscored == EMPTY:
         return keyed
-    if keyed == EMPTY or (here.median, unscored) < (requests[keyed].key, keyed):
+    if keyed == EMPTY or (_typical_key(here, order), unscored) < (requests[keyed].key, keyed):
         return unscored
     return keyed
 

@@ -669,7 +669,7 @@ def test_a_wrong_setting_stops_the_start(
     make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PARS_POLICY", "sjf")
-    allowed = "one of fcfs, priority, prompt_length, oracle, srpt, pars, pars_fast, smith"
+    allowed = "one of fcfs, priority, prompt_length, oracle, srpt, pars, pars_fast, ltr"
     with pytest.raises(ValueError, match=f"PARS_POLICY='sjf' is not allowed: expected {allowed}"):
         make_scheduler(RankedScheduler)
 

@@ -15,7 +15,7 @@ FCFS_GUARD = OvertakingBudget(beta=0.0, floor_tokens=0.0)
 
 def served(arrival_s: float, service_s: float, output_tokens: int) -> FinishedRequest:
     """A request whose score was right."""
-    return FinishedRequest(arrival_s, service_s, float(output_tokens), output_tokens)
+    return FinishedRequest(arrival_s, service_s, float(output_tokens), output_tokens, num_prompt_tokens=10)
 
 
 def test_one_seat_by_hand() -> None:

@@ -91,7 +91,7 @@ def test_a_guard_equals_its_definition(guard: Guard, definition: Callable[..., E
     while; the median of the scores is the typical length throughout.
     """
     rng = random.Random(seed)
-    index = HostIndex(POLICIES["pars_fast"](), guard, initial_expected_tokens=TYPICAL)
+    index = HostIndex(POLICIES["pars"](), guard, initial_expected_tokens=TYPICAL)
     waiting: list[Entry] = []
     time_s, seq = 0.0, 0
     for step in range(1, 160):
@@ -157,7 +157,7 @@ def test_each_guard_goes_with_each_policy(name: str, policy: str) -> None:
 def test_a_threshold_bounds_every_wait(seed: int, guard: Guard) -> None:
     """One request a second comes and goes, so nobody waits longer than the threshold and the queue it met."""
     rng = random.Random(seed)
-    index = HostIndex(POLICIES["pars_fast"](), guard)
+    index = HostIndex(POLICIES["pars"](), guard)
     backlog = 20
     for seq in range(200):
         entry = Entry(seq, 0, None, arrival_s=float(seq))
@@ -204,8 +204,8 @@ def test_a_wrong_text_says_what_would_be_right(text: str, message: str | None) -
 
 
 def test_the_policy_changes_only_while_nothing_waits() -> None:
-    index = HostIndex(POLICIES["pars_fast"]())
-    assert index.guard == PassingLimit()
+    index = HostIndex(POLICIES["pars"]())
+    assert index.guard == FixedThreshold()
     index.add(Entry(0, 0, None))
     with pytest.raises(ValueError, match="the policy can change only while nothing waits"):
         index.set_policy(POLICIES["pars"]())
@@ -217,7 +217,7 @@ def test_the_policy_changes_only_while_nothing_waits() -> None:
 
 def test_heaps_of_a_request_skipped_in_every_step_stay_small() -> None:
     for guard in (FixedThreshold(0.0), IdleQuantum(1, 1)):
-        index = HostIndex(POLICIES["pars_fast"](), guard)
+        index = HostIndex(POLICIES["pars"](), guard)
         for seq in range(2):
             index.add(Entry(seq, 0, None))
         for step in range(2000):

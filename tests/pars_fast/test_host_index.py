@@ -52,7 +52,7 @@ class ReferenceIndex:
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    policy=st.sampled_from(["fcfs", "oracle", "pars_fast"]),
+    policy=st.sampled_from(["fcfs", "oracle", "pars"]),
     ranking=st.sampled_from([True, True, False]),
     priorities=st.sampled_from([1, 3]),
 )
@@ -111,7 +111,7 @@ def _random_operation(
 def test_membership_is_never_lost_under_the_guard(seed: int, floor: float) -> None:
     """Whatever the guard decides: what goes in comes out, once, and the head is what is popped."""
     rng = random.Random(seed)
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.5, floor_tokens=floor))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.5, floor_tokens=floor))
     inside: set[int] = set()
     running: list[Entry] = []
     out: list[int] = []
@@ -145,7 +145,7 @@ def test_membership_is_never_lost_under_the_guard(seed: int, floor: float) -> No
 
 
 def test_priority_comes_before_everything() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    index = HostIndex(POLICIES["pars"](), NO_GUARD)
     _add(index, 0, priority=1, expected=1.0)
     _add(index, 1, priority=0, expected=900.0)
     _add(index, 2, priority=-1)
@@ -153,14 +153,14 @@ def test_priority_comes_before_everything() -> None:
 
 
 def test_a_request_without_a_score_counts_as_the_median() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    index = HostIndex(POLICIES["pars"](), NO_GUARD)
     for seq, expected in enumerate([10.0, 50.0, None, 90.0, 50.0]):
         _add(index, seq, expected=expected)
     assert _drain(index) == [0, 1, 2, 4, 3]
 
 
 def test_a_preempted_request_goes_first_in_its_class() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    index = HostIndex(POLICIES["pars"](), NO_GUARD)
     for seq, expected in enumerate([10.0, 900.0, 20.0]):
         _add(index, seq, expected=expected)
     entries = {entry.seq: entry for entry in index}
@@ -174,7 +174,7 @@ def test_a_preempted_request_goes_first_in_its_class() -> None:
 
 def test_a_preempted_request_comes_back_long_after_its_charges_were_forgotten() -> None:
     """The guard forgets what no waiting request can see; a request preempted late was running meanwhile."""
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=50.0))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.0, floor_tokens=50.0))
     old = _add(index, 0, expected=5.0)
     assert index.pop() is old
     for seq in range(1, 3000):
@@ -188,7 +188,7 @@ def test_a_preempted_request_comes_back_long_after_its_charges_were_forgotten() 
 
 
 def test_a_skipped_request_gives_back_what_it_charged() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
     _add(index, 0, expected=100.0)
     short = _add(index, 1, expected=10.0)
     for _ in range(5):
@@ -198,7 +198,7 @@ def test_a_skipped_request_gives_back_what_it_charged() -> None:
 
 
 def test_an_abort_gives_back_what_it_did_not_use() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
     _add(index, 0, expected=100.0)
     first = _add(index, 1, expected=10.0)
     assert index.pop() is first
@@ -208,7 +208,7 @@ def test_an_abort_gives_back_what_it_did_not_use() -> None:
 
 
 def test_switching_ranking_off_and_on_keeps_scores() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    index = HostIndex(POLICIES["pars"](), NO_GUARD)
     for seq, expected in enumerate([30.0, 20.0, 10.0]):
         _add(index, seq, expected=expected)
     index.ranking = False
@@ -222,7 +222,7 @@ def test_switching_ranking_off_and_on_keeps_scores() -> None:
     ("expected", "kept"), [(0.0, 1.0), (-5.0, 1.0), (1e12, MAX_EXPECTED_TOKENS), (7.5, 7.5)]
 )
 def test_expected_tokens_are_clamped(expected: float, kept: float) -> None:
-    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    index = HostIndex(POLICIES["pars"](), NO_GUARD)
     assert _add(index, 0, expected=expected).expected_tokens == kept
 
 
@@ -244,7 +244,7 @@ def test_an_empty_index_says_so() -> None:
 
 def test_requests_that_left_leave_no_room_taken() -> None:
     """Scored again and again, skipped in every step, or one after the other: the tree stays small."""
-    index = HostIndex(POLICIES["pars_fast"](), NO_GUARD)
+    index = HostIndex(POLICIES["pars"](), NO_GUARD)
     entry = _add(index, 0)
     for score in range(2000):
         index.set_expected_tokens(entry, float(score + 1))
@@ -283,7 +283,7 @@ def _drain(index: HostIndex) -> list[int]:
 
 def test_priorities_that_nobody_has_any_more_are_forgotten() -> None:
     """Only between steps: what was popped and is put back within one finds its charges."""
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
     for seq in range(1000):
         _add(index, seq, priority=seq, expected=5.0)
         index.begin_step(0.0)
@@ -294,7 +294,7 @@ def test_priorities_that_nobody_has_any_more_are_forgotten() -> None:
 
 def test_a_charge_of_a_forgotten_class_changes_nothing() -> None:
     """A request that runs outlives its class; what it makes then concerns nobody in the new one."""
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.0, floor_tokens=10.0))
     _add(index, 0, priority=1, expected=100.0)
     _add(index, 1, priority=1, expected=10.0)
     short, long = index.pop(), index.pop()
@@ -318,7 +318,7 @@ def test_after_the_warm_up_nothing_is_compiled_while_requests_wait() -> None:
     before = [list(function.signatures) for function in compiled]
     assert all(before)
     for guard in (PassingLimit(), OvertakingBudget(), NoGuard(), FixedThreshold(0.0)):
-        index = HostIndex(POLICIES["pars_fast"](), guard)
+        index = HostIndex(POLICIES["pars"](), guard)
         entries = [_add(index, seq, expected=float(seq % 5 + 1) if seq % 3 else None) for seq in range(200)]
         index.set_device_order([1, 2])
         for step in range(40):

@@ -29,7 +29,7 @@ def test_later_arrivals_never_take_more_than_the_budget(
     budget after the fact; even then nobody passes the overdrawn request.
     """
     rng = random.Random(seed)
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta, floor))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta, floor))
     waiting: dict[int, Entry] = {}
     running: list[Entry] = []
     taken: dict[int, float] = {}
@@ -64,7 +64,7 @@ def _older(waiting: dict[int, Entry], entry: Entry) -> list[Entry]:
 
 
 def test_without_allowance_the_order_is_that_of_arrival() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=0.0))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.0, floor_tokens=0.0))
     for seq in range(50):
         entry = Entry(seq, 0, None)
         index.set_expected_tokens(entry, 100.0 - seq)
@@ -76,7 +76,7 @@ def test_without_allowance_the_order_is_that_of_arrival() -> None:
 @pytest.mark.parametrize(("floor", "overtakers"), [(0.0, 0), (9.0, 0), (10.0, 1), (95.0, 9)])
 def test_the_floor_says_how_much_short_work_goes_ahead(floor: float, overtakers: int) -> None:
     """One long request, then short ones of 10 tokens each: floor // 10 of them pass it."""
-    index = HostIndex(POLICIES["pars_fast"](), OvertakingBudget(beta=0.0, floor_tokens=floor))
+    index = HostIndex(POLICIES["pars"](), OvertakingBudget(beta=0.0, floor_tokens=floor))
     for seq in range(50):
         entry = Entry(seq, 0, None)
         index.set_expected_tokens(entry, 1000.0 if seq == 0 else 10.0)

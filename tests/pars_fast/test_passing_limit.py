@@ -98,7 +98,7 @@ def test_limit_equals_its_definition(seed: int, beta: float, floor: float) -> No
 def test_nobody_has_more_requests_ahead_than_the_limit(seed: int, beta: float, floor: int) -> None:
     """The promise, whatever the scores: counted at every admission for all that wait."""
     rng = random.Random(seed)
-    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta, floor))
+    index = HostIndex(POLICIES["pars"](), PassingLimit(beta, floor))
     waiting: dict[int, Entry] = {}
     admitted_since: dict[int, int] = {}
     longest_since: dict[int, int] = {}
@@ -125,7 +125,7 @@ def test_nobody_has_more_requests_ahead_than_the_limit(seed: int, beta: float, f
 
 @pytest.mark.parametrize(("floor", "overtakers"), [(0, 0), (0.9, 0), (3, 3)])
 def test_the_floor_says_how_many_pass_a_lone_request(floor: float, overtakers: int) -> None:
-    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(0.0, floor))
+    index = HostIndex(POLICIES["pars"](), PassingLimit(0.0, floor))
     long = Entry(0, 0, None)
     index.add(long)
     index.set_expected_tokens(long, 1000.0)
@@ -145,7 +145,7 @@ def add(index: HostIndex, seq: int) -> Entry:
 
 
 def test_a_longer_queue_later_lets_more_pass() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.5, floor_requests=0))
+    index = HostIndex(POLICIES["pars"](), PassingLimit(beta=0.5, floor_requests=0))
     entries = [add(index, 0)]
     assert index.slack(entries[0]) == 0
     entries += [add(index, seq) for seq in range(1, 5)]
@@ -158,14 +158,14 @@ def test_a_longer_queue_later_lets_more_pass() -> None:
 
 
 def test_the_limit_does_not_grow_for_ever() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.5, floor_requests=0))
+    index = HostIndex(POLICIES["pars"](), PassingLimit(beta=0.5, floor_requests=0))
     entries = [add(index, seq) for seq in range(MAX_GROWTH * GROWTH_FROM + 500)]
     assert index.slack(entries[0]) == 1.5 * MAX_GROWTH * GROWTH_FROM
     assert index.slack(entries[1]) == 1.5 * MAX_GROWTH * GROWTH_FROM - 1
 
 
 def test_requests_that_come_back_to_a_new_class_are_new_to_it() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.5, floor_requests=0))
+    index = HostIndex(POLICIES["pars"](), PassingLimit(beta=0.5, floor_requests=0))
     entries = [Entry(seq, 0, None) for seq in (9, 7)]
     for entry in entries:
         index.put_back(entry)
@@ -174,7 +174,7 @@ def test_requests_that_come_back_to_a_new_class_are_new_to_it() -> None:
 
 
 def test_a_request_skipped_in_every_step_leaves_nothing_behind() -> None:
-    index = HostIndex(POLICIES["pars_fast"](), PassingLimit(beta=0.0, floor_requests=0))
+    index = HostIndex(POLICIES["pars"](), PassingLimit(beta=0.0, floor_requests=0))
     skipped = add(index, 0)
     for step in range(1000):
         index.begin_step(float(step))

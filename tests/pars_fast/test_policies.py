@@ -16,7 +16,7 @@ from pars_fast.distribution import LengthDistribution
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES, Policy, with_lengths
-from pars_fast.policies.cost_aware import PREFILL
+from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.policies.tabulated import LONGEST
 from pars_fast.policies.tie import BETA
 
@@ -156,15 +156,15 @@ def test_cost_aware_counts_prompt_and_cache() -> None:
     begun = request(0, max_tokens=500, num_prompt_tokens=10)
     before = policy.key(200.0, begun)
     begun.append_output_token_ids([1] * 100)
-    assert 0 < policy.key(200.0, begun) - PREFILL * 110 < before
+    assert 0 < policy.key(200.0, begun) - PROMPT_WORK * 110 < before
 
 
-def test_smith_weighs_prompt_and_answer_together() -> None:
-    policy = POLICIES["smith"]()
+def test_pars_fast_weighs_prompt_and_answer_together() -> None:
+    policy = POLICIES["pars_fast"]()
     short, long = (request(0, max_tokens=5, num_prompt_tokens=n) for n in (10, 4000))
     assert policy.key(100.0) == 100.0  # nobody has come yet, so nothing is known of prompts
     assert policy.key(100.0, short) < policy.key(200.0, short) < policy.key(100.0, long)
-    assert policy.key(100.0, short) ** 2 == pytest.approx(100 * (100 + PREFILL * 10))
+    assert policy.key(100.0, short) ** 2 == pytest.approx(100 * (100 + PROMPT_WORK * 10))
     assert policy.key_on_arrival(short) is None
     assert policy.key(100.0) == policy.key(100.0, short)  # what one without a score counts as
     for _ in range(2000):

@@ -95,7 +95,7 @@ class Player:
     def __init__(self, seed: int, operations: int) -> None:
         self.rng = random.Random(seed)
         self.index = HostIndex(
-            POLICIES["pars_fast"](), OvertakingBudget(BETA, FLOOR), initial_expected_tokens=INITIAL
+            POLICIES["pars"](), OvertakingBudget(BETA, FLOOR), initial_expected_tokens=INITIAL
         )
         self.reference = ReferenceQueue(operations)
         self.waiting: list[Entry] = []

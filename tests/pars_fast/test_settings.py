@@ -73,7 +73,6 @@ def test_without_a_guard_asked_for_each_policy_has_its_own() -> None:
     assert {name: guard for name, guard in guards.items() if guard != NoGuard()} == {
         "pars": FixedThreshold(120.0),
         "pars_fast": PassingLimit(2.0, 7.0),
-        "smith": PassingLimit(2.0, 7.0),
         "ltr": IdleQuantum(200, 10),
         "relative_ageing": RelativeAgeing(),
         "uniboost": UniBoost(),
