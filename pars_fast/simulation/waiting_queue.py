@@ -2,8 +2,8 @@
 
 The order is `HostIndex`'s: preempted requests first, then the lowest key, a request without a score having
 that of the running median; the guard may put another request ahead. Requests are numbered in order of
-arrival, which is `seq`. Per engine there is one chain of all its arrivals (`after`), along which the oldest waiting one and
-the oldest without a score move. Prompts go to the ranker as `RankingLoop` hands them over.
+arrival, which is `seq`. Per engine there is one chain of all its arrivals (`after`), along which the oldest
+waiting one and the oldest without a score move. Prompts go to the ranker as `RankingLoop` hands them over.
 
 A guard keeps each waiting request in one of two heaps, `later` and `urgent`, which share their links:
 
