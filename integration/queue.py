@@ -180,7 +180,7 @@ class RankedRequestQueue(RequestQueue):
         """Forget a finished or aborted request; its charge is corrected to the tokens it really made."""
         entry = self.entries.pop(request_id, None)
         if entry is not None:
-            if entry.charged_to is not None:
+            if self.index.needs_endings:
                 try:
                     self.index.finish(entry, entry.payload.num_output_tokens)
                 except Exception as error:

@@ -1,8 +1,11 @@
 """vLLM's scheduler with a ranked waiting queue.
 
-Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule` and `shutdown`
-around `super()`; no line of vLLM's loop is copied. Who has finished since the last step is what the scheduler
-is about to tell the workers, `finished_req_ids`. Source: vllm/v1/core/sched/scheduler.py, 0.29 to 0.32.
+Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule`,
+`get_grammar_bitmask` and `shutdown` around `super()`; no line of vLLM's loop is copied. What the order of
+this step needs is done in `schedule`; all else, the bookkeeping, is done when the engine asks for the
+bitmask, which is after it has given the step to the model: on a GPU it costs the step nothing. Who has
+finished since the last step is what the scheduler tells the workers, `finished_req_ids`. Source:
+vllm/v1/core/sched/scheduler.py and vllm/v1/engine/core.py, 0.29 to 0.32.
 """
 
 import contextlib
@@ -10,7 +13,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -74,6 +77,8 @@ class RankingMixin:
         self._recorder = make_recorder(settings, config, self._counters)
         self._overhead = OverheadMedian()
         self._steps = 0
+        self._spent_ns: int | None = None  # of a step whose overhead is taken, so far
+        self._planned: SchedulerOutput | None = None  # a step that is planned and not yet in the books
         self._left_waiting = False
         self._failed = False
         self._shadow: ShadowReport | None = None
@@ -117,15 +122,21 @@ class RankingMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self._failed:
             with contextlib.suppress(Exception):
-                self._forget_finished()  # else all that was ever served would be kept
+                self._forget_ended()  # else all that was ever served would be kept
             return super().schedule(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        if self._planned is not None:  # no bitmask was asked for: nothing to sample
+            self._guarded(self._keep_books)
         self._steps += 1
         if self._steps % TIMED_EVERY_STEPS:
             self._guarded(self._before_step)
-            output = self._plan(*args, **kwargs)
-            self._guarded(self._after_step)
-            return output
+            return self._plan(*args, **kwargs)
         return self._timed_schedule(*args, **kwargs)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        bitmask = super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
+        if self._planned is not None:
+            self._guarded(self._keep_books)
+        return bitmask
 
     def _timed_schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """A step whose overhead is taken; reading the clock would double that of every step."""
@@ -134,16 +145,14 @@ class RankingMixin:
         self._guarded(self._before_step)
         spent_ns = time.perf_counter_ns() - started
         output = self._plan(*args, **kwargs)
-        started = time.perf_counter_ns()
-        self._guarded(self._after_step)
-        self._overhead.add(spent_ns + self.waiting.spent_ns + time.perf_counter_ns() - started)
+        self._spent_ns = spent_ns + self.waiting.spent_ns
         self.waiting.timed = False
-        self._counters.values["pars_step_overhead_us_p50"] = self._overhead.median_us()
         return output
 
     def _plan(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's own step; a policy that shares the engine is told of it."""
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._planned = output
         if self.waiting.index.sharing is not None:
             self._guarded(functools.partial(self._tell_planned, output))
         return output
@@ -164,7 +173,7 @@ class RankingMixin:
         loop, self._ranking_loop = self._ranking_loop, None
         if loop is not None:
             loop.close()
-        self._forget_finished()
+        self._forget_ended()
         self._learning.ended(self.waiting.forgotten, self.clock())
         self._learning.flush()
         self._background.drain(LEARN_S)
@@ -173,16 +182,9 @@ class RankingMixin:
 
     def _before_step(self) -> None:
         queue = self.waiting
-        if self.finished_req_ids:  # type: ignore[attr-defined]
-            self._forget_finished()
+        if queue.index.needs_endings:
+            self._forget(self.finished_req_ids)  # type: ignore[attr-defined]
         queue.begin_step(self.max_num_running_reqs - len(self.running))  # type: ignore[attr-defined]
-        if queue.forgotten:
-            if queue.index.sharing is not None:
-                for entry in queue.forgotten:
-                    queue.index.sharing.ended(entry.payload)
-            self._learning.ended(queue.forgotten, queue.step_s)
-            queue.forgotten = []
-        self._learning.hand_over(queue.step_s)
         if self._ranking_loop is not None:
             self._ranking_loop.before_step()
         if self._preemption is not None:
@@ -202,7 +204,24 @@ class RankingMixin:
                 due.append(entry)
         self._ranking_loop.predict_again(due)
 
-    def _after_step(self) -> None:
+    def _keep_books(self) -> None:
+        """Of the step that was planned last; while the model runs, if the engine asked for a bitmask."""
+        assert self._planned is not None
+        started = time.perf_counter_ns() if self._spent_ns is not None else 0
+        self._after_step(self._planned.finished_req_ids)
+        self._planned = None
+        if self._spent_ns is not None:
+            self._overhead.add(self._spent_ns + time.perf_counter_ns() - started)
+            self._spent_ns = None
+            self._counters.values["pars_step_overhead_us_p50"] = self._overhead.median_us()
+
+    def _after_step(self, finished: Iterable[str]) -> None:
+        queue = self.waiting
+        self._forget(finished)
+        if queue.forgotten:
+            self._learning.ended(queue.forgotten, queue.step_s)
+            queue.forgotten = []
+        self._learning.hand_over(queue.step_s)
         left_waiting = self._order_can_help()
         if self._ranking_loop is not None:
             self._ranking_loop.after_step(left_waiting=left_waiting)
@@ -231,10 +250,17 @@ class RankingMixin:
         waiting = len(self.waiting) + len(self.kv_holding_waiting)  # type: ignore[attr-defined]
         return waiting > len(self.deferred_waiting)
 
-    def _forget_finished(self) -> None:
-        """Those that ended since the last step, aborted ones among them."""
+    def _forget_ended(self) -> None:
+        """All that vLLM has named as ended, and what is not in the books yet."""
+        if self._planned is not None:
+            self._forget(self._planned.finished_req_ids)
+            self._planned = None
+        self._forget(self.finished_req_ids)  # type: ignore[attr-defined]
+
+    def _forget(self, request_ids: Iterable[str]) -> None:
+        """Those of these requests that have ended, aborted ones among them."""
         entries = self.waiting.entries
-        for request_id in self.finished_req_ids:  # type: ignore[attr-defined]
+        for request_id in request_ids:
             entry = entries.get(request_id)
             if entry is not None and entry.payload.is_finished():  # else the id is in use again
                 self.waiting.finish(request_id)

@@ -16,6 +16,7 @@ class ArrivalIndex:
         self.room = 0
         self.ranking = False
         self.sharing = None
+        self.needs_endings = False
         self.policy: Policy = POLICIES["fcfs"]()
         self.overtakes = self.promotions = 0
         self._step_s = 0.0

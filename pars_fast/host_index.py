@@ -105,6 +105,7 @@ class HostIndex:
             this list and makes it wait no longer admits it, as `pop` does.
         room: how many admissions a step can make at most; no more are planned.
         sharing: the policy, if it is one that has to be told what is served.
+        needs_endings: whether the order of the next step depends on who has ended by then.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class HostIndex:
         self.policy = policy
         self.sharing = policy if isinstance(policy, SharingPolicy) else None
         self.guard = guard or policy.default_guard
+        self.needs_endings = self.sharing is not None or self.guard.limit().kind == TOKENS
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []
 
@@ -307,7 +309,9 @@ class HostIndex:
         return entry
 
     def finish(self, entry: Entry, output_tokens: int) -> None:
-        """Correct the charge of an admitted request to the tokens it really made."""
+        """An admitted or aborted request has ended: its charge is corrected to the tokens it really made."""
+        if self.sharing is not None:
+            self.sharing.ended(entry.payload)
         group = entry.charged_to
         if group is not None and group.counts_tokens and self._classes.get(entry.priority) is group:
             self._settle()

@@ -1,11 +1,12 @@
 """The scheduling step as a benchmark: vLLM's real `Scheduler`, stock and ranked, with a made-up model output.
 
 N requests wait at every step. A step is `schedule()` and `update_from_output()`: it admits `SEATS` requests
-and finishes them all. Between steps, untimed, `SEATS` of the waiting are aborted and twice as many arrive:
-as many without a score as the ranker takes in a step, the others with a caller's estimate. With N = 0 as many
-arrive as there are seats, none is aborted and nobody is left waiting: the load gate stays shut. Needs vLLM;
-loads no model, so it runs on any machine. Source: vllm/v1/core/sched/scheduler.py and its tests
-(tests/v1/core/utils.py), 0.32.
+and finishes them all. In between an engine gives the step to the model and asks for the grammar bitmask,
+where the ranked scheduler keeps its books: that time is taken on its own. Between steps, untimed, `SEATS` of
+the waiting are aborted and twice as many arrive: as many without a score as the ranker takes in a step, the
+others with a caller's estimate. With N = 0 as many arrive as there are seats, none is aborted and nobody is
+left waiting: the load gate stays shut. Needs vLLM; loads no model, so it runs on any machine. Source:
+vllm/v1/core/sched/scheduler.py and its tests (tests/v1/core/utils.py), 0.32.
 """
 
 import gc
@@ -110,21 +111,25 @@ class StepWorkload:
         self._waiting: dict[str, None] = {}  # a set that keeps its order, for the seed's sake
         self._idle = not waiting
         self.add_ns = self.abort_ns = 0  # of the last refill, a request
+        self.behind_model_ns = 0  # of the last step
         self._arrive(max(0, waiting - SEATS), estimated=True)  # the first refill brings the rest
 
     def step(self) -> list[str]:
         """One scheduling step; the ids of the requests it admitted, which have finished when it returns."""
         output = self.scheduler.schedule()
+        started = time.perf_counter_ns()
+        self.scheduler.get_grammar_bitmask(output)
+        self.behind_model_ns = time.perf_counter_ns() - started
         ids = list(output.num_scheduled_tokens)
         positions = {request_id: position for position, request_id in enumerate(ids)}
         self.scheduler.update_from_output(output, ModelRunnerOutput(ids, positions, [[1]] * len(ids)))
         return ids
 
     def timed_step(self) -> int:
-        """One step; its time in ns."""
+        """One step; its time in ns, less what an engine does while the model runs (`behind_model_ns`)."""
         started = time.perf_counter_ns()
         admitted = self.step()
-        spent_ns = time.perf_counter_ns() - started
+        spent_ns = time.perf_counter_ns() - started - self.behind_model_ns
         self.forget(admitted)
         return spent_ns
 
@@ -166,7 +171,8 @@ class StepWorkload:
 class StepTimes:
     """What `pars-fast bench step` reports; `added` is ranked less stock, of the same step number.
 
-    `add` and `abort` are for one request, between steps.
+    `behind_model` is what ranking adds while the model runs. `add` and `abort` are for one request, between
+    steps.
     """
 
     waiting: int
@@ -174,6 +180,8 @@ class StepTimes:
     ranked_us_p50: float
     added_us_p50: float
     added_us_p99: float
+    behind_model_us_p50: float
+    behind_model_us_p99: float
     add_added_us_p50: float
     abort_added_us_p50: float
 
@@ -197,9 +205,10 @@ class StepPair:
         self.stock, self.ranked = (StepWorkload(scheduler, waiting) for scheduler in schedulers)
         self.stock_ns: list[int] = []
         self.ranked_ns: list[int] = []
+        self._behind_model_ns: list[int] = []
         self._added_between_ns: list[tuple[int, int]] = []  # (add, abort)
         self.run(WARM_UP_STEPS)
-        for measured in (self.stock_ns, self.ranked_ns, self._added_between_ns):
+        for measured in (self.stock_ns, self.ranked_ns, self._behind_model_ns, self._added_between_ns):
             measured.clear()
 
     def prepare(self) -> None:
@@ -213,6 +222,7 @@ class StepPair:
 
     def ranked_step(self) -> None:
         self.ranked_ns.append(self.ranked.timed_step())
+        self._behind_model_ns.append(self.ranked.behind_model_ns)
 
     def complete(self) -> None:
         if len(self.stock_ns) < len(self.ranked_ns):
@@ -227,9 +237,11 @@ class StepPair:
     def times(self) -> StepTimes:
         stock, ranked = np.array(self.stock_ns) / 1e3, np.array(self.ranked_ns) / 1e3
         added_p50, added_p99 = np.quantile(ranked - stock, [0.5, 0.99]).tolist()
+        behind_p50, behind_p99 = np.quantile(np.array(self._behind_model_ns) / 1e3, [0.5, 0.99]).tolist()
         add, abort = (np.median(self._added_between_ns, axis=0) / 1e3).tolist()
         return StepTimes(
-            self.waiting, float(np.median(stock)), float(np.median(ranked)), added_p50, added_p99, add, abort
+            self.waiting, float(np.median(stock)), float(np.median(ranked)), added_p50, added_p99,
+            behind_p50, behind_p99, add, abort,
         )
 
     def close(self) -> None:

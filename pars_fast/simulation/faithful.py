@@ -189,6 +189,7 @@ def serve(
             clock.time_s = float(workload.arrival_s[arrived])
             continue
         output = scheduler.schedule()
+        scheduler.get_grammar_bitmask(output)  # as an engine does: the moment for the bookkeeping
         if not (planned or output.total_num_scheduled_tokens):  # one such step may follow a preemption
             raise ParsFastError(f"{workload.name}: vLLM's scheduler plans nothing, and requests wait")
         planned = output.total_num_scheduled_tokens > 0

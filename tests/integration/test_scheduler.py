@@ -57,6 +57,7 @@ class Engine:
 
     def step(self) -> None:
         output = self.scheduler.schedule()
+        self.scheduler.get_grammar_bitmask(output)
         self.in_flight.append(output)
         self.admitted += [request.req_id for request in output.scheduled_new_reqs]
         self.steps.append(dict(output.num_scheduled_tokens))
@@ -626,7 +627,7 @@ def test_shadow_mode_keeps_arrival_order_and_estimates_the_gain(
     engine.add([make_request(str(i), max_tokens=60 - i) for i in range(30)])
     engine.run()
     assert engine.admitted == [str(i) for i in range(30)]
-    engine.scheduler.schedule()  # where the last endings are noted
+    engine.step()  # where the last endings are noted
     engine.scheduler._learning.flush()
     assert engine.scheduler._background.drain(10.0)
     shadow = engine.scheduler._shadow

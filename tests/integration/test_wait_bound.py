@@ -172,6 +172,7 @@ class Run:
 
     def _step(self) -> bool:
         output = self.scheduler.schedule()
+        self.scheduler.get_grammar_bitmask(output)
         self.preemptions += len(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
             self.arrivals[new.req_id].left = len(self.admitted)
@@ -255,7 +256,7 @@ def test_the_bound_holds_for_every_request(
 
 def test_what_the_bound_is_tested_on() -> None:
     """Requests are preempted, passed and promoted; without a guard the bound of one would be broken."""
-    run = Run(1, "long_ones_shortest", OvertakingBudget(0.0, 50.0), count=200, priorities=1)
+    run = Run(1, "long_ones_shortest", OvertakingBudget(0.0, 50.0), count=300, priorities=1)
     run.serve()
     run.check()
     assert run.preemptions > 5
@@ -263,7 +264,7 @@ def test_what_the_bound_is_tested_on() -> None:
     assert run.scheduler.waiting.index.overtakes > 5
     assert run.scheduler.waiting.index.promotions > 5
 
-    free = Run(1, "long_ones_shortest", OvertakingBudget(0.0, math.inf), count=200, priorities=1)
+    free = Run(1, "long_ones_shortest", OvertakingBudget(0.0, math.inf), count=300, priorities=1)
     free.serve()
     free.guard = OvertakingBudget(0.0, 50.0)
     with pytest.raises(AssertionError):
