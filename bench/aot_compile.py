@@ -102,7 +102,8 @@ def queue_cases() -> Iterator[Case]:
         slot_update.BLOCK // 32,
     )  # fmt: skip
     destination = {
-        "slot_ptr": "*i64", "generation_ptr": "*i64", "stride_slot": "i32", "stride_generation": "i32",
+        "slot_ptr": "*i64", "generation_ptr": "*i64", "prompt_work_ptr": "*fp64", "stride_slot": "i32",
+        "stride_generation": "i32", "stride_work": "i32",
         "key_ptr": "*fp32", "slot_generation_ptr": "*i64", "dirty_ptr": "*i32", "map_scores_ptr": "*fp32",
         "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32", "M": "i32",
     }  # fmt: skip

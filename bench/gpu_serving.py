@@ -96,15 +96,17 @@ def _time_beside(call: Call) -> Times:
 def _arrival() -> Call:
     """Token ids of one prompt to its place in the order of all, as the runtime's thread does it."""
     from pars_fast.integration.gpu_scoring import K_ORDER, make_gpu_scorer
+    from pars_fast.integration.runtime import Prompt
 
     tokenizer = str(checkpoint_directory("default"))  # stands in for the served model's
     scorer = make_gpu_scorer("default", tokenizer, None)
-    ids = encode(Ranker.from_pretrained(device="cpu").tokenizer, take_prompts(200), 128)
+    prompts = encode(Ranker.from_pretrained(device="cpu").tokenizer, take_prompts(200), 128)
     seqs = itertools.count()
 
     def arrive() -> None:
         seq = next(seqs)
-        scorer([(seq, ids[seq % len(ids)])])
+        ids = prompts[seq % len(prompts)]
+        scorer([Prompt(seq, ids, len(ids))])
         order = scorer.order()
         if seq < K_ORDER and (order is None or seq not in order):
             raise RuntimeError("the arrival is not in the device's order")

@@ -42,9 +42,9 @@ class DeviceOrder:
         self._first_slots = torch.empty(k, dtype=torch.int32, pin_memory=on_gpu)
         self._done = torch.cuda.Event(blocking=True) if on_gpu else None
 
-    def begin(self, seqs: Sequence[int]) -> None:
+    def begin(self, seqs: Sequence[int], prompt_work: Sequence[float] = ()) -> None:
         """Requests, at most MAX_BATCH, are about to be scored: send them to the device. Once one finds no
-        slot, there is no order until all have left."""
+        slot, there is no order until all have left. `prompt_work` is as `SlotTable.upload` has it."""
         taken = []
         for seq in seqs:
             if (slot := self._table.acquire()) is None:
@@ -56,7 +56,7 @@ class DeviceOrder:
             slots, generations, new = map(list, zip(*taken, strict=True))
             self._seqs[slots] = new
             self._table.insert(slots, generations, [0] * len(slots), new)
-        self._table.upload([self._slots.get(seq, (-1, 0)) for seq in seqs])
+        self._table.upload([self._slots.get(seq, (-1, 0)) for seq in seqs], prompt_work)
 
     def finish(self, seqs: Sequence[int], scores: Tensor) -> list[float]:
         """Their scores have come, (B,) float32 on the device: expected tokens, NaN for one that has no
@@ -97,6 +97,7 @@ class GpuScorer:
         pack: token ids of prompts to the ranker's batch; raises for a prompt that cannot be scored.
         score: batch to (B,) float32 scores on the device, without waiting for them.
         stream: where all of it runs; None on a CPU.
+        prompt_work: of a prompt token in a key, in output tokens; see `pars_fast.policies.prompt_work`.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class GpuScorer:
         score: Callable[[PackedBatch], Tensor],
         order: DeviceOrder,
         stream: torch.cuda.Stream | None,
+        prompt_work: float = 0.0,
     ) -> None:
         self._pack, self._score, self._order = pack, score, order
-        self._stream = stream
+        self._stream, self._prompt_work = stream, prompt_work
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
         """Expected tokens; NaN for a prompt that cannot be scored, which harms no other."""
@@ -122,23 +124,28 @@ class GpuScorer:
         self._order.remove(seqs)
 
     def _score_batch(self, prompts: Sequence[Prompt]) -> list[Scored]:
-        seqs = [seq for seq, _ in prompts]
+        seqs = [prompt.seq for prompt in prompts]
         try:
             batch = self._pack(prompts)
         except Exception:  # decoding and tokenising share no narrower base
             if len(prompts) == 1:
                 return [(seqs[0], math.nan)]
             return [scored for prompt in prompts for scored in self._score_batch([prompt])]
-        self._order.begin(seqs)
+        self._order.begin(seqs, [self._prompt_work * prompt.num_tokens for prompt in prompts])
         return list(zip(seqs, self._order.finish(seqs, self._score(batch)), strict=True))
 
 
 def make_gpu_scorer(
-    ranker: str, tokenizer: str, revision: str | None, *, max_programs: int | None = None
+    ranker: str,
+    tokenizer: str,
+    revision: str | None,
+    *,
+    max_programs: int | None = None,
+    prompt_work: float = 0.0,
 ) -> GpuScorer:
     """Load the ranker onto the current GPU and capture its graphs.
 
-    `max_programs`: at most so many SMs at a time, None for all.
+    `max_programs`: at most so many SMs at a time, None for all. `prompt_work` is `GpuScorer`'s.
 
     Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens, or an
         activation that the kernels do not compute.
@@ -159,4 +166,4 @@ def make_gpu_scorer(
     def score(batch: PackedBatch) -> Tensor:
         return graphs.score(batch.input_ids, batch.cu_seqlens)
 
-    return GpuScorer(scorer.pack, score, order, stream)
+    return GpuScorer(scorer.pack, score, order, stream, prompt_work)

@@ -15,7 +15,7 @@ from pars_fast.integration.calibration import LiveCalibration
 from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, RankerRuntime
+from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, Prompt, RankerRuntime
 
 logger = logging.getLogger("vllm.pars_fast")
 
@@ -114,7 +114,7 @@ class RankingLoop:
                 self._counters["pars_fallback_prompt"] += 1
         if not batch:
             return
-        if self._runtime.submit([(e.seq, e.payload.prompt_token_ids[:MAX_PROMPT_IDS]) for e in batch]):
+        if self._runtime.submit([_prompt(entry) for entry in batch]):
             now = self._clock()
             if not self._in_flight:
                 self._heard_at = now
@@ -130,7 +130,7 @@ class RankingLoop:
         if not entries or not self._ready:
             return
         prompts = [
-            (e.seq, [*e.payload.prompt_token_ids[:MAX_PROMPT_IDS], *e.payload.output_token_ids])
+            _prompt(e, e.payload.output_token_ids)
             for e in entries
             if e.payload.prompt_token_ids and e.seq not in self._in_flight
         ]
@@ -138,7 +138,7 @@ class RankingLoop:
             now = self._clock()
             if not self._in_flight:
                 self._heard_at = now
-            handed_over = {seq for seq, _ in prompts}
+            handed_over = {prompt.seq for prompt in prompts}
             self._in_flight |= {e.seq: (e, now) for e in entries if e.seq in handed_over}
 
     def close(self) -> None:
@@ -206,3 +206,11 @@ class RankingLoop:
         self.ranking = not self._shadow and not self._failures and self._calibration.ranking
         if self.ranking != self._queue.index.ranking:
             self._queue.set_ranking(self.ranking)
+
+
+def _prompt(entry: Entry, made: Sequence[int] = ()) -> Prompt:
+    """What the ranker gets of a request, with the answer so far of one that runs."""
+    request = entry.payload
+    return Prompt(
+        entry.seq, [*request.prompt_token_ids[:MAX_PROMPT_IDS], *made], request.num_prompt_tokens
+    )

@@ -14,15 +14,22 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import zmq
 
-Prompt = tuple[int, list[int]]  # (seq, the served model's token ids)
 Scored = tuple[int, float]  # (seq, expected output tokens; NaN if the prompt could not be scored)
 READY: Scored = (-1, 0.0)
 MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
+
+
+class Prompt(NamedTuple):
+    """What is to be scored: token ids of the served model, and how many the whole prompt has."""
+
+    seq: int
+    ids: list[int]
+    num_tokens: int
 
 
 class RankerRuntime(Protocol):

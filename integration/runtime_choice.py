@@ -6,7 +6,7 @@ from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.recorder import Decode, Recorder
 from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, Scorer, ThreadRuntime
 from pars_fast.packaged import serving_ranker
-from pars_fast.policies import Policy, needs_distribution, with_lengths
+from pars_fast.policies import POLICIES, Policy, needs_distribution, prompt_work, with_lengths
 from pars_fast.settings import Settings
 
 
@@ -38,7 +38,8 @@ def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
         def load() -> Scorer:
             ranker = serving_ranker(settings.ranker, "cuda")
             sms = settings.gpu_sms or None
-            return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision, max_programs=sms)
+            return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision, max_programs=sms,
+                                   prompt_work=prompt_work(POLICIES[settings.policy]) or 0.0)
 
         return ThreadRuntime(load)
     ranker = serving_ranker(settings.ranker, "cpu")

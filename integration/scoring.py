@@ -33,7 +33,7 @@ class PromptScorer:
             return self._score(prompts)
         except Exception:
             if len(prompts) == 1:
-                return [(prompts[0][0], math.nan)]
+                return [(prompts[0].seq, math.nan)]
             return [scored for prompt in prompts for scored in self([prompt])]
 
     def pack(self, prompts: Sequence[Prompt]) -> PackedBatch:
@@ -41,10 +41,10 @@ class PromptScorer:
         return pack(encode(self._ranker.tokenizer, self._texts(prompts), self._ranker.max_tokens))
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        return [self._tokenizer.decode(ids, skip_special_tokens=True) for _, ids in prompts]
+        return [self._tokenizer.decode(ids, skip_special_tokens=True) for _, ids, _ in prompts]
 
     def _score(self, prompts: Sequence[Prompt]) -> list[Scored]:
         expected = self.token_map(self._ranker.score(self._texts(prompts)).numpy())
-        return [(seq, float(tokens)) for (seq, _), tokens in zip(prompts, expected, strict=True)]
+        return [(seq, float(tokens)) for (seq, *_), tokens in zip(prompts, expected, strict=True)]
 
 

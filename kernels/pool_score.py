@@ -36,8 +36,10 @@ def _pool_score_kernel(
     stride_t,
     slot_ptr,  # this and the rest: where the score goes, as in `_publish_score_kernel`; None without PUBLISH
     generation_ptr,
+    prompt_work_ptr,
     stride_slot,
     stride_generation,
+    stride_work,
     key_ptr,
     slot_generation_ptr,
     dirty_ptr,
@@ -74,8 +76,9 @@ def _pool_score_kernel(
     tl.store(score_ptr + prompt, score)
     if PUBLISH:
         _publish(
-            prompt, score, slot_ptr, generation_ptr, stride_slot, stride_generation, key_ptr,
-            slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr, tokens_ptr, M, TILE, BLOCK_M,
+            prompt, score, slot_ptr, generation_ptr, prompt_work_ptr, stride_slot, stride_generation,
+            stride_work, key_ptr, slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr,
+            tokens_ptr, M, TILE, BLOCK_M,
         )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """Publish scores: from the ranker's score to the request's key in the slot table, without the host.
 
     tokens[i] = token_map(score[i])
-    key[slot[i]] = tokens[i]   where slot[i] >= 0 and generation[i] is the slot's
+    key[slot[i]] = sqrt(tokens[i] * (tokens[i] + prompt_work[i]))   where slot[i] >= 0 and generation[i] is
+                                                                    the slot's
+
+The work of a prompt is 0 for a policy that does not weigh it: then the key is the tokens, bit for bit.
 
 The isotonic map is M knots with linear interpolation between them and constant beyond (`TokenMap`). A score
 that is not finite gives NaN: no key, so the request is ordered by the median. The map stays monotone in fp32:
@@ -10,10 +13,11 @@ a value between two knots is held below the upper one, so rounding changes no or
 `_publish` is what one program does with one score in hand: the last lines of `pool_score` and of this file's
 own kernel, which takes scores that another kernel left in memory.
 
-Bytes moved for B scores: 28 B read, 4 B written and 64 B into the table, 8 M for knots; one launch, or none
+Bytes moved for B scores: 36 B read, 4 B written and 64 B into the table, 8 M for knots; one launch, or none
 in `pool_score`.
 
-Source: isotonic calibration, Barlow et al. 1972; `pars_fast/calibration.py`.
+Source: isotonic calibration, Barlow et al. 1972; `pars_fast/calibration.py`. The key: Smith 1956;
+`pars_fast/policies/pars_fast.py`.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 # A kernel's arguments have Triton's types, not Python's; the comments beside them say which.
@@ -30,8 +34,8 @@ from pars_fast.calibration import TokenMap
 from pars_fast.kernels.queue_topk import check_column
 
 PUBLISH_ARGUMENTS = (
-    "slot_ptr", "generation_ptr", "stride_slot", "stride_generation", "key_ptr", "slot_generation_ptr",
-    "dirty_ptr", "map_scores_ptr", "map_tokens_ptr", "tokens_ptr", "M",
+    "slot_ptr", "generation_ptr", "prompt_work_ptr", "stride_slot", "stride_generation", "stride_work",
+    "key_ptr", "slot_generation_ptr", "dirty_ptr", "map_scores_ptr", "map_tokens_ptr", "tokens_ptr", "M",
 )  # fmt: skip
 
 
@@ -44,6 +48,7 @@ class ScoreDestination:
 
     slot: Tensor  # (C,) int64, of any stride; -1 where a score goes nowhere
     generation: Tensor  # (C,) int64, of any stride: the slot's owner when scoring began
+    prompt_work: Tensor  # (C,) fp64, of any stride, >= 0: work of the prompt, in output tokens
     key: Tensor  # (N,) fp32, of the slot table
     slot_generation: Tensor  # (N,) int64, of the slot table
     dirty: Tensor  # (tiles,) int32, of the table's `TopkWorkspace`
@@ -54,10 +59,14 @@ class ScoreDestination:
 
     def __post_init__(self) -> None:
         capacity, num_slots, device = len(self.tokens), len(self.key), self.key.device
-        for name, tensor in (("slot", self.slot), ("generation", self.generation)):
-            if tensor.shape != (capacity,) or tensor.dtype != torch.int64 or tensor.device != device:
+        for name, tensor, dtype in (
+            ("slot", self.slot, torch.int64),
+            ("generation", self.generation, torch.int64),
+            ("prompt_work", self.prompt_work, torch.float64),
+        ):
+            if tensor.shape != (capacity,) or tensor.dtype != dtype or tensor.device != device:
                 raise ValueError(
-                    f"{name} must be ({capacity},) torch.int64 on {device}, "
+                    f"{name} must be ({capacity},) {dtype} on {device}, "
                     f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
                 )
         for name, tensor, length, dtype in (
@@ -83,8 +92,10 @@ def _publish(
     score,  # fp32
     slot_ptr,
     generation_ptr,
+    prompt_work_ptr,
     stride_slot,
     stride_generation,
+    stride_work,
     key_ptr,
     slot_generation_ptr,
     dirty_ptr,
@@ -112,7 +123,9 @@ def _publish(
     slot = tl.load(slot_ptr + prompt * stride_slot)
     owner = tl.load(slot_generation_ptr + slot, mask=slot >= 0, other=-1)
     mine = (slot >= 0) & (owner == tl.load(generation_ptr + prompt * stride_generation))
-    tl.store(key_ptr + slot, tokens, mask=mine)
+    work = tl.load(prompt_work_ptr + prompt * stride_work).to(tl.float32)
+    key = tl.where(work > 0, tl.sqrt_rn(tokens * (tokens + work)), tokens)
+    tl.store(key_ptr + slot, key, mask=mine)
     tl.store(dirty_ptr + slot // TILE, 1, mask=mine)
 
 
@@ -121,8 +134,10 @@ def _publish_score_kernel(
     score_ptr,  # (B,) fp32
     slot_ptr,  # (B,) int64, stride_slot apart
     generation_ptr,  # (B,) int64, stride_generation apart
+    prompt_work_ptr,  # (B,) fp64, stride_work apart
     stride_slot,
     stride_generation,
+    stride_work,
     key_ptr,  # (N,) fp32
     slot_generation_ptr,  # (N,) int64
     dirty_ptr,  # (tiles,) int32
@@ -135,8 +150,9 @@ def _publish_score_kernel(
 ):
     prompt = tl.program_id(0)
     _publish(
-        prompt, tl.load(score_ptr + prompt), slot_ptr, generation_ptr, stride_slot, stride_generation,
-        key_ptr, slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr, tokens_ptr, M, TILE, BLOCK_M,
+        prompt, tl.load(score_ptr + prompt), slot_ptr, generation_ptr, prompt_work_ptr, stride_slot,
+        stride_generation, stride_work, key_ptr, slot_generation_ptr, dirty_ptr, map_scores_ptr,
+        map_tokens_ptr, tokens_ptr, M, TILE, BLOCK_M,
     )  # fmt: skip
 
 
@@ -145,8 +161,9 @@ def publish_arguments(destination: ScoreDestination | None) -> dict[str, Any]:
     if destination is None:
         return dict.fromkeys(PUBLISH_ARGUMENTS) | {"TILE": 1, "BLOCK_M": 1}
     d = destination
-    values = (d.slot, d.generation, d.slot.stride(0), d.generation.stride(0), d.key, d.slot_generation,
-              d.dirty, d.map_scores, d.map_tokens, d.tokens, len(d.map_scores))  # fmt: skip
+    values = (d.slot, d.generation, d.prompt_work, d.slot.stride(0), d.generation.stride(0),
+              d.prompt_work.stride(0), d.key, d.slot_generation, d.dirty,
+              d.map_scores, d.map_tokens, d.tokens, len(d.map_scores))  # fmt: skip
     arguments: dict[str, Any] = dict(zip(PUBLISH_ARGUMENTS, values, strict=True))
     return arguments | {"TILE": d.tile_size, "BLOCK_M": triton.next_power_of_2(len(d.map_scores))}
 
@@ -174,8 +191,10 @@ def publish_score_reference(score: Tensor, destination: ScoreDestination) -> Ten
     token_map = TokenMap(tuple(destination.map_scores.tolist()), tuple(destination.map_tokens.tolist()))
     tokens = torch.from_numpy(token_map(score.double().cpu().numpy()))
     tokens = torch.where(score.cpu().isfinite(), tokens, torch.nan)
+    work = destination.prompt_work[: len(tokens)].cpu()
+    keys = (tokens * (tokens + work)).sqrt()
     for slot, generation, value in zip(
-        destination.slot.tolist(), destination.generation.tolist(), tokens.tolist(), strict=False
+        destination.slot.tolist(), destination.generation.tolist(), keys.tolist(), strict=False
     ):
         if slot >= 0 and destination.slot_generation[slot] == generation:
             destination.key[slot] = value

@@ -33,6 +33,7 @@ from pars_fast.waiting_tree import (
     PROMOTED,
     RETURN,
     SCORE,
+    TAKE,
     apply,
     make_tree,
     new_hint,
@@ -162,8 +163,7 @@ class HostIndex:
         self._now.time_s = time_s
         self._now.step += 1
         for group in self._classes.values():
-            if not group:
-                group.begin_anew()
+            group.begin_step()
         if len(self._classes) > 1:
             self._drop_empty_classes()
 
@@ -362,7 +362,7 @@ class HostIndex:
         if group.preempted:
             made = group.plan_preempted(self.policy.key(typical), self._ranking)
         elif group.untouched and len(group.waiting) <= most:
-            made = group.plan_all()
+            made = group.plan_all(typical)
         elif self.sharing is not None and self._ranking:
             made = group.plan_shared(self.sharing, self.policy.key(typical), typical)
         elif group.watch is not None and self._ranking:
@@ -445,8 +445,8 @@ class _PriorityClass:
         waiting: those of lane 1 that are not planned, by seq, with what has been noted of them and not yet
             been done in `tree`.
         preempted: those of lane 0, by seq. They are few: each had a seat.
-        untouched: whether all that happened since nobody waited is that requests without a key arrived, so
-            that their order is that of arrival and the tree need not be asked.
+        untouched: whether all that happened since nobody waited is that requests without a key arrived, and
+            all of them were planned, so that their order is that of arrival and the tree need not be asked.
         watch: of a guard that is no limit.
     """
 
@@ -459,6 +459,7 @@ class _PriorityClass:
         self.counts_tokens = self._limit.kind == TOKENS
         self.tree = make_tree(self._limit)
         self._noted = array("d")
+        self._past = 0  # length of what was noted of those who had been planned while untouched
         self._seqs, self._flags = np.zeros(MAX_PLANNED, np.int64), np.zeros(MAX_PLANNED, np.int64)
 
     def __bool__(self) -> bool:
@@ -491,7 +492,7 @@ class _PriorityClass:
             return
         self.untouched = False
         log = np.frombuffer(self._noted)
-        self._noted = array("d")
+        self._noted, self._past = array("d"), 0
         while True:
             log = log[LOG_FIELDS * apply(*self.tree, log) :]
             if not len(log):
@@ -499,16 +500,27 @@ class _PriorityClass:
             returning = int(log[1]) if log[0] == RETURN else EMPTY
             self.tree = regrown(self.tree, self._limit, returning)
 
-    def begin_anew(self) -> None:
-        """Nobody waits, and a step begins: whoever was popped does not come back."""
-        self.do_what_was_noted()
-        self.untouched = self.watch is None
+    def begin_step(self) -> None:
+        """Whoever was popped before does not come back."""
+        if self.untouched:
+            if self._past:
+                del self._noted[: self._past]
+                self._past = 0
+        elif not self:
+            self.do_what_was_noted()
+            self.untouched = self.watch is None
 
-    def plan_all(self) -> _Plan:
-        """All that wait, by arrival; the class is untouched."""
+    def plan_all(self, typical_tokens: float) -> _Plan:
+        """All that wait, by arrival; the class is untouched.
+
+        The tree is told of them only if they do not all leave: what a later one met is then still known.
+        """
         entries = list(self.waiting.values())
         self.waiting.clear()
-        self._noted = array("d")
+        cost = typical_tokens if self.counts_tokens else 1.0
+        for entry in entries:
+            self._noted.extend((TAKE, entry.seq, cost, 0.0, 0.0))
+        self._past = len(self._noted)
         return _Plan(self, entries, [0] * len(entries))
 
     def plan_next(
@@ -565,10 +577,7 @@ class _PriorityClass:
             self.preempted.update((entry.seq, entry) for entry in entries)
             return
         self.waiting.update((entry.seq, entry) for entry in entries)
-        if self.untouched:
-            for entry in entries:
-                self.note(ARRIVE, entry, typical_tokens)
-            return
+        self.do_what_was_noted()
         undo(*self.tree, typical_tokens, np.array([entry.seq for entry in entries]))
         if self.watch is not None:
             for entry in entries:

@@ -37,7 +37,7 @@ class SlotTable:
     """Slots for `capacity` waiting requests on `device`; 29 bytes a slot, and those of `TopkWorkspace`.
 
     Args:
-        token_map: from scores to expected tokens, which are the keys.
+        token_map: from scores to expected tokens, of which keys are made.
         max_order: largest k that `order` will be asked for.
     On CPU tensors the kernels need Triton's interpreter, which is for tests.
 
@@ -77,6 +77,7 @@ class SlotTable:
         self._destination = ScoreDestination(
             slot=destinations[:, 0],
             generation=destinations[:, 1],
+            prompt_work=destinations.view(torch.float64)[:, 2],
             key=self._table["key"],
             slot_generation=self._generation,
             dirty=self._workspace.dirty,
@@ -196,7 +197,7 @@ class SlotTable:
 
     # -- stream's side: the device --
 
-    def upload(self, scoring: Sequence[tuple[int, int]] = ()) -> None:
+    def upload(self, scoring: Sequence[tuple[int, int]] = (), prompt_work: Sequence[float] = ()) -> None:
         """Bring all changes to the device, and tell it where the next scores go.
 
         One transfer and one launch, or more for more than MAX_COMMANDS slots. Waits only if the transfer
@@ -205,10 +206,16 @@ class SlotTable:
         Args:
             scoring: slot and generation of each request that is going to be scored, in the batch's order, as
                 `acquire` gave them; slot -1 for one that has none.
-        Raises: ValueError: if there are more than MAX_BATCH, or a slot is outside the table.
+            prompt_work: of each of them, in output tokens, for a key that weighs it; none: all 0.
+        Raises: ValueError: if there are more than MAX_BATCH, a slot is outside the table, or not every one of
+            them has its work.
         """
         if len(scoring) > MAX_BATCH:
             raise ValueError(f"at most {MAX_BATCH} requests are scored at a time, got {len(scoring)}")
+        if prompt_work and len(prompt_work) != len(scoring):
+            raise ValueError(
+                f"prompt_work must have one entry a request: {len(prompt_work)} for {len(scoring)}"
+            )
         self._check([slot for slot, _ in scoring if slot != -1])
         self._seq_base = self._fitting_seq_base()
         commands = [(slot, *state) for slot, state in self._pending.items()]
@@ -219,6 +226,7 @@ class SlotTable:
             words[1 : 1 + MAX_BATCH, 0] = -1
             if scoring:
                 words[1 : 1 + len(scoring), :2] = scoring
+                words.view(np.float64)[1 : 1 + len(scoring), 2] = prompt_work or 0.0
             if part:
                 words[1 + MAX_BATCH : 1 + MAX_BATCH + len(part)] = part
             self._uploads.send(1 + MAX_BATCH + len(part))

@@ -77,7 +77,7 @@ class FakeRuntime:
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         self._encode(prompts)
-        self._answers.append(self._encode([(seq, float(ids[0])) for seq, ids in prompts]))
+        self._answers.append(self._encode([(prompt.seq, float(prompt.ids[0])) for prompt in prompts]))
         return True
 
     def poll(self) -> list[Scored]:

@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 EMPTY = -1
 GONE, WAITING, TAKEN = range(3)
-ARRIVE, SCORE, LEAVE, RETURN, CHARGE = range(5)  # operations of a log
+ARRIVE, SCORE, LEAVE, TAKE, RETURN, CHARGE = range(6)  # operations of a log
 LOG_FIELDS = 5  # operation, seq, and three values
 OVERTAKES, PROMOTED = 1, 2  # flags of a planned request
 MIN_CAPACITY = 64
@@ -128,6 +128,7 @@ def apply(
     | ARRIVE | key, expected tokens (NaN while unknown), tokens of a request without a score |
     | SCORE | key, expected tokens |
     | LEAVE | |
+    | TAKE | slack to take from all who came before |
     | RETURN | key, expected tokens, slack that its leaving took from others |
     | CHARGE | slack to take from all who came before |
 
@@ -161,6 +162,9 @@ def apply(
             _take(t, place, GONE)
             if limit[_KIND] == REQUESTS:
                 _add_before(t, place, -1.0, -1.0)
+        elif known and operation == TAKE:
+            _take(t, place, TAKEN)
+            _add_before(t, place, -a, -a)
         elif known and ints[place, _STATE] == WAITING:
             _account(t, place, -1)
             floats[place, _KEY], floats[place, _TOKENS] = a, b

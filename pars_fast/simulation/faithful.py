@@ -128,7 +128,7 @@ class DelayedRanker:
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         due = self._clock() + self._delay_s
-        self._answers.extend((due, (seq, self._tokens(ids))) for seq, ids in prompts)
+        self._answers.extend((due, (prompt.seq, self._tokens(prompt.ids))) for prompt in prompts)
         return True
 
     def _tokens(self, ids: Sequence[int]) -> float:

@@ -71,7 +71,7 @@ def test_ranking_goes_off_with_shuffled_scores_and_comes_back_with_good_ones(
 
         arrived, scored = len(server.lengths), len(fake_runtime.submitted)
         server.serve_until(lambda: len(server.lengths) >= arrived + 400)
-        in_the_shadow = [seq for seq, _ in fake_runtime.submitted[scored:]]
+        in_the_shadow = [prompt.seq for prompt in fake_runtime.submitted[scored:]]
         assert 30 <= len(in_the_shadow) <= 60
         assert all(map(in_shadow_share, in_the_shadow))
         last = [int(request_id) for request_id in server.engine.admitted[-200:]]

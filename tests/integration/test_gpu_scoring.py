@@ -13,7 +13,7 @@ from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer
 from pars_fast.integration.runtime import Prompt, Scored
-from pars_fast.policies import POLICIES
+from pars_fast.policies import POLICIES, prompt_work
 from pars_fast.slot_table import MAX_BATCH, SlotTable
 from pars_fast.tokenization import PackedBatch, pack
 
@@ -26,12 +26,12 @@ def order() -> DeviceOrder:
     return DeviceOrder(SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64), k=64)
 
 
-def add(order: DeviceOrder, scored: Sequence[Scored]) -> list[float]:
-    """Requests whose scores are their keys, by batches as large as may be."""
+def add(order: DeviceOrder, scored: Sequence[Scored], prompt_work: Sequence[float] = ()) -> list[float]:
+    """Requests whose scores are their expected tokens, by batches as large as may be."""
     tokens: list[float] = []
     for first in range(0, len(scored), MAX_BATCH):
         seqs, scores = map(list, zip(*scored[first : first + MAX_BATCH], strict=True))
-        order.begin(seqs)
+        order.begin(seqs, prompt_work[first : first + MAX_BATCH])
         tokens += order.finish(seqs, torch.tensor(scores, dtype=torch.float32))
     return tokens
 
@@ -64,8 +64,14 @@ def test_only_the_first_k_are_given() -> None:
     assert order.first == [1, 2]
 
 
+def whole(seq: int, ids: list[int]) -> Prompt:
+    """A prompt of which nothing is cut."""
+    return Prompt(seq, ids, len(ids))
+
+
 def pack_nonempty(prompts: Sequence[Prompt]) -> PackedBatch:
-    return pack([ids for _, ids in prompts])  # an empty prompt is an error, as it is for the real scorer
+    """An empty prompt is an error, as it is for the real scorer."""
+    return pack([prompt.ids for prompt in prompts])
 
 
 def score_lengths(batch: PackedBatch) -> torch.Tensor:
@@ -75,39 +81,61 @@ def score_lengths(batch: PackedBatch) -> torch.Tensor:
 
 def test_scorer_orders_what_it_scored(order: DeviceOrder) -> None:
     scorer = GpuScorer(pack_nonempty, score_lengths, order, None)
-    scored = scorer([(0, [1, 2, 3]), (1, []), (2, [1]), (3, [0] * 13), (4, [1, 2])])
+    scored = scorer([whole(seq, ids) for seq, ids in enumerate([[1, 2, 3], [], [1], [0] * 13, [1, 2]])])
     assert [seq for seq, _ in scored] == [0, 1, 2, 3, 4]
     assert [tokens for _, tokens in scored] == pytest.approx([3, math.nan, 1, math.nan, 2], nan_ok=True)
     assert scorer.order() == [2, 4, 0]
     scorer.forget([2])
-    scorer([(5, [1] * 9)])
+    scorer([whole(5, [1] * 9)])
     assert scorer.order() == [4, 0, 5]
 
 
 def test_scorer_takes_any_number_of_prompts() -> None:
     table = SlotTable(IDENTITY, capacity=2 * MAX_BATCH, device="cpu", max_order=256)
     scorer = GpuScorer(pack_nonempty, score_lengths, DeviceOrder(table, k=256), None)
-    assert len(scorer([(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)])) == MAX_BATCH + 5
+    prompts = [whole(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)]
+    assert len(scorer(prompts)) == MAX_BATCH + 5
     order = scorer.order()
     assert order is not None
     assert order == sorted(range(MAX_BATCH + 5), key=lambda seq: (1 + seq % 12, seq))
 
 
+def test_scorer_weighs_prompts_as_the_policy_does(order: DeviceOrder) -> None:
+    """By the length of the whole prompt, of which the ranker may have seen the head alone."""
+    policy = POLICIES["pars_fast"]
+    work = prompt_work(policy)
+    assert work
+    scorer = GpuScorer(pack_nonempty, score_lengths, order, None, work)
+    rng = np.random.default_rng(3)
+    prompts = [Prompt(seq, [1] * int(rng.integers(1, 13)), int(rng.integers(13, 3000))) for seq in range(40)]
+    assert [tokens for _, tokens in scorer(prompts)] == [float(len(prompt.ids)) for prompt in prompts]
+    key = {p.seq: policy().key(float(len(p.ids)), SimpleNamespace(num_prompt_tokens=p.num_tokens))
+           for p in prompts}  # fmt: skip
+    assert scorer.order() == sorted(key, key=lambda seq: (key[seq], seq))
+
+
+@pytest.mark.parametrize("policy", ["pars", "pars_fast"])
 @pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
-def test_host_index_admits_by_the_devices_order_as_by_its_own(order: DeviceOrder, stale: bool) -> None:
+def test_host_index_admits_by_the_devices_order_as_by_its_own(
+    order: DeviceOrder, policy: str, stale: bool
+) -> None:
     rng = np.random.default_rng(7)
     keys = rng.integers(1, 20, size=40).astype(float)  # ties are many
+    prompts = rng.integers(1, 2000, size=40).tolist()
+    work = prompt_work(POLICIES[policy])
+    assert work is not None
     admitted = []
     for use_device in (False, True):
         least = 1 if use_device else 1000
-        index = HostIndex(POLICIES["pars_fast"](), UNBOUNDED, device_order_min_waiting=least)
-        entries = [Entry(seq, 0, SimpleNamespace(max_tokens=1)) for seq in range(40)]
+        index = HostIndex(POLICIES[policy](), UNBOUNDED, device_order_min_waiting=least)
+        entries = [Entry(seq, 0, SimpleNamespace(num_prompt_tokens=prompts[seq])) for seq in range(40)]
         for entry, key in zip(entries, keys, strict=True):
             index.add(entry)
             if entry.seq % 5:  # every fifth has no score
                 index.set_expected_tokens(entry, key)
         if use_device:
-            add(order, [(entry.seq, keys[entry.seq]) for entry in entries if entry.seq % 5])
+            scored = [seq for seq in range(40) if seq % 5]
+            add(order, [(seq, keys[seq]) for seq in scored], [work * prompts[seq] for seq in scored])
             index.set_device_order(order.first or [])
         if stale:  # aborted after the order was computed
             for entry in entries[::7]:

@@ -17,7 +17,7 @@ from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import MAX_RESTART_DELAY_S, START_DEADLINE_S, RankingLoop
-from pars_fast.integration.runtime import MAX_PROMPT_IDS
+from pars_fast.integration.runtime import MAX_PROMPT_IDS, Prompt
 from pars_fast.policies import POLICIES
 
 STALE_AFTER_S = 5.0
@@ -129,7 +129,7 @@ def test_few_prompts_are_in_flight_at_once_newest_first(bench: Bench) -> None:
     for _ in range(4):
         bench.runtime.score(descending)
         bench.step()
-    assert [seq for seq, _ in bench.runtime.submitted] == list(reversed(range(len(requests))))
+    assert [prompt.seq for prompt in bench.runtime.submitted] == list(reversed(range(len(requests))))
     assert None not in [bench.expected(request) for request in requests]
 
 
@@ -137,7 +137,7 @@ def test_a_request_admitted_meanwhile_is_not_scored(bench: Bench) -> None:
     admitted, waiting = bench.add(2)
     assert bench.queue.pop_request() is admitted
     bench.step()
-    assert [ids for _, ids in bench.runtime.submitted] == [waiting.prompt_token_ids]
+    assert [prompt.ids for prompt in bench.runtime.submitted] == [waiting.prompt_token_ids]
 
 
 @pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf])
@@ -159,7 +159,7 @@ def test_a_prompt_without_ids_is_counted(bench: Bench, ids: list[int] | None) ->
     request.prompt_token_ids = ids  # embeddings only
     bench.add()
     bench.step()
-    assert [seq for seq, _ in bench.runtime.submitted] == [1]
+    assert [prompt.seq for prompt in bench.runtime.submitted] == [1]
     assert bench.fallbacks("prompt") == 1
     assert len(bench.queue) == 2
 
@@ -167,7 +167,7 @@ def test_a_prompt_without_ids_is_counted(bench: Bench, ids: list[int] | None) ->
 def test_of_a_prompt_of_100k_tokens_only_the_head_is_handed_over(bench: Bench) -> None:
     bench.add(prompt_token_ids=list(range(100_000)))
     bench.step()
-    assert bench.runtime.submitted == [(0, list(range(MAX_PROMPT_IDS)))]
+    assert bench.runtime.submitted == [Prompt(0, list(range(MAX_PROMPT_IDS)), 100_000)]
 
 
 def test_an_abort_with_a_score_in_flight_does_not_touch_the_next_request_of_that_id(bench: Bench) -> None:
@@ -280,7 +280,7 @@ def test_a_silent_ranker_counts_as_hung(bench: Bench) -> None:
     bench.step()  # the restart
     bench.step()
     assert bench.runtime.starts == 2
-    assert [seq for seq, _ in bench.runtime.pending] == [0, 1, 2]
+    assert [prompt.seq for prompt in bench.runtime.pending] == [0, 1, 2]
 
 
 def test_a_slow_ranker_that_still_answers_is_not_hung(bench: Bench) -> None:
@@ -345,7 +345,7 @@ def test_while_scores_are_of_no_use_a_share_is_scored_and_the_order_is_that_of_a
     for _ in range(10):
         bench.step()
     shadow = [seq for seq in reversed(range(40)) if in_shadow_share(seq)]
-    assert [seq for seq, _ in bench.runtime.submitted] == shadow
+    assert [prompt.seq for prompt in bench.runtime.submitted] == shadow
     assert 0 < len(shadow) < 20
     assert list(bench.queue) == requests
     bench.calibration.ranking = True
@@ -353,7 +353,7 @@ def test_while_scores_are_of_no_use_a_share_is_scored_and_the_order_is_that_of_a
     for _ in range(10):
         bench.step()
     passed_over = [seq for seq in reversed(range(40)) if not in_shadow_share(seq)]
-    assert [seq for seq, _ in bench.runtime.submitted[len(shadow) :]] == [41, 40, *passed_over]
+    assert [prompt.seq for prompt in bench.runtime.submitted[len(shadow) :]] == [41, 40, *passed_over]
     assert list(bench.queue) == [*reversed(newer), *reversed(requests)]
 
 
@@ -376,7 +376,7 @@ def test_a_refused_hand_over_loses_nothing(bench: Bench) -> None:
     assert (bench.counters["pars_submitted"], bench.fallbacks("ranker")) == (0, 0)
     bench.runtime.accepts = True
     bench.step()
-    assert [seq for seq, _ in bench.runtime.submitted] == [2, 1, 0]
+    assert [prompt.seq for prompt in bench.runtime.submitted] == [2, 1, 0]
 
 
 def test_nothing_piles_up_while_the_ranker_is_away(bench: Bench) -> None:
@@ -467,7 +467,7 @@ def test_a_new_device_order_does_not_part_what_is_shown_from_what_is_popped(benc
 
 
 def test_a_length_is_predicted_again_from_prompt_and_answer(bench: Bench) -> None:
-    bench.runtime.answer = lambda prompt: float(len(prompt[1]))
+    bench.runtime.answer = lambda prompt: float(len(prompt.ids))
     (request,) = bench.add(num_prompt_tokens=10)
     (longer,) = bench.add(num_prompt_tokens=MAX_PROMPT_IDS + 5)
     bench.step()  # the ranker is ready
@@ -478,11 +478,12 @@ def test_a_length_is_predicted_again_from_prompt_and_answer(bench: Bench) -> Non
     bench.runtime.answer = None
     bench.loop.predict_again(entries)
     bench.loop.predict_again(entries)  # it is asked already
-    asked = [(0, [*request.prompt_token_ids, *[1] * 50])]
-    asked.append((1, [*longer.prompt_token_ids[:MAX_PROMPT_IDS], *[1] * 50]))
+    asked = [Prompt(0, [*request.prompt_token_ids, *[1] * 50], request.num_prompt_tokens)]
+    head = longer.prompt_token_ids[:MAX_PROMPT_IDS]
+    asked.append(Prompt(1, [*head, *[1] * 50], longer.num_prompt_tokens))
     assert bench.runtime.submitted[2:] == asked
     assert bench.expected(request) == 10
-    bench.runtime.answer = lambda prompt: float(len(prompt[1]))
+    bench.runtime.answer = lambda prompt: float(len(prompt.ids))
     bench.step()
     assert (bench.expected(request), bench.expected(longer)) == (60, MAX_PROMPT_IDS + 50)
 

@@ -23,6 +23,11 @@ from pars_fast.settings import Settings
 START_TIMEOUT_S = 300.0  # a loaded machine takes its time to import torch
 
 
+def whole(seq: int, ids: list[int]) -> Prompt:
+    """A prompt of which nothing is cut."""
+    return Prompt(seq, ids, len(ids))
+
+
 @pytest.fixture
 def start_process(ranker_dir: Path, served_model: Path) -> Iterator[Callable[..., ProcessRuntime]]:
     """A started process runtime; killed at the end, whatever happened."""
@@ -74,7 +79,7 @@ def test_a_process_scores_as_the_library_does_and_survives_a_kill(
     runtime = start_process()
     tokenizer = AutoTokenizer.from_pretrained(served_model)
     texts = make_prompts(3 * BATCH_PROMPTS + 1)
-    prompts: list[Prompt] = [(seq, tokenizer.encode(text)) for seq, text in enumerate(texts)]
+    prompts = [whole(seq, tokenizer.encode(text)) for seq, text in enumerate(texts)]
     ranker = Ranker.from_pretrained(ranker_dir, device="cpu")
     assert ranker.token_map is not None
     expected = dict(enumerate(ranker.token_map(ranker.score(texts).numpy())))
@@ -85,7 +90,7 @@ def test_a_process_scores_as_the_library_does_and_survives_a_kill(
     assert dict(collect(runtime, len(prompts))) == pytest.approx(expected, rel=1e-4)
 
     # One prompt without text in it harms no other, and an id past the vocabulary harms nobody.
-    assert runtime.submit([(100, tokenizer.encode("   ")), (101, [10**6]), *prompts[:1]])
+    assert runtime.submit([whole(100, tokenizer.encode("   ")), whole(101, [10**6]), *prompts[:1]])
     scored = dict(collect(runtime, 3))
     assert math.isnan(scored[100])
     assert scored[0] == pytest.approx(expected[0], rel=1e-4)
@@ -169,7 +174,7 @@ class ToyScorer:
         self.forgotten: list[int] = []
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
-        self.scored += [seq for seq, _ in prompts]
+        self.scored += [prompt.seq for prompt in prompts]
         return self.score(prompts)
 
     def order(self) -> Sequence[int]:
@@ -180,19 +185,19 @@ class ToyScorer:
 
 
 def lengths(prompts: Sequence[Prompt]) -> list[Scored]:
-    return [(seq, float(len(ids))) for seq, ids in prompts]
+    return [(prompt.seq, float(len(prompt.ids))) for prompt in prompts]
 
 
 def test_a_thread_scores() -> None:
     runtime = ThreadRuntime(lambda: ToyScorer(lengths))
     runtime.start()
     assert collect(runtime, 1) == [READY]
-    assert runtime.submit([(0, [1, 2]), (1, [3])])
-    assert runtime.submit([(2, [4, 5, 6])])
+    assert runtime.submit([whole(0, [1, 2]), whole(1, [3])])
+    assert runtime.submit([whole(2, [4, 5, 6])])
     assert sorted(collect(runtime, 3)) == [(0, 2.0), (1, 1.0), (2, 3.0)]
     assert runtime.order() == [0, 1, 2]
     runtime.forget([1])
-    assert runtime.submit([(3, [7])])
+    assert runtime.submit([whole(3, [7])])
     assert collect(runtime, 1) == [(3, 1.0)]
     assert runtime.order() == [0, 2, 3]
     assert runtime.failure() is None
@@ -210,12 +215,12 @@ def test_a_thread_whose_scorer_raises_says_so_and_can_be_started_anew() -> None:
 
     runtime = ThreadRuntime(lambda: ToyScorer(score))
     runtime.start()
-    runtime.submit([(0, [1])])
+    runtime.submit([whole(0, [1])])
     assert wait_for(runtime.failure, 10.0) == "the ranker thread ended: RuntimeError('out of memory')"
     broken = False
     runtime.start()
     assert runtime.failure() is None
-    runtime.submit([(0, [1])])
+    runtime.submit([whole(0, [1])])
     assert collect(runtime, 2) == [READY, (0, 1.0)]
     runtime.close()
 
@@ -244,9 +249,9 @@ def test_a_thread_that_is_busy_when_it_is_ended_does_end(end: str) -> None:
 
     runtime = ThreadRuntime(lambda: ToyScorer(score))
     runtime.start()
-    runtime.submit([(0, [1])])
+    runtime.submit([whole(0, [1])])
     assert busy.wait(10.0)
-    runtime.submit([(1, [1])])
+    runtime.submit([whole(1, [1])])
     runtime.close() if end == "close" else runtime.start()
     go_on.set()
     threads[0].join(10.0)

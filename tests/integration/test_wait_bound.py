@@ -62,7 +62,7 @@ class MadeUpRanker:
         self._answers = [READY]
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
-        self._answers += [(seq, self._score(ids[0])) for seq, ids in prompts]
+        self._answers += [(prompt.seq, self._score(prompt.ids[0])) for prompt in prompts]
         return True
 
     def poll(self) -> list[Scored]:

@@ -223,8 +223,9 @@ class IncrementalOrder(RuleBasedStateMachine):
         at = torch.tensor(slots, device=self.device)
         knots = torch.tensor([0.0, 1.0], device=self.device)
         destination = ScoreDestination(
-            slot=at, generation=self.generation[at] - int(late), key=self.table["key"],
-            slot_generation=self.generation, dirty=self.workspace.dirty,
+            slot=at, generation=self.generation[at] - int(late),
+            prompt_work=torch.zeros(len(slots), dtype=torch.float64, device=self.device),
+            key=self.table["key"], slot_generation=self.generation, dirty=self.workspace.dirty,
             tile_size=self.workspace.tile_size, map_scores=knots, map_tokens=knots,
             tokens=torch.zeros(len(slots), device=self.device),
         )  # fmt: skip

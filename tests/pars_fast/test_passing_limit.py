@@ -157,6 +157,22 @@ def test_a_longer_queue_later_lets_more_pass() -> None:
     assert index.slack(add(index, 5)) == 0  # half a request
 
 
+@pytest.mark.parametrize("popped", [1, 2, 3])
+def test_those_who_left_before_an_order_was_needed_count_too(popped: int) -> None:
+    """Three come and are planned by arrival alone; what the last one met is not forgotten when it stays."""
+    index = HostIndex(POLICIES["pars"](), PassingLimit(beta=0.0, floor_requests=0))
+    entries = [add(index, seq) for seq in range(3)]
+    index.begin_step(1.0)
+    assert [index.pop().seq for _ in range(popped)] == list(range(popped))
+    if popped == 3:
+        index.put_back(entries[2])  # vLLM skipped it
+    index.begin_step(2.0)
+    assert index.slack(entries[2]) == 0  # two were ahead of it, and two may go ahead
+    for seq in range(3, 3 + min(popped, 2)):
+        add(index, seq)  # meets no more than two
+        assert index.slack(entries[2]) == 0
+
+
 def test_the_limit_does_not_grow_for_ever() -> None:
     index = HostIndex(POLICIES["pars"](), PassingLimit(beta=0.5, floor_requests=0))
     entries = [add(index, seq) for seq in range(MAX_GROWTH * GROWTH_FROM + 500)]

@@ -59,6 +59,15 @@ def test_orders_by_key_and_gives_the_unscored_the_median() -> None:
     assert order(table, 4) == [slots[1], slots[2], slots[0], -1]
 
 
+def test_a_key_weighs_the_prompt_where_its_work_is_given() -> None:
+    table, slots, generations = filled(5, seqs=[0, 1, 2])
+    table.upload(list(zip(slots, generations, strict=True)), [27.0, 0.0, 16.0])
+    assert table.publish(scores_of([9.0, 17.0, 9.0])).tolist() == [9.0, 17.0, 9.0]
+    assert order(table, 3) == [slots[2], slots[1], slots[0]]  # keys 18, 17, 15
+    assert publish(table, slots, generations, [9.0, 17.0, 9.0]) == [9.0, 17.0, 9.0]  # the last works are gone
+    assert order(table, 3) == [slots[0], slots[2], slots[1]]
+
+
 def test_priority_then_lane_come_before_the_key() -> None:
     table, slots, generations = filled(5, seqs=[0, 1, 2])
     publish(table, slots, generations, [1.0, 2.0, 3.0])
@@ -223,6 +232,8 @@ def test_errors_name_what_is_wrong_and_change_nothing() -> None:
         table.set_lane([0], 2)
     with pytest.raises(ValueError, match=f"at most {MAX_BATCH} requests are scored at a time, got 65"):
         table.upload([(0, 1)] * 65)
+    with pytest.raises(ValueError, match="prompt_work must have one entry a request: 1 for 2"):
+        table.upload([(0, 1), (1, 1)], [3.0])
     with pytest.raises(ValueError, match=r"slots must be in \[0, 4\), got 4 to 4"):
         table.upload([(-1, 0), (4, 1)])
     with pytest.raises(ValueError, match=r"score must be \(B,\) with B from 1 to 64, got \(0,\)"):

@@ -249,7 +249,7 @@ def test_a_remaining_length_is_predicted_again_every_50_tokens(monkeypatch: pyte
     submit = faithful.DelayedRanker.submit
 
     def note(self: Any, prompts: Any) -> bool:
-        asked.extend((ids[0], len(ids), self._tokens(ids)) for _, ids in prompts)
+        asked.extend((p.ids[0], len(p.ids), self._tokens(p.ids)) for p in prompts)
         return bool(submit(self, prompts))
 
     monkeypatch.setattr(faithful.DelayedRanker, "submit", note)
