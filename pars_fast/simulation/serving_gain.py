@@ -28,6 +28,7 @@ from pars_fast.simulation.workload import Workload, from_lengths
 MIXED = "mixed"  # all files in equal shares: what one queue of many kinds of prompts holds
 PERFECT = "perfect"  # knows every length
 PROFILE = "h100_llama_3_1_8b"
+ORDER = "pars"  # by the answer alone, so that a predictor gains by what it knows of answers and nothing else
 GUARDS = (guard_text(PassingLimit()), guard_text(NoGuard()))
 _SERVED = "served"  # the model column of a workload's file
 _MEASURES = ("gain_captured", "gain_captured_e2e", "mean_latency_per_token_s", "mean_e2e_s", "p99_e2e_s",
@@ -144,7 +145,7 @@ def _runs(file: LengthFile, trace: Workload, expected: Mapping[str, Expected], l
             rows.append({"predictor": PERFECT, "tau": 1.0}
                         | _without_tau(run_case(setup, Case("oracle", guard, load, seed))))
             for name, with_scores in scored.items():
-                case = Case("pars_fast", guard, load, seed)
+                case = Case(ORDER, guard, load, seed)
                 served = run_case(replace(setup, workloads={seed: with_scores}), case)
                 rows.append({"predictor": name} | _without_tau(served) | {"tau": real_tau(with_scores)})
     for row in with_gains(rows):
