@@ -607,6 +607,44 @@ def test_the_overtaking_bound_holds(make_engine: Any, make_request: MakeRequest,
     assert engine.scheduler.waiting.index.promotions > 0
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["bitmask", "no bitmask"])
+def test_books_are_kept_while_the_model_runs_or_by_the_next_step(
+    asked: bool, make_engine: Any, make_request: MakeRequest, use_policy: Any, monkeypatch: Any
+) -> None:
+    """An engine asks for no bitmask where nothing is sampled, as of a pooling model."""
+    runtime = use_policy("pars_fast")
+    runtime.answer = lambda prompt: 500.0 - prompt.ids[0]
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    if not asked:
+        monkeypatch.setattr(engine.scheduler, "get_grammar_bitmask", lambda output: None)
+    engine.add([make_request(str(i), max_tokens=3) for i in range(4)])
+    engine.step()
+    assert len(runtime.submitted) == (3 if asked else 0)
+    engine.step()
+    assert len(runtime.submitted) == 3
+    engine.run()
+    assert engine.finished == {str(i) for i in range(4)}
+    engine.step()
+    engine.step()
+    assert not engine.scheduler.waiting.entries
+    assert engine.admitted == ["0", "3", "2", "1"]
+
+
+def test_an_error_in_the_books_costs_no_request(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any, monkeypatch: Any
+) -> None:
+    use_policy("pars_fast")
+    engine = make_engine(RankedScheduler, max_num_seqs=2)
+    engine.add([make_request(str(i), max_tokens=3) for i in range(6)])
+    engine.step()
+    monkeypatch.setattr(engine.scheduler._learning, "hand_over", lambda now_s: 1 / 0)
+    engine.run()
+    assert engine.finished == {str(i) for i in range(6)}
+    assert engine.scheduler._counters.values["pars_fallback_error"] == 1
+    engine.step()
+    assert not engine.scheduler.waiting.entries
+
+
 def test_counters_tell_the_overhead(make_engine: Any, make_request: MakeRequest, use_policy: Any) -> None:
     use_policy("oracle")
     engine = make_engine(RankedScheduler, max_num_seqs=2)
