@@ -184,6 +184,8 @@ class HostIndex:
         entry.waiting = True
         self._unplanned += 1
         group = self._class_of(entry.priority)
+        if not group:
+            group.begin_anew()
         group.waiting[entry.seq] = entry
         group.note(ARRIVE, entry, self._median.value)
         if group.watch is not None:
@@ -502,11 +504,13 @@ class _PriorityClass:
 
     def begin_step(self) -> None:
         """Whoever was popped before does not come back."""
-        if self.untouched:
-            if self._past:
-                del self._noted[: self._past]
-                self._past = 0
-        elif not self:
+        if self.untouched and self._past:
+            del self._noted[: self._past]
+            self._past = 0
+
+    def begin_anew(self) -> None:
+        """Nobody waits."""
+        if not self.untouched:
             self.do_what_was_noted()
             self.untouched = self.watch is None
 
