@@ -113,10 +113,10 @@ def test_nobody_has_more_requests_ahead_than_the_limit(seed: int, beta: float, f
             index.add(waiting[arrived])
             arrived += 1
         unscored = [entry for entry in waiting.values() if entry.expected_tokens is None]
-        for entry in rng.sample(unscored, min(2, len(unscored))):
+        for entry in rng.sample(unscored, min(rng.choice([0, 2]), len(unscored))):
             index.set_expected_tokens(entry, rng.lognormvariate(4, 1.5))
         index.begin_step(0.0)
-        for _ in range(min(len(waiting), rng.choice([0, 1, 1, 2, 4]))):
+        for _ in range(min(len(waiting), rng.choice([0, 1, 2, 6]))):
             entry = index.pop()
             del waiting[entry.seq]
             for seq in waiting:
@@ -162,8 +162,12 @@ def test_a_longer_queue_later_lets_more_pass() -> None:
 def test_those_who_left_before_an_order_was_needed_count_too(popped: int) -> None:
     """Three come and are planned by arrival alone; what the last one met is not forgotten when it stays."""
     index = HostIndex(POLICIES["pars"](), PassingLimit(beta=0.0, floor_requests=0))
-    entries = [add(index, seq) for seq in range(3)]
+    for seq in (-2, -1):  # after a step of two, four are planned at once
+        add(index, seq)
+    index.begin_step(0.0)
+    assert [index.pop().seq for _ in range(2)] == [-2, -1]
     index.begin_step(1.0)
+    entries = [add(index, seq) for seq in range(3)]
     assert [index.pop().seq for _ in range(popped)] == list(range(popped))
     if popped == 3:
         index.put_back(entries[2])  # vLLM skipped it
