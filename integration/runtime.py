@@ -25,11 +25,11 @@ MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more t
 
 
 class Prompt(NamedTuple):
-    """What is to be scored: token ids of the served model, and how many the whole prompt has."""
+    """What is to be scored. msgpack has it as an array."""
 
     seq: int
-    ids: list[int]
-    num_tokens: int
+    ids: list[int]  # of the served model: at most MAX_PROMPT_IDS of the prompt, and the answer so far
+    num_tokens: int  # of the whole prompt, which the key weighs
 
 
 class RankerRuntime(Protocol):

@@ -15,9 +15,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from pars_fast import Ranker
+from pars_fast.integration import gpu_scoring
 from pars_fast.integration.ranker_process import BATCH_PROMPTS
 from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored, ThreadRuntime
 from pars_fast.integration.runtime_choice import make_runtime
+from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.settings import Settings
 
 START_TIMEOUT_S = 300.0  # a loaded machine takes its time to import torch
@@ -269,4 +271,26 @@ def test_on_a_machine_without_a_gpu_the_ranker_is_a_process(ranker_dir: Path, se
 
     runtime = make_runtime(Settings(ranker=str(ranker_dir), device="cpu"), Config)
     assert isinstance(runtime, ProcessRuntime)
+    runtime.close()
+
+
+@pytest.mark.parametrize("policy", ["pars_fast", "pars", "gittins"])
+def test_on_a_gpu_the_ranker_is_a_thread_that_weighs_prompts_as_the_policy_does(
+    policy: str, served_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Config:
+        class model_config:  # noqa: N801
+            tokenizer, tokenizer_revision = str(served_model), None
+
+    asked: dict[str, Any] = {}
+
+    def make(*arguments: Any, **options: Any) -> ToyScorer:
+        asked.update(options)
+        return ToyScorer(lengths)
+
+    monkeypatch.setattr(gpu_scoring, "make_gpu_scorer", make)
+    runtime = make_runtime(Settings(policy=policy, device="cuda"), Config)
+    runtime.start()
+    assert collect(runtime, 1) == [READY]
+    assert asked["prompt_work"] == {"pars_fast": PROMPT_WORK}.get(policy, 0.0)
     runtime.close()

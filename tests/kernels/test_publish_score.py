@@ -138,6 +138,29 @@ def test_of_equal_answers_the_shorter_prompt_has_the_lower_key(device: torch.dev
     assert destination.key[:3].tolist() == [9.0, 15.0, 18.0]
 
 
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_gives_no_key_whatever_the_prompt(
+    score: float, device: torch.device
+) -> None:
+    token_map = TokenMap((0.0, 1.0), (1.0, 9.0))
+    destination = destination_of([0, 1, 2, 3], [0, 1, 2, 3], token_map, device, [0.0, 0.25, 700.0, 1e6])
+    assert publish_score(torch.full((4,), score, device=device), destination).isnan().all()
+    assert destination.key[:4].isnan().all()
+
+
+@pytest.mark.parametrize("work", [0.0, 0.25, 700.0, 1e6])
+def test_a_key_is_exact_to_rounding_at_any_size_of_prompt(work: float, device: torch.device) -> None:
+    """Scores are knots, so only the key's own arithmetic rounds: an addition, a product, a root."""
+    tokens = torch.tensor([1.0, 3.0, 100.0, 4097.0, 32768.0], device=device)
+    knots = torch.arange(5, device=device).float()
+    token_map = TokenMap(tuple(knots.tolist()), tuple(tokens.tolist()))
+    destination = destination_of(range(5), range(5), token_map, device, [work] * 5)
+    assert publish_score(knots, destination).tolist() == tokens.tolist()
+    keys = (tokens.double() * (tokens.double() + work)).sqrt()
+    rtol = 0 if work == 0 else 2**-23
+    torch.testing.assert_close(destination.key[:5].double(), keys, rtol=rtol, atol=0)
+
+
 def test_fewer_scores_than_destinations_leave_the_rest_alone(device: torch.device) -> None:
     destination = destination_of([1, 2, 3], [1, 2, 3], TokenMap((0.0,), (5.0,)), device)
     assert publish_score(torch.tensor([0.0, 1.0], device=device), destination).tolist() == [5.0, 5.0]
@@ -154,13 +177,19 @@ def test_pool_score_publishes_what_it_scores(pooling: Literal["cls", "mean"], de
     cu_seqlens = torch.tensor([0, 3, 4, 4, 12], dtype=torch.int32, device=device)  # one has no token: NaN
     token_map = TokenMap((-10.0, 0.0, 10.0), (1.0, 50.0, 400.0))
     slots, generations = [3, 39, 0, 17], [3, 39, 0, 16]  # the last has lost its slot
-    alone, fused = (destination_of(slots, generations, token_map, device) for _ in range(2))
+    work = [0.0, 1e6, 700.0, 3.0]
+    alone, fused = (destination_of(slots, generations, token_map, device, work) for _ in range(2))
     score = pool_score(hidden, weight, bias, cu_seqlens, pooling=pooling)
     publish_score(score, alone)
     same = pool_score(hidden, weight, bias, cu_seqlens, pooling=pooling, destination=fused)
     for one, other in ((same, score), (fused.key, alone.key), (fused.tokens, alone.tokens)):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     assert fused.dirty.tolist() == alone.dirty.tolist() == [1, 0, 1]
+    assert_as_reference(score, destination_of(slots, generations, token_map, device, work))
+    tokens = fused.tokens.tolist()
+    assert fused.key[[3, 39]].tolist() == pytest.approx(
+        [tokens[0], math.sqrt(tokens[1] * (tokens[1] + 1e6))], rel=2 * RTOL
+    )
     small = destination_of([0], [0], token_map, device)
     with pytest.raises(ValueError, match="the destination takes 1 prompts, got 4"):
         pool_score(hidden, weight, bias, cu_seqlens, pooling=pooling, destination=small)

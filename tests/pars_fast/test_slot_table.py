@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pars_fast.calibration import TokenMap
 from pars_fast.kernels.queue_topk import MAX_RANKS, MAX_SEQ_SPAN
+from pars_fast.policies import POLICIES, prompt_work
 from pars_fast.slot_table import MAX_BATCH, MAX_COMMANDS, NORMAL_LANE, PREEMPTED_LANE, SlotTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,6 +69,17 @@ def test_a_key_weighs_the_prompt_where_its_work_is_given() -> None:
     assert order(table, 3) == [slots[2], slots[1], slots[0]]  # keys 18, 17, 15
     assert publish(table, slots, generations, [9.0, 17.0, 9.0]) == [9.0, 17.0, 9.0]  # the last works are gone
     assert order(table, 3) == [slots[0], slots[2], slots[1]]
+
+
+def test_of_equal_answers_the_prompts_are_ordered_as_the_policy_orders_them() -> None:
+    policy, prompts = POLICIES["pars_fast"], [900, 20, 4000, 300]
+    work = prompt_work(policy)
+    assert work is not None
+    table, slots, generations = filled(5, seqs=range(4))
+    table.upload(list(zip(slots, generations, strict=True)), [work * tokens for tokens in prompts])
+    table.publish(scores_of([30.0] * 4))
+    keys = [policy().key(30.0, SimpleNamespace(num_prompt_tokens=tokens)) for tokens in prompts]
+    assert order(table, 4) == [slots[i] for i in np.argsort(keys)]
 
 
 def test_priority_then_lane_come_before_the_key() -> None:
