@@ -83,6 +83,11 @@ class LiveCalibration:
         """Whether a waiting request is to be scored."""
         return self.ranking or in_shadow_share(entry.seq)
 
+    @property
+    def scaled(self) -> bool:
+        """Whether `in_tokens` changes anything."""
+        return bool(self._scale.expected)
+
     def in_tokens(self, expected_tokens: float) -> float:
         """What the ranker expects in tokens of the served model; on the scheduling thread."""
         return self._scale(max(expected_tokens, 1.0))

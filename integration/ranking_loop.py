@@ -16,6 +16,7 @@ from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, Prompt, RankerRuntime
+from pars_fast.policies import prompt_work
 
 logger = logging.getLogger("vllm.pars_fast")
 
@@ -79,7 +80,7 @@ class RankingLoop:
             self._heard_at = self._clock()
             self._take(scored)
             if (order := self._runtime.order()) is not None:
-                self._queue.set_device_order(order)
+                self._queue.set_device_order(order if self._device_order_holds() else [])
         elif reason := self._runtime.failure():
             self._fail(reason)
         elif self._in_flight and self._clock() - self._heard_at > self._stale_after_s:
@@ -200,6 +201,11 @@ class RankingLoop:
         self._known.clear()
         self._ready = False
         self._restart_at = self._clock() + delay
+
+    def _device_order_holds(self) -> bool:
+        """Its keys are of tokens as the ranker has them: on another scale only an order by the answer alone
+        stays the same."""
+        return not self._calibration.scaled or prompt_work(type(self._queue.index.policy)) == 0
 
     def _order(self) -> None:
         """Ranked while the ranker answers and what it answers is of use."""

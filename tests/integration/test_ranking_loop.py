@@ -18,6 +18,7 @@ from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import MAX_RESTART_DELAY_S, START_DEADLINE_S, RankingLoop
 from pars_fast.integration.runtime import MAX_PROMPT_IDS, Prompt
+from pars_fast.live_calibration import TokenScale
 from pars_fast.policies import POLICIES
 
 STALE_AFTER_S = 5.0
@@ -491,3 +492,20 @@ def test_a_length_is_predicted_again_from_prompt_and_answer(bench: Bench) -> Non
 def test_close_ends_the_ranker(bench: Bench) -> None:
     bench.loop.close()
     assert bench.runtime.closed
+
+
+@pytest.mark.parametrize(("policy", "holds"), [("pars", True), ("pars_fast", False)])
+def test_a_device_order_of_prompts_and_answers_is_dropped_on_another_scale(
+    bench: Bench, policy: str, holds: bool
+) -> None:
+    index = bench.queue.index
+    assert isinstance(index, HostIndex)
+    index.set_policy(POLICIES[policy]())
+    bench.runtime.answer = lambda prompt: 10.0
+    bench.runtime.device_order = [1, 0]
+    for scale, kept in ((TokenScale(), True), (TokenScale((1.0, 2.0), (3.0, 9.0)), holds)):
+        bench.calibration._scale = scale
+        bench.add(2)
+        bench.step()
+        bench.step()
+        assert index._hint.tolist() == ([1, 0] if kept else [])
