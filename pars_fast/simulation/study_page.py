@@ -30,7 +30,7 @@ _VARIED = {  # title, what the horizontal axis says
     "unscored_share": ("Requests without a score", "share of all requests"),
 }
 _WIDTH, _ROW, _LABELS, _KEPT = 1060, 26.0, 290.0, 170.0  # of the strip of guards
-_LOOSEST = 1.75  # longest wait over arrival order's that the typical trace may have, for the strip
+_LOOSEST = 1.5  # longest wait over arrival order's that the typical trace may have, for the strip
 
 
 def write_page(path: Path, folder: Path) -> None:
