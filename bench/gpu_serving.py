@@ -19,6 +19,7 @@ from bench.prompts import take_prompts
 from bench.timers import Call, event_times, gpu_time_warm, host_time
 from pars_fast.bench_results import Times
 from pars_fast.packaged import checkpoint_directory
+from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.ranker import Ranker
 from pars_fast.tokenization import encode
 
@@ -99,7 +100,7 @@ def _arrival() -> Call:
     from pars_fast.integration.runtime import Prompt
 
     tokenizer = str(checkpoint_directory("default"))  # stands in for the served model's
-    scorer = make_gpu_scorer("default", tokenizer, None)
+    scorer = make_gpu_scorer("default", tokenizer, None, prompt_work=PROMPT_WORK)
     prompts = encode(Ranker.from_pretrained(device="cpu").tokenizer, take_prompts(200), 128)
     seqs = itertools.count()
 

@@ -106,7 +106,7 @@ class GpuScorer:
         score: Callable[[PackedBatch], Tensor],
         order: DeviceOrder,
         stream: torch.cuda.Stream | None,
-        prompt_work: float = 0.0,
+        prompt_work: float,
     ) -> None:
         self._pack, self._score, self._order = pack, score, order
         self._stream, self._prompt_work = stream, prompt_work
@@ -140,8 +140,8 @@ def make_gpu_scorer(
     tokenizer: str,
     revision: str | None,
     *,
+    prompt_work: float,
     max_programs: int | None = None,
-    prompt_work: float = 0.0,
 ) -> GpuScorer:
     """Load the ranker onto the current GPU and capture its graphs.
 

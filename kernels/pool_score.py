@@ -6,7 +6,7 @@ after the dot product, so one fp32 number a prompt leaves the chip and no pooled
 Bytes moved: T * H * itemsize once for mean, B * H * itemsize for cls, plus 8 a prompt; 2 FLOPs an element, so
 bound by HBM. One program a prompt: a prompt is at most the ranker's window (512 tokens, 0.4 MB at H = 384),
 and a fixed order of addition makes the score independent of the batch it came in. With a destination the
-program also writes the request's key into its slot (`publish_score`), 92 bytes a prompt more and no launch.
+program also writes the request's key into its slot (`publish_score`), 100 bytes a prompt more and no launch.
 
 Source: PARS (arXiv 2510.03243), pooled [CLS] and Linear(H, 1); mean pooling: Reimers & Gurevych 2019
 (arXiv 1908.10084), section 3.

@@ -305,7 +305,7 @@ def _panel_note(data: _Data) -> str:
     repeats = len({run.repeat for run in data.runs if run.load == "saturated"})
     return (f"Saturated server: the same {count} requests at the same moments under each policy, mean over "
             f"{repeats} repeat{'s' * (repeats != 1)}. fcfs is arrival order, as a stock server does it; "
-            "pars_fast runs the shortest expected answer first and bounds overtaking; oracle knows every "
+            "pars_fast runs what is expected to be short first and bounds overtaking; oracle knows every "
             "length.")
 
 

@@ -80,7 +80,7 @@ def score_lengths(batch: PackedBatch) -> torch.Tensor:
 
 
 def test_scorer_orders_what_it_scored(order: DeviceOrder) -> None:
-    scorer = GpuScorer(pack_nonempty, score_lengths, order, None)
+    scorer = GpuScorer(pack_nonempty, score_lengths, order, None, 0.0)
     scored = scorer([whole(seq, ids) for seq, ids in enumerate([[1, 2, 3], [], [1], [0] * 13, [1, 2]])])
     assert [seq for seq, _ in scored] == [0, 1, 2, 3, 4]
     assert [tokens for _, tokens in scored] == pytest.approx([3, math.nan, 1, math.nan, 2], nan_ok=True)
@@ -92,7 +92,7 @@ def test_scorer_orders_what_it_scored(order: DeviceOrder) -> None:
 
 def test_scorer_takes_any_number_of_prompts() -> None:
     table = SlotTable(IDENTITY, capacity=2 * MAX_BATCH, device="cpu", max_order=256)
-    scorer = GpuScorer(pack_nonempty, score_lengths, DeviceOrder(table, k=256), None)
+    scorer = GpuScorer(pack_nonempty, score_lengths, DeviceOrder(table, k=256), None, 0.0)
     prompts = [whole(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)]
     assert len(scorer(prompts)) == MAX_BATCH + 5
     order = scorer.order()
