@@ -1,9 +1,10 @@
 """A pytest plug-in that puts the ranked scheduler in the place of vLLM's in vLLM's own tests.
 
-`pytest -p tests.conformance.ranked_schedulers` with CONFORMANCE_SCORES=arrival or reversed: every
-scheduler that a test builds is ranked, every request has its score as soon as it is in the queue (so the load
-gate is open all the time), and no guard and no calibration comes between. CONFORMANCE_POPS names the
-file to which the number of requests popped from our queue is written at the end. Unset, all stays stock.
+`pytest -p tests.conformance.ranked_schedulers` with CONFORMANCE_SCORES=arrival or reversed: every scheduler
+that a test builds is ranked, every request has its score as soon as it is in the queue (so the load gate is
+open all the time), which alone is its key, and no guard and no calibration comes between. CONFORMANCE_POPS
+names the file to which the number of requests popped from our queue is written at the end. Unset, all stays
+stock.
 
 Order of arrival is the order in which requests came to the scheduler, and under vLLM's own priority policy
 that of `arrival_time`, as it is in stock vLLM.
@@ -26,7 +27,7 @@ def pytest_configure() -> None:
     """Before any test module imports a scheduler by its name."""
     if SCORES is None:
         return
-    os.environ |= {"PARS_GUARD": "none", "PARS_CALIBRATION": "0", "PARS_LOG_EVERY_S": "0"}
+    os.environ |= {"PARS_POLICY": "pars", "PARS_GUARD": "none", "PARS_CALIBRATION": "0", "PARS_LOG_EVERY_S": "0"}
     import vllm.v1.core.sched.async_scheduler as async_module
     import vllm.v1.core.sched.scheduler as sync_module
     from vllm.v1.core.sched.request_queue import SchedulingPolicy
