@@ -27,7 +27,9 @@ def pytest_configure() -> None:
     """Before any test module imports a scheduler by its name."""
     if SCORES is None:
         return
-    os.environ |= {"PARS_POLICY": "pars", "PARS_GUARD": "none", "PARS_CALIBRATION": "0", "PARS_LOG_EVERY_S": "0"}
+    os.environ |= {
+        "PARS_POLICY": "pars", "PARS_GUARD": "none", "PARS_CALIBRATION": "0", "PARS_LOG_EVERY_S": "0"
+    }  # fmt: skip
     import vllm.v1.core.sched.async_scheduler as async_module
     import vllm.v1.core.sched.scheduler as sync_module
     from vllm.v1.core.sched.request_queue import SchedulingPolicy
