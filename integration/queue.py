@@ -57,15 +57,22 @@ class RankedRequestQueue(RequestQueue):
         self.step_s = 0.0
         self._next_seq = 0
 
-    def begin_step(self, room: int = 1) -> None:
-        """A scheduling step begins, and with it what the guard takes for the present.
+    def begin_step(self, time_s: float, room: int, *, plan_anew: bool = False) -> None:
+        """A scheduling step begins, at what the guard takes for the present.
 
-        `room`: how many requests it can admit at most.
+        `room`: how many requests it can admit at most. `plan_anew` is as in `HostIndex.begin_step`.
         """
-        self.step_s = self._clock()
+        self.step_s = time_s
         self.index.room = room
         try:
-            self.index.begin_step(self.step_s)
+            self.index.begin_step(time_s, plan_anew=plan_anew)
+        except Exception as error:
+            self._fall_back(error)
+
+    def plan_ahead(self) -> None:
+        """The step is over; see `HostIndex.plan_ahead`."""
+        try:
+            self.index.plan_ahead()
         except Exception as error:
             self._fall_back(error)
 
@@ -88,11 +95,14 @@ class RankedRequestQueue(RequestQueue):
             self.arrivals.append(entry)
 
     def pop_request(self) -> Request:
-        planned = self.index.planned
-        if not planned or self.index.sharing is not None:
+        index = self.index
+        planned = index.planned
+        if not planned or index.sharing is not None:
             return self._pop()
         entry = planned.pop()
         entry.waiting = False
+        if entry.lane:
+            entry.admitted_s = self.step_s
         return entry.payload
 
     def peek_request(self) -> Request:
@@ -192,7 +202,7 @@ class RankedRequestQueue(RequestQueue):
         return entry
 
     def __bool__(self) -> bool:
-        return len(self.index) > 0
+        return bool(self.index.planned) or len(self.index) > 0  # asked twice for each that is admitted
 
     def __len__(self) -> int:
         return len(self.index)

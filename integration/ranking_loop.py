@@ -63,7 +63,7 @@ class RankingLoop:
         self._start()
 
     def before_step(self) -> None:
-        """Take what has been scored; notice a ranker that ended or hangs."""
+        """Take what has been scored; notice a ranker that ended or hangs. Not needed after a short step."""
         self._listen()
         self._order()
 
@@ -89,7 +89,8 @@ class RankingLoop:
             self._fail(f"the ranker was not ready {START_DEADLINE_S:g} s after its start")
 
     def after_step(self, *, left_waiting: bool) -> None:
-        """Hand prompts over, if the finished step left requests waiting."""
+        """The same, and hand prompts over, if the finished step left requests waiting."""
+        self.before_step()
         if self._queue.finished:
             self._forget_finished()
         self._queue.arrivals = arrivals = self._still_waiting(self._queue.arrivals)

@@ -27,8 +27,11 @@ class ArrivalIndex:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._order)
 
-    def begin_step(self, time_s: float) -> None:
+    def begin_step(self, time_s: float, *, plan_anew: bool = False) -> None:
         self._step_s = time_s
+
+    def plan_ahead(self) -> None:
+        pass
 
     def add(self, entry: Entry) -> None:
         entry.waiting = True

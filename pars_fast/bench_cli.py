@@ -29,6 +29,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--waiting", type=int, default=10_000, help="requests in the queue (%(default)s)")
     step.add_argument("--steps", type=int, default=5_000, help="paired steps to time (%(default)s)")
     step.add_argument("--async-scheduling", action="store_true", help="of vLLM's AsyncScheduler")
+    step.add_argument(
+        "--noise", action="store_true", help="two stock schedulers: what the machine makes of equal steps"
+    )
     step.add_argument("--json", type=Path, metavar="F", help="write the figures there")
     step.set_defaults(run=_step)
 
@@ -87,7 +90,9 @@ def _step(arguments: argparse.Namespace) -> None:
     from pars_fast.step_workload import measure_step
 
     scheduler_cls = AsyncScheduler if arguments.async_scheduling else Scheduler
-    times = asdict(measure_step(arguments.waiting, arguments.steps, scheduler_cls))
+    times = asdict(
+        measure_step(arguments.waiting, arguments.steps, scheduler_cls, ranking=not arguments.noise)
+    )
     for name, value in times.items():
         print(f"{name}: {value:,.1f}" if isinstance(value, float) else f"{name}: {value:,}")
     if arguments.json:

@@ -6,6 +6,9 @@ A request without a score has the running median key, so being unscored is no ad
 The work is done by compiled code, in `WaitingTree`, and here little is left: changes are noted as they come,
 and when a step asks for the first request, all of them are done and the next few requests planned in two
 calls. Popping takes from that plan. What a step leaves of it goes back before anything else changes.
+
+An engine has time while its model runs: there `plan_ahead` does the same for the coming step, which then only
+takes from a list. What comes meanwhile is noted and waits for the next plan.
 """
 
 import functools
@@ -48,6 +51,7 @@ Lane = Literal[0, 1]
 MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long" louder
 DEVICE_ORDER_MIN_WAITING = 65536  # where a GPU's order should begin to pay; a guess, not measured
 MAX_PLANNED = 64  # requests planned at a time
+MIN_PLANNED_AHEAD = 8  # where the last steps admitted fewer
 _MEDIAN_WINDOW = 511
 _MAX_NOTED = 256  # operations noted before they are done, whoever runs next
 _UNKNOWN = float("nan")
@@ -125,6 +129,7 @@ class HostIndex:
         self.room = MAX_PLANNED
         self._popped = 0  # in the last step that popped any
         self._plans: list[_Plan] = []  # of this step; the last one is `planned`
+        self._holds = False  # it was made ahead, and its step has not begun
         self._median = RunningMedian(initial_expected_tokens)
         self._now = Moment(typical_tokens=initial_expected_tokens)
         self._hint = _NO_HINT
@@ -142,6 +147,8 @@ class HostIndex:
         self.sharing = policy if isinstance(policy, SharingPolicy) else None
         self.guard = guard or policy.default_guard
         self.needs_endings = self.sharing is not None or self.guard.limit().kind == TOKENS
+        # Not where the order depends on what happens until somebody is admitted.
+        self._can_plan_ahead = not (self.needs_endings or policy.preempts or self.guard.watch())
         self._classes: dict[int, _PriorityClass] = {}
         self._priorities: list[int] = []
 
@@ -154,12 +161,15 @@ class HostIndex:
         self._settle()
         self._ranking = active
 
-    def begin_step(self, time_s: float) -> None:
-        """A scheduling step begins: the moment that the guard goes by until the next one."""
-        if self._plans:
-            self._settle()
-            self._popped = sum(len(made.entries) for made in self._plans)
-            self._plans.clear()
+    def begin_step(self, time_s: float, *, plan_anew: bool = False) -> None:
+        """A scheduling step begins: the moment that the guard goes by until the next one.
+
+        `plan_anew`: not as was planned ahead, but with all that has come since.
+        """
+        if self._holds and not plan_anew:
+            self._holds = False
+        else:
+            self._end_step()
         self._now.time_s = time_s
         self._now.step += 1
         for group in self._classes.values():
@@ -167,13 +177,32 @@ class HostIndex:
         if len(self._classes) > 1:
             self._drop_empty_classes()
 
+    def plan_ahead(self) -> None:
+        """The step is over: find out now who runs next in the coming one.
+
+        An aborted request leaves the plan. A higher priority, a request that comes back, and more news than
+        are noted at a time undo it; what else comes waits for the next plan.
+        """
+        if not self._can_plan_ahead:
+            return
+        if not (self._plans and self._plans[-1].is_as_made(self.planned)):
+            self._end_step()
+            group = self._first_class()
+            if group is None or group.preempted:
+                return
+            most = max(self._popped + self._popped // 4, MIN_PLANNED_AHEAD)  # some may be aborted
+            made = self._ranked_plan(group, min(most, MAX_PLANNED))
+            made.ahead = True
+            self._take_plan(made)
+        self._holds = True
+
     def __len__(self) -> int:
         """Number of waiting requests, planned ones among them."""
         return self._unplanned + len(self.planned)
 
     def add(self, entry: Entry) -> None:
         """Put in a new request; its key comes from the policy."""
-        if self.planned:
+        if self.planned and not (self._holds and entry.priority >= self.planned[0].priority):
             self._settle()
         key = self.policy.key_on_arrival(entry.payload)
         if entry.key is None:  # else the caller's estimate gave it
@@ -184,10 +213,10 @@ class HostIndex:
         entry.waiting = True
         self._unplanned += 1
         group = self._class_of(entry.priority)
-        if not group:
+        if not group and not self.planned:
             group.begin_anew()
         group.waiting[entry.seq] = entry
-        group.note(ARRIVE, entry, self._median.value)
+        self._note(group, ARRIVE, entry, self._median.value)
         if group.watch is not None:
             group.watch.arrive(entry, self._now)
 
@@ -204,31 +233,36 @@ class HostIndex:
         cost = group.cost(entry) if entry.charged_to is group else 0.0
         entry.charged_to = None
         group.waiting[entry.seq] = entry
-        group.note(RETURN, entry, cost)
+        self._note(group, RETURN, entry, cost)
         if group.watch is not None:
             group.watch.rejoin(entry, self._now)
 
     def remove(self, entry: Entry) -> None:
         """Take out an aborted request."""
-        self._settle()
+        if not self._holds:
+            self._settle()
         entry.waiting = False
+        if entry in self.planned:
+            self._drop_planned(entry)
+            return
         self._unplanned -= 1
         group = self._classes[entry.priority]
         if entry.lane == 0:
             del group.preempted[entry.seq]
             return
         del group.waiting[entry.seq]
-        group.note(LEAVE, entry)
+        self._note(group, LEAVE, entry)
         if group.watch is not None:
             group.watch.leave(entry.seq)
 
     def set_expected_tokens(self, entry: Entry, expected_tokens: float) -> None:
         """Give a request its score, in expected output tokens (finite); waiting or not."""
-        self._settle()
+        if not self._holds:
+            self._settle()
         self._expect(entry, expected_tokens)
         if entry.waiting and entry.lane == 1:
             group = self._classes[entry.priority]
-            group.note(SCORE, entry)
+            self._note(group, SCORE, entry)
             if group.watch is not None:
                 group.watch.scored(entry, self._now)
 
@@ -308,6 +342,8 @@ class HostIndex:
             self.sharing.admitted(self.planned[-1].payload)
         entry = self.planned.pop()
         entry.waiting = False
+        if entry.lane:  # of a preempted one the moment was noted when it was first admitted
+            entry.admitted_s = self._now.time_s
         return entry
 
     def finish(self, entry: Entry, output_tokens: int) -> None:
@@ -317,7 +353,7 @@ class HostIndex:
         group = entry.charged_to
         if group is not None and group.counts_tokens and self._classes.get(entry.priority) is group:
             self._settle()
-            group.note(CHARGE, entry, output_tokens - entry.charged_tokens)
+            self._note(group, CHARGE, entry, output_tokens - entry.charged_tokens)
         entry.charged_to = None
 
     def __iter__(self) -> Iterator[Entry]:
@@ -347,16 +383,30 @@ class HostIndex:
 
     def _drop_empty_classes(self) -> None:
         """Not within a step, where an empty class may get back what was popped, and needs its charges."""
-        self._classes = {priority: group for priority, group in self._classes.items() if group}
+        planned = self._plans[-1].group if self.planned else None
+        self._classes = {
+            priority: group for priority, group in self._classes.items() if group or group is planned
+        }
         self._priorities = sorted(self._classes)
+
+    def _note(self, group: "_PriorityClass", operation: int, entry: Entry, value: float = 0.0) -> None:
+        group.note(operation, entry, value)
+        if group.has_noted_enough:
+            self._settle()
+            group.do_what_was_noted()
+
+    def _first_class(self) -> "_PriorityClass | None":
+        """The one whose requests run next, None if nobody waits."""
+        for priority in self._priorities:
+            if group := self._classes[priority]:
+                return group
+        return None
 
     def _plan(self) -> None:
         """Find out who runs next, and admit them as if popped. Raises: IndexError: if nothing waits."""
-        if not self._unplanned:
+        group = self._first_class()
+        if group is None:
             raise IndexError("this is an empty queue")
-        for priority in self._priorities:
-            if group := self._classes[priority]:
-                break
         # Long prompts may fill a step before its seats are taken: plan as if it were like the last one.
         done = sum(len(made.entries) for made in self._plans)
         most = max(1, min(self.room - done, 2 * max(done, self._popped), MAX_PLANNED))
@@ -370,16 +420,23 @@ class HostIndex:
         elif group.watch is not None and self._ranking:
             made = group.plan_watched(self.policy.key(typical), self._now)
         else:
-            hint = self._hint
-            if len(hint) and not self._device_order_min_waiting <= self._unplanned == len(group.waiting):
-                hint = _NO_HINT
-            made = group.plan_next(most, self.policy.key(typical), typical, self._ranking, hint)
+            made = self._ranked_plan(group, most)
+        self._take_plan(made)
+
+    def _ranked_plan(self, group: "_PriorityClass", most: int) -> "_Plan":
+        """By key and limit."""
+        hint, typical = self._hint, self._median.value
+        if len(hint) and not self._device_order_min_waiting <= self._unplanned == len(group.waiting):
+            hint = _NO_HINT
+        return group.plan_next(most, self.policy.key(typical), typical, self._ranking, hint)
+
+    def _take_plan(self, made: "_Plan") -> None:
         self._plans.append(made)
         self._unplanned -= len(made.entries)
-        time_s, charged = self._now.time_s, group.counts_tokens
+        group, charged = made.group, made.group.counts_tokens
         for entry in made.entries:
-            if entry.lane:  # a preempted one was charged, and its moment noted, when it was first admitted
-                entry.charged_to, entry.admitted_s = group, time_s
+            if entry.lane:  # a preempted one was charged when it was first admitted
+                entry.charged_to = group
                 if charged:
                     entry.charged_tokens = self.expected(entry)
         self.planned += reversed(made.entries)
@@ -387,8 +444,17 @@ class HostIndex:
         self.overtakes += made.flags.count(OVERTAKES) + both
         self.promotions += made.flags.count(PROMOTED) + both
 
+    def _end_step(self) -> None:
+        """Whoever was popped in it is gone, the others wait."""
+        if self._plans:
+            self._settle()
+        if self._plans:
+            self._popped = sum(len(made.entries) for made in self._plans)
+            self._plans.clear()
+
     def _settle(self) -> None:
         """Put back what is planned and was not popped."""
+        self._holds = False
         if not self.planned:
             return
         made, left = self._plans[-1], len(self.planned)
@@ -398,8 +464,22 @@ class HostIndex:
                 entry.charged_to = None
         made.group.put_back_planned(made.entries[-left:], self._median.value, self._now)
         del made.entries[-left:], made.flags[-left:]
+        if not made.entries:
+            self._plans.pop()
         self.planned.clear()
         self._unplanned += left
+
+    def _drop_planned(self, entry: Entry) -> None:
+        """A request that was planned ahead was aborted: to those behind it as if it had been popped."""
+        made = self._plans[0]
+        at = made.entries.index(entry)
+        self._uncount(made.flags[at])
+        del made.entries[at], made.flags[at]
+        self.planned.remove(entry)
+        entry.charged_to = None
+        if not made.entries:
+            self._plans.pop()
+            self._holds = False
 
     def _count(self, seq: int) -> None:
         """A request that was popped in this step is not admitted after all."""
@@ -433,11 +513,16 @@ def warm_up() -> None:
 
 @dataclass(slots=True)
 class _Plan:
-    """Entries that run next, in this order, and their flags."""
+    """Entries that run next, in this order, and their flags; `ahead` of their step or in it."""
 
     group: "_PriorityClass"
     entries: list[Entry]
     flags: list[int]
+    ahead: bool = False
+
+    def is_as_made(self, planned: list[Entry]) -> bool:
+        """Whether it was made ahead, `planned` is still all of it, and nothing is new."""
+        return self.ahead and len(planned) == len(self.entries) and not self.group.has_noted
 
 
 class _PriorityClass:
@@ -486,8 +571,15 @@ class _PriorityClass:
                 _UNKNOWN if tokens is None else tokens,
                 value,
             ))
-        if len(self._noted) >= _MAX_NOTED * LOG_FIELDS:
-            self.do_what_was_noted()
+
+    @property
+    def has_noted(self) -> bool:
+        return bool(self._noted)
+
+    @property
+    def has_noted_enough(self) -> bool:
+        """Whether to do it before anybody asks who runs next."""
+        return len(self._noted) >= _MAX_NOTED * LOG_FIELDS
 
     def do_what_was_noted(self) -> None:
         if not self._noted:
@@ -576,12 +668,16 @@ class _PriorityClass:
         return _Plan(self, [self.preempted.pop(min(self.preempted.values(), key=order).seq)], [0])
 
     def put_back_planned(self, entries: list[Entry], typical_tokens: float, now: Moment) -> None:
-        """The last ones of a plan are not to be admitted in this step."""
+        """The last ones of a plan are not to be admitted in this step.
+
+        What has been noted is newer than the plan, but for one of all that wait.
+        """
         if entries[0].lane == 0:
             self.preempted.update((entry.seq, entry) for entry in entries)
             return
         self.waiting.update((entry.seq, entry) for entry in entries)
-        self.do_what_was_noted()
+        if self.untouched:
+            self.do_what_was_noted()
         undo(*self.tree, typical_tokens, np.array([entry.seq for entry in entries]))
         if self.watch is not None:
             for entry in entries:

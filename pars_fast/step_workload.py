@@ -2,11 +2,12 @@
 
 N requests wait at every step. A step is `schedule()` and `update_from_output()`: it admits `SEATS` requests
 and finishes them all. In between an engine gives the step to the model and asks for the grammar bitmask,
-where the ranked scheduler keeps its books: that time is taken on its own. Between steps, untimed, `SEATS` of
-the waiting are aborted and twice as many arrive: as many without a score as the ranker takes in a step, the
-others with a caller's estimate. With N = 0 as many arrive as there are seats, none is aborted and nobody is
-left waiting: the load gate stays shut. Needs vLLM; loads no model, so it runs on any machine. Source:
-vllm/v1/core/sched/scheduler.py and its tests (tests/v1/core/utils.py), 0.32.
+where the ranked scheduler keeps its books and plans ahead: that time is taken on its own. Then it waits for
+the model, here for `MODEL_S`, in which threads in the background have their turn. Between steps, untimed,
+`SEATS` of the waiting are aborted and twice as many arrive: as many without a score as the ranker takes in a
+step, the others with a caller's estimate. With N = 0 as many arrive as there are seats, none is aborted and
+nobody is left waiting: the load gate stays shut. Needs vLLM; loads no model, so it runs on any machine.
+Source: vllm/v1/core/sched/scheduler.py and its tests (tests/v1/core/utils.py), 0.32.
 """
 
 import gc
@@ -15,7 +16,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -42,6 +43,7 @@ SCORED_A_STEP = min(SEATS, ProcessRuntime.max_in_flight)
 MIN_WAITING = 2 * SEATS  # enough to admit and to abort
 PROMPT_TOKENS = 128
 WARM_UP_STEPS = 50
+MODEL_S = 0.002  # shorter than a step of any model that is worth a queue
 _BLOCK_SIZE = 32
 _SETTINGS = {"PARS_TRUST_CALLER": "1"}
 # Log of answer lengths: normal, of which the ranker sees a part. Gives Kendall's tau of about 0.4.
@@ -57,6 +59,16 @@ class WholeAnswer(Request):  # type: ignore[misc]  # vLLM is not followed
     @property
     def num_output_tokens(self) -> int:
         return len(self._output_token_ids) * self.max_tokens
+
+
+class StepClock:
+    """Seconds as an engine would see them: its own steps, not those of the scheduler beside it."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def __call__(self) -> float:
+        return self.time_s
 
 
 class FakeRuntime:
@@ -111,7 +123,7 @@ class StepWorkload:
         self._waiting: dict[str, None] = {}  # a set that keeps its order, for the seed's sake
         self._idle = not waiting
         self.add_ns = self.abort_ns = 0  # of the last refill, a request
-        self.behind_model_ns = 0  # of the last step
+        self.behind_model_ns = self.model_ns = 0  # of the last step: the bitmask, and until the model is done
         self._arrive(max(0, waiting - SEATS), estimated=True)  # the first refill brings the rest
 
     def step(self) -> list[str]:
@@ -120,16 +132,18 @@ class StepWorkload:
         started = time.perf_counter_ns()
         self.scheduler.get_grammar_bitmask(output)
         self.behind_model_ns = time.perf_counter_ns() - started
+        time.sleep(MODEL_S)
+        self.model_ns = time.perf_counter_ns() - started
         ids = list(output.num_scheduled_tokens)
         positions = {request_id: position for position, request_id in enumerate(ids)}
         self.scheduler.update_from_output(output, ModelRunnerOutput(ids, positions, [[1]] * len(ids)))
         return ids
 
     def timed_step(self) -> int:
-        """One step; its time in ns, less what an engine does while the model runs (`behind_model_ns`)."""
+        """One step; its time in ns, less the model's, and with it what an engine does meanwhile."""
         started = time.perf_counter_ns()
         admitted = self.step()
-        spent_ns = time.perf_counter_ns() - started - self.behind_model_ns
+        spent_ns = time.perf_counter_ns() - started - self.model_ns
         self.forget(admitted)
         return spent_ns
 
@@ -191,16 +205,23 @@ class StepPair:
 
     A round is `prepare()`, `ranked_step()`, `complete()`. The stock step runs before the ranked one in even
     rounds and after it in odd ones, so that neither always finds the caches warm. The garbage collector is
-    on and, as in EngineCore, what was alive before the first request is frozen.
+    on and, as in EngineCore, what was alive before the first request is frozen. If not `ranking`, both are
+    stock: the difference is then what the machine itself makes of two equal steps.
 
     Raises: ParsFastError: if `waiting` is neither 0 nor at least `MIN_WAITING`.
     """
 
-    def __init__(self, waiting: int, scheduler_cls: type[Scheduler] = Scheduler) -> None:
+    def __init__(
+        self, waiting: int, scheduler_cls: type[Scheduler] = Scheduler, *, ranking: bool = True
+    ) -> None:
         if waiting < MIN_WAITING and waiting != 0:
             raise ParsFastError(f"waiting must be 0 or at least {MIN_WAITING}, got {waiting}")
         self.waiting = waiting
-        schedulers = [make_scheduler(scheduler_cls), make_ranked_scheduler(scheduler_cls)]
+        self._clock = StepClock()
+        schedulers = [
+            make_scheduler(scheduler_cls),
+            make_ranked_scheduler(scheduler_cls, self._clock) if ranking else make_scheduler(scheduler_cls),
+        ]
         freeze_gc_heap()
         self.stock, self.ranked = (StepWorkload(scheduler, waiting) for scheduler in schedulers)
         self.stock_ns: list[int] = []
@@ -221,6 +242,7 @@ class StepPair:
             self.stock_ns.append(self.stock.timed_step())
 
     def ranked_step(self) -> None:
+        self._clock.time_s += MODEL_S
         self.ranked_ns.append(self.ranked.timed_step())
         self._behind_model_ns.append(self.ranked.behind_model_ns)
 
@@ -250,12 +272,14 @@ class StepPair:
         self.ranked.scheduler.shutdown()
 
 
-def measure_step(waiting: int, rounds: int, scheduler_cls: type[Scheduler] = Scheduler) -> StepTimes:
+def measure_step(
+    waiting: int, rounds: int, scheduler_cls: type[Scheduler] = Scheduler, *, ranking: bool = True
+) -> StepTimes:
     """Times of `rounds` paired steps with `waiting` requests in the queue, of a vLLM scheduler class.
 
     Raises: ParsFastError: as `StepPair`.
     """
-    pair = StepPair(waiting, scheduler_cls)
+    pair = StepPair(waiting, scheduler_cls, ranking=ranking)
     pair.run(rounds)
     pair.close()
     return pair.times()
@@ -295,11 +319,13 @@ def make_scheduler(scheduler_cls: type[Scheduler]) -> Scheduler:
     )
 
 
-def make_ranked_scheduler(scheduler_cls: type[Scheduler]) -> Scheduler:
-    """The same, ranked by a `FakeRuntime`; counters go to a mapped file, as in a server."""
+def make_ranked_scheduler(scheduler_cls: type[Scheduler], clock: Callable[[], float]) -> Scheduler:
+    """The same on that clock, ranked by a `FakeRuntime`; counters go to a mapped file, as in a server."""
     runtime = patch("pars_fast.integration.scheduler.make_runtime", return_value=FakeRuntime())
     with tempfile.TemporaryDirectory() as metrics, _settings(PARS_METRICS_DIR=metrics), runtime:
-        return make_scheduler(with_ranking(scheduler_cls))  # type: ignore[arg-type]
+        return make_scheduler(
+            type("TimedScheduler", (with_ranking(scheduler_cls),), {"clock": clock})  # type: ignore[arg-type]
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--async-scheduling"]) == 0
     assert "added_us_p99: " in capsys.readouterr().out
     assert json.loads(out.read_text())["waiting"] == WAITING
+
+
+def test_noise_is_of_two_stock_schedulers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Scheduler:
+        raise AssertionError("a ranked scheduler")
+
+    monkeypatch.setattr("pars_fast.step_workload.make_ranked_scheduler", fail)
+    assert main(["bench", "step", "--waiting", str(WAITING), "--steps", "5", "--noise"]) == 0
+    assert "added_us_p50: " in capsys.readouterr().out
 
 
 def test_command_refuses_no_steps(capsys: pytest.CaptureFixture[str]) -> None:

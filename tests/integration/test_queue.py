@@ -285,7 +285,7 @@ def test_whatever_the_order_raises_every_request_is_served_once(
             queue.add_request(added[-1])
             entry = queue.entries[added[-1].request_id]
             queue.set_expected_tokens(entry, rng.lognormvariate(4.0, 1.0))
-        queue.begin_step(room=4)
+        queue.begin_step(0.0, room=4)
         for _ in range(rng.choice((0, 1, 2, 3)) if len(queue) else 0):
             if not queue:
                 break

@@ -7,6 +7,7 @@ prompt is done, `update_from_output`.
 import itertools
 import logging
 import math
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -411,7 +412,13 @@ def test_requests_that_wait_for_a_grammar_do_not_start_the_ranker(
 
 
 @both_schedulers
-@pytest.mark.parametrize("hook", ["before_step", "after_step"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "_ranking_loop.before_step", "waiting.index.begin_step",
+        "_ranking_loop.after_step", "waiting.index.plan_ahead",
+    ],
+)
 def test_a_raising_hook_falls_back_and_all_are_served(
     scheduler_cls: type,
     hook: str,
@@ -425,10 +432,11 @@ def test_a_raising_hook_falls_back_and_all_are_served(
     engine = make_engine(scheduler_cls, max_num_seqs=1)
     caplog.clear()
 
-    def fail(**_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(engine.scheduler._ranking_loop, hook, fail)
+    *path, name = hook.split(".")
+    monkeypatch.setattr(operator.attrgetter(".".join(path))(engine.scheduler), name, fail)
     engine.add([make_request(str(i), max_tokens=5) for i in range(6)])
     with caplog.at_level(logging.ERROR, "vllm.pars_fast"):
         engine.run()

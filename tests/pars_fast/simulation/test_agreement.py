@@ -32,6 +32,12 @@ CASES: list[tuple[str, Guard]] = [("fcfs", NoGuard()), ("oracle", OvertakingBudg
                                   ("pars_fast", PassingLimit(0.5, 4)), ("pars", FixedThreshold(2.0))]
 
 
+@pytest.fixture(autouse=True)
+def plan_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the fast simulator does; on cuts as small as these a step's delay moves a mean by up to 6 %."""
+    monkeypatch.setattr("pars_fast.integration.scheduler.SHORT_STEP_S", 0.0)
+
+
 def assert_agreement(workload: Workload, policy: str, guard: Guard, engine: EngineSettings, *,
                      ranker_delay_s: float = 0.0) -> int:
     """Returns the preemptions of the faithful simulator."""
