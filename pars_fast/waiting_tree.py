@@ -317,7 +317,8 @@ def _put(t: WaitingTree, place: int) -> None:
     """The request at `place` waits."""
     t.ints[place, _STATE] = WAITING
     t.count[_OLDEST] = min(t.count[_OLDEST], place)
-    t.count[_UNKEYED] = min(t.count[_UNKEYED], place)
+    if math.isnan(t.floats[place, _KEY]):
+        t.count[_UNKEYED] = min(t.count[_UNKEYED], place)
     _account(t, place, 1)
     _play(t, place)
     if t.limit[_KIND] != NO_LIMIT:
