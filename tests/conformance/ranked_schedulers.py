@@ -2,9 +2,10 @@
 
 `pytest -p tests.conformance.ranked_schedulers` with CONFORMANCE_SCORES=arrival or reversed: every scheduler
 that a test builds is ranked, every request has its score as soon as it is in the queue (so the load gate is
-open all the time), which alone is its key, and no guard and no calibration comes between. CONFORMANCE_POPS
-names the file to which the number of requests popped from our queue is written at the end. Unset, all stays
-stock.
+open all the time), which alone is its key, and no guard and no calibration comes between. vLLM's tests do
+not ask for the grammar bitmask, where an engine's next step is planned, so that is done after each step.
+CONFORMANCE_POPS names the file to which the number of requests popped from our queue is written at the end.
+Unset, all stays stock.
 
 Order of arrival is the order in which requests came to the scheduler, and under vLLM's own priority policy
 that of `arrival_time`, as it is in stock vLLM.
@@ -32,6 +33,7 @@ def pytest_configure() -> None:
     }  # fmt: skip
     import vllm.v1.core.sched.async_scheduler as async_module
     import vllm.v1.core.sched.scheduler as sync_module
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.request_queue import SchedulingPolicy
     from vllm.v1.request import Request
 
@@ -40,13 +42,19 @@ def pytest_configure() -> None:
 
     ours.make_runtime = lambda settings, vllm_config: _NoRanker()  # type: ignore
     by_time: weakref.WeakSet[RankedRequestQueue] = weakref.WeakSet()  # arrival_time decides among equals
-    mixin_init = ours.RankingMixin.__init__
+    mixin_init, schedule = ours.RankingMixin.__init__, ours.RankingMixin.schedule
     add_request, pop_request = RankedRequestQueue.add_request, RankedRequestQueue.pop_request
 
     def init(self: ours.RankingMixin, *args: object, **kwargs: object) -> None:
         mixin_init(self, *args, **kwargs)
         if self.policy is SchedulingPolicy.PRIORITY:  # type: ignore[attr-defined]
             by_time.add(self.waiting)
+
+    def schedule_and_plan_ahead(self: ours.RankingMixin, *args: object, **kwargs: object) -> SchedulerOutput:
+        output = schedule(self, *args, **kwargs)
+        self._keep_books()
+        self.waiting.plan_ahead()
+        return output
 
     def add_scored(self: RankedRequestQueue, request: Request) -> None:
         add_request(self, request)
@@ -61,6 +69,7 @@ def pytest_configure() -> None:
         return pop_request(self)
 
     ours.RankingMixin.__init__ = init  # type: ignore[method-assign,assignment]
+    ours.RankingMixin.schedule = schedule_and_plan_ahead  # type: ignore[method-assign]
     RankedRequestQueue.add_request = add_scored  # type: ignore[method-assign]
     RankedRequestQueue.pop_request = pop_counted  # type: ignore[method-assign]
     sync_module.Scheduler = ours.RankedScheduler

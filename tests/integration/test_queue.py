@@ -10,7 +10,7 @@ import pytest
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.guards import OvertakingBudget
+from pars_fast.guards import NoGuard, OvertakingBudget
 from pars_fast.host_index import MAX_EXPECTED_TOKENS, HostIndex
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.policies import POLICIES
@@ -251,7 +251,7 @@ def test_an_id_can_be_used_again_after_its_request_finished(make_request: MakeRe
     assert queue.finish("unknown") is None
 
 
-FAILING = ("add", "put_back", "remove", "head", "set_expected_tokens", "finish", "begin_step")
+FAILING = ("add", "put_back", "remove", "head", "set_expected_tokens", "finish", "begin_step", "plan_ahead")
 
 
 @pytest.mark.parametrize("failing", FAILING)
@@ -261,16 +261,17 @@ def test_whatever_the_order_raises_every_request_is_served_once(
 ) -> None:
     """From then on in arrival order, and it is told once. Some failures come when all has been done."""
     failures: list[Exception] = []
-    queue = RankedRequestQueue(HostIndex(POLICIES["pars_fast"](), NO_GUARD), on_failure=failures.append)
+    guard = NO_GUARD if failing == "finish" else NoGuard()  # which allows to plan ahead
+    queue = RankedRequestQueue(HostIndex(POLICIES["pars_fast"](), guard), on_failure=failures.append)
     operation, calls = getattr(queue.index, failing), 0
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls <= after:
-            return operation(*arguments)
+            return operation(*arguments, **named)
         if after == 1:
-            operation(*arguments)
+            operation(*arguments, **named)
         raise RuntimeError("no order")
 
     setattr(queue.index, failing, fail)
@@ -302,6 +303,7 @@ def test_whatever_the_order_raises_every_request_is_served_once(
         if queue and rng.random() < 0.3:
             aborted.append(rng.choice(list(queue)))
             queue.remove_requests([aborted[-1]])
+        queue.plan_ahead()
     assert [str(failure) for failure in failures] == ["no order"]
     everyone = [*served, *running, *aborted]
     assert len(everyone) == len(set(everyone)) == 120

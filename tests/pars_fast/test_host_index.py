@@ -234,6 +234,92 @@ def test_an_estimate_does_not_change_a_key_known_from_the_start(policy: str) -> 
     assert _drain(index) == [0, 1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    ranking=st.sampled_from([True, True, False]),
+    priorities=st.sampled_from([1, 2]),
+)
+def test_a_plan_made_ahead_outlasts_what_comes_before_its_step(
+    seed: int, ranking: bool, priorities: int
+) -> None:
+    """Who was planned goes first, less who was aborted, unless a higher priority came; then all by order."""
+    rng = random.Random(seed)
+    index = HostIndex(POLICIES["pars"](), NoGuard(), initial_expected_tokens=INITIAL)
+    index.ranking = ranking
+    reference = ReferenceIndex("pars", ranking)
+    seq = 0
+    for step in range(60):
+        index.plan_ahead()
+        planned = reference.order()[: len(index.planned)]
+        assert bool(planned) is bool(reference.waiting)
+        for _ in range(rng.choice([0, 1, 3, 10])):
+            kind = rng.choice(["arrive", "arrive", "score", "abort"])
+            if kind == "arrive":
+                entry = Entry(seq, rng.randrange(priorities), Request(1))
+                seq += 1
+                if planned and entry.priority < planned[0].priority:
+                    planned = []
+                index.add(entry)
+                reference.waiting.append(entry)
+            elif reference.waiting:
+                entry = rng.choice(reference.waiting)
+                if kind == "score":
+                    reference.scores.append(float(rng.randint(1, 9)))
+                    index.set_expected_tokens(entry, reference.scores[-1])
+                else:
+                    index.remove(entry)
+                    reference.waiting.remove(entry)
+                    planned = [other for other in planned if other is not entry]
+        assert len(index) == len(reference.waiting)
+        plan_anew = rng.random() < 0.3
+        index.begin_step(float(step), plan_anew=plan_anew)
+        first = [] if plan_anew else planned
+        expected = first + [entry for entry in reference.order() if entry not in first]
+        popped = [index.pop() for _ in range(rng.randint(0, min(12, len(expected))))]
+        assert popped == expected[: len(popped)]
+        for entry in popped:
+            reference.waiting.remove(entry)
+        if popped and rng.random() < 0.2:  # the last one is skipped
+            index.put_back(popped[-1])
+            reference.waiting.append(popped[-1])
+    remaining = reference.order()
+    index.plan_ahead()
+    assert [index.pop() for _ in remaining] == remaining
+    assert len(index) == 0
+
+
+def test_nothing_is_planned_ahead_where_the_order_depends_on_what_happens_until_then() -> None:
+    for policy, guard in (("pars", OvertakingBudget()), ("pars", FixedThreshold(60.0)), ("elis", NoGuard())):
+        index = HostIndex(POLICIES[policy](), guard)
+        _add(index, 0)
+        index.plan_ahead()
+        assert not index.planned
+
+
+def test_a_plan_made_ahead_stays_as_it_is_while_nothing_happens() -> None:
+    index = HostIndex(POLICIES["pars"](), PassingLimit())
+    for seq in range(20):
+        _add(index, seq, expected=float(20 - seq))
+    index.plan_ahead()
+    plan, counted = index._plans[0], index.overtakes
+    for step in range(3):  # without a free seat
+        index.begin_step(float(step))
+        index.plan_ahead()
+    assert index._plans == [plan]
+    assert index.overtakes == counted
+
+
+def test_more_news_than_are_noted_at_a_time_undo_a_plan_made_ahead() -> None:
+    index = HostIndex(POLICIES["pars"](), NoGuard())
+    _add(index, 0, expected=100.0)
+    index.plan_ahead()
+    for seq in range(1, 400):
+        _add(index, seq, expected=50.0)
+    index.begin_step(0.0)
+    assert _drain(index) == [*range(1, 400), 0]
+
+
 def test_an_empty_index_says_so() -> None:
     index = HostIndex(POLICIES["fcfs"](), NO_GUARD)
     with pytest.raises(IndexError, match="empty queue"):

@@ -209,3 +209,38 @@ def test_a_request_skipped_in_every_step_leaves_nothing_behind() -> None:
 def test_settings_out_of_range_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be .*>= 0, got -1"):
         PassingLimit(**{field: -1.0})
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, beta=st.sampled_from([0.0, 0.5, 2.0]), floor=st.sampled_from([0.0, 3.0]))
+def test_limit_holds_when_steps_are_planned_ahead(seed: int, beta: float, floor: float) -> None:
+    """All who go ahead of a waiting request count, older or later, and the queues that were really met."""
+    rng = random.Random(seed)
+    index = HostIndex(POLICIES["oracle"](), PassingLimit(beta, floor))
+    waiting: dict[int, Entry] = {}
+    ahead: dict[int, int] = {}
+    longest: dict[int, int] = {}  # that a request or a later one met
+    seq = overtakes = 0
+    for step in range(150):
+        for _ in range(rng.choice([0, 1, 4]) if step % 50 < 25 else rng.choice([0, 0, 1])):
+            for other in waiting:
+                longest[other] = max(longest[other], len(waiting))
+            entry = waiting[seq] = Entry(seq, 0, Request(rng.randint(1, 9)))
+            ahead[seq], longest[seq] = 0, len(waiting) - 1
+            index.add(entry)
+            seq += 1
+        if waiting and rng.random() < 0.2:
+            aborted = rng.choice(list(waiting.values()))
+            index.remove(aborted)
+            del waiting[aborted.seq]
+        index.begin_step(float(step), plan_anew=rng.random() < 0.2)
+        for _ in range(min(rng.choice([0, 1, 2, 10]), len(waiting))):
+            popped = index.pop()
+            del waiting[popped.seq]
+            for other in waiting:
+                ahead[other] += 1
+                overtakes += other < popped.seq
+                assert ahead[other] <= (1 + beta) * longest[other] + floor
+        index.plan_ahead()
+    assert len(index) == len(waiting)
+    assert overtakes or beta == floor == 0
