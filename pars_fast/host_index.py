@@ -215,8 +215,12 @@ class HostIndex:
         group = self._class_of(entry.priority)
         if not group and not self.planned:
             group.begin_anew()
+        met = self._median.value
+        if not group.counts_tokens:
+            planned = len(self.planned) if self.planned and self._plans[-1].group is group else 0
+            met = float(len(group.waiting) + planned)
         group.waiting[entry.seq] = entry
-        self._note(group, ARRIVE, entry, self._median.value)
+        self._note(group, ARRIVE, entry, met)
         if group.watch is not None:
             group.watch.arrive(entry, self._now)
 

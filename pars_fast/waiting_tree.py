@@ -125,7 +125,7 @@ def apply(
 
     | operation | values |
     |---|---|
-    | ARRIVE | key, expected tokens (NaN while unknown), tokens of a request without a score |
+    | ARRIVE | key, expected tokens (NaN while unknown), what is met: see `_meet_queue` |
     | SCORE | key, expected tokens |
     | LEAVE | |
     | TAKE | slack to take from all who came before |
@@ -389,24 +389,27 @@ def _allowed(t: WaitingTree, queue: float) -> float:
 
 
 @_compiled
-def _meet_queue(t: WaitingTree, place: int, typical_tokens: float) -> None:
-    """The newest request gets its slack, and those before it what this queue adds to theirs."""
-    queue = float(t.count[_NUM_WAITING])
+def _meet_queue(t: WaitingTree, place: int, met: float) -> None:
+    """The newest request gets its slack, and those before it what this queue adds to theirs.
+
+    `met`: of a limit in requests, how many waited when it came, planned ones among them; of one in tokens,
+    those of a request without a score.
+    """
     if t.limit[_KIND] == TOKENS:
-        _give(t, place, t.limit[_WORK] + t.count[_NUM_UNSCORED] * typical_tokens, 0.0)
+        _give(t, place, t.limit[_WORK] + t.count[_NUM_UNSCORED] * met, 0.0)
     if t.limit[_KIND] != REQUESTS:
         return
     peaks = t.count[_NUM_PEAKS]
-    while peaks > 0 and (t.floats[peaks - 1, _PEAK] <= queue or queue == 0.0):
+    while peaks > 0 and (t.floats[peaks - 1, _PEAK] <= met or met == 0.0):
         peaks -= 1
-        gain = _allowed(t, queue) - _allowed(t, t.floats[peaks, _PEAK])
+        gain = _allowed(t, met) - _allowed(t, t.floats[peaks, _PEAK])
         if gain > 0.0:
             _add_before(t, _place_of(t, t.ints[peaks, _PEAK_SEQ] + 1), gain, 0.0)
             if peaks > 0:
                 _add_before(t, _place_of(t, t.ints[peaks - 1, _PEAK_SEQ] + 1), -gain, 0.0)
-    t.ints[peaks, _PEAK_SEQ], t.floats[peaks, _PEAK] = t.ints[place, _SEQ], queue
+    t.ints[peaks, _PEAK_SEQ], t.floats[peaks, _PEAK] = t.ints[place, _SEQ], met
     t.count[_NUM_PEAKS] = peaks + 1
-    _give(t, place, queue, queue)
+    _give(t, place, met, met)
 
 
 @_compiled
