@@ -1,9 +1,9 @@
 """vLLM's scheduler with a ranked waiting queue.
 
 Runs in EngineCore. Replaces `self.waiting` after `super().__init__` and overrides `schedule`,
-`get_grammar_bitmask` and `shutdown` around `super()`; no line of vLLM's loop is copied. What the order of
-this step needs is done in `schedule`; all else, the bookkeeping, is done when the engine asks for the
-bitmask, which is after it has given the step to the model: on a GPU it costs the step nothing. Who has
+`get_grammar_bitmask` and `shutdown` around `super()`; no line of vLLM's loop is copied. What can be done when
+the engine asks for the bitmask, which is after it has given the step to the model, is done there, and on a
+GPU costs the step nothing: the bookkeeping, and planning who runs next in the coming step. Who has
 finished since the last step is what the scheduler tells the workers, `finished_req_ids`. Source:
 vllm/v1/core/sched/scheduler.py and vllm/v1/engine/core.py, 0.29 to 0.32.
 """
@@ -138,8 +138,7 @@ class RankingMixin:
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
         bitmask = super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
         if self._planned is not None:
-            self._guarded(self._keep_books)
-            self.waiting.plan_ahead()
+            self._guarded(self._keep_books, plan_ahead=True)
         return bitmask
 
     def _timed_schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -211,12 +210,17 @@ class RankingMixin:
                 due.append(entry)
         self._ranking_loop.predict_again(due)
 
-    def _keep_books(self) -> None:
-        """Of the step that was planned last; while the model runs, if the engine asked for a bitmask."""
+    def _keep_books(self, *, plan_ahead: bool = False) -> None:
+        """Of the step that was planned last; while the model runs, if the engine asked for a bitmask.
+
+        `plan_ahead`: there is time to find out who runs next in the coming step.
+        """
         assert self._planned is not None
         started = time.perf_counter_ns() if self._spent_ns is not None else 0
         self._after_step(self._planned.finished_req_ids)
         self._planned = None
+        if plan_ahead:
+            self.waiting.plan_ahead()
         if self._spent_ns is not None:
             self._overhead.add(self._spent_ns + time.perf_counter_ns() - started)
             self._spent_ns = None
@@ -272,12 +276,12 @@ class RankingMixin:
             if entry is not None and entry.payload.is_finished():  # else the id is in use again
                 self.waiting.finish(request_id)
 
-    def _guarded(self, hook: Callable[[], None]) -> None:
+    def _guarded(self, hook: Callable[..., None], **arguments: bool) -> None:
         """Run one of our own hooks; if it fails, serve on in arrival order without any of them."""
         if self._failed:
             return
         try:
-            hook()
+            hook(**arguments)
         except Exception as error:
             self._fall_back(error)
 

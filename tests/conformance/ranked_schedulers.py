@@ -52,8 +52,7 @@ def pytest_configure() -> None:
 
     def schedule_and_plan_ahead(self: ours.RankingMixin, *args: object, **kwargs: object) -> SchedulerOutput:
         output = schedule(self, *args, **kwargs)
-        self._keep_books()
-        self.waiting.plan_ahead()
+        self._keep_books(plan_ahead=True)
         return output
 
     def add_scored(self: RankedRequestQueue, request: Request) -> None:
