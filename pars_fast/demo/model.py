@@ -8,7 +8,6 @@ as those of real ones: with steps of 1.5 ms a run is over in seconds, and all is
 
 import math
 import time
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCAB_SIZE = 4096
 END = "<|endoftext|>"
+TINY = "a tiny random Qwen2"  # so begins what a reader is told about it
 MAX_MODEL_LEN = 8192
 STEP_S = 0.0055  # about what a step of 16 sequences is to take
 _ENGINE_IN_LAYERS = 5  # what else an engine does in a step takes about as long as so many layers
@@ -43,8 +43,7 @@ def make_tiny_model(directory: Path, prompts: Sequence[str], num_layers: int = 1
     Qwen2ForCausalLM(config).save_pretrained(directory)
     layers = "1 layer" if num_layers == 1 else f"{num_layers} layers"
     return (
-        f"a tiny random Qwen2 ({layers}, hidden {config.hidden_size}) made on the spot: "
-        "real engine, made-up words"
+        f"{TINY} ({layers}, hidden {config.hidden_size}) made on the spot: real engine, made-up words"
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from pars_fast.demo.arrivals import LOADS, arrivals_hash, traffic
-from pars_fast.demo.model import DESCRIPTION
+from pars_fast.demo.model import TINY
 from pars_fast.demo.run import expected_tokens, served_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import parse_policy
@@ -97,7 +97,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def _prompt_tokens(served: str, sample: Sequence[SamplePrompt]) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
-        model = served_model(None if served == DESCRIPTION else served, Path(folder), sample).model
+        model = served_model(None if served.startswith(TINY) else served, Path(folder), sample).model
         tokenizer = AutoTokenizer.from_pretrained(model)
         return [len(ids) for ids in tokenizer([prompt.prompt for prompt in sample])["input_ids"]]
 

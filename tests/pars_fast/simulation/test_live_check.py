@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="the faithful simulator is vLLM's scheduler")
 
 from pars_fast.cli import main
 from pars_fast.demo.arrivals import LOADS, arrivals_hash
-from pars_fast.demo.model import DESCRIPTION
+from pars_fast.demo.model import TINY
 from pars_fast.demo.sample import load_sample
 from pars_fast.errors import DataError
 from pars_fast.simulation import live_check as module
@@ -45,7 +45,7 @@ def as_if_served(cases: list[tuple[str, Any, int]], **given: Any) -> dict[str, A
             for policy, load, repeat in cases]
     loads = given.get("loads", LOADS)
     result = {
-        "capacity_tok_s": 1500.0, "seed": SEED, "repeats": 2, "served_model": DESCRIPTION, "runs": rows,
+        "capacity_tok_s": 1500.0, "seed": SEED, "repeats": 2, "served_model": TINY, "runs": rows,
         "arrivals_sha256": arrivals_hash(load_sample(), [SEED, SEED + 1], loads,
                                          given.get("burst_requests", 0)),
         **given,
