@@ -3,7 +3,7 @@
 Its words mean nothing, but the engine, its scheduler, its batches and its KV cache are real, and lengths
 are replayed. The tokenizer is a byte-level BPE trained on the demo's own prompts, so that prompts survive
 tokenisation as they would in a real model. A fast machine gets a deeper model, so that a step takes as long
-as those of real ones: with steps of 1.5 ms a run is over in seconds, and all is over before a score comes.
+as those of real ones: with steps of 1.5 ms a run is over in 4 s, and waits are short.
 """
 
 import math
@@ -33,7 +33,10 @@ def layers_for_this_machine() -> int:
 
 
 def make_tiny_model(directory: Path, prompts: Sequence[str], num_layers: int = 1) -> str:
-    """Write a random Qwen2 and its tokenizer to `directory`; returns what to tell a reader about it."""
+    """Write a random Qwen2 of `num_layers` layers and its tokenizer to `directory`.
+
+    Returns: what to tell a reader about it; it begins with `TINY`.
+    """
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(prompts, vocab_size=VOCAB_SIZE, special_tokens=[END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END)
@@ -64,6 +67,7 @@ def _config(num_layers: int) -> Qwen2Config:
 
 @torch.inference_mode()
 def _seconds_of_a_forward(num_layers: int) -> float:
+    """The shortest of some forward passes over one token of each sequence: others may be at work, too."""
     model = Qwen2ForCausalLM(_config(num_layers)).eval()
     input_ids = torch.zeros(_TIMED_SEQS, 1, dtype=torch.long)
     shortest = math.inf
