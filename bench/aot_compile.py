@@ -23,6 +23,13 @@ import torch
 RESULTS = Path(__file__).parent / "results" / "aot_compile.csv"
 ARCHES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # A100, H100 and H200, B200
 NUM_STAGES = 3  # Triton's own choice where a launcher makes none
+KNOTS = 64  # of the rankers' maps from scores to tokens
+DESTINATION = {  # the arguments of a kernel that publishes scores
+    "slot_ptr": "*i64", "generation_ptr": "*i64", "prompt_work_ptr": "*fp64", "stride_slot": "i32",
+    "stride_generation": "i32", "stride_work": "i32", "key_ptr": "*fp32", "slot_generation_ptr": "*i64",
+    "dirty_ptr": "*i32", "map_scores_ptr": "*fp32", "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32",
+    "M": "i32",
+}  # fmt: skip
 NUM_SMS = 132  # of an H200: what the launchers of persistent kernels choose block sizes by
 
 
@@ -101,15 +108,12 @@ def queue_cases() -> Iterator[Case]:
         {"TILE": topk.MAX_TILE, "BLOCK": slot_update.BLOCK},
         slot_update.BLOCK // 32,
     )  # fmt: skip
-    destination = {
-        "slot_ptr": "*i64", "generation_ptr": "*i64", "prompt_work_ptr": "*fp64", "stride_slot": "i32",
-        "stride_generation": "i32", "stride_work": "i32",
-        "key_ptr": "*fp32", "slot_generation_ptr": "*i64", "dirty_ptr": "*i32", "map_scores_ptr": "*fp32",
-        "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32", "M": "i32",
-    }  # fmt: skip
-    knots = {"TILE": topk.MAX_TILE, "BLOCK_M": 64}
     yield Case(
-        "knots=64", publish_score._publish_score_kernel, {"score_ptr": "*fp32", **destination}, dict(knots), 1
+        "knots=64",
+        publish_score._publish_score_kernel,
+        {"score_ptr": "*fp32", **DESTINATION},
+        {"TILE": topk.MAX_TILE, "BLOCK_M": KNOTS},
+        1,
     )
     for pooling in ("cls", "mean"):
         config = pool_score.launch_config(384, pooling)
@@ -117,9 +121,9 @@ def queue_cases() -> Iterator[Case]:
             f"{pooling} H=384 bf16 knots=64",
             pool_score._pool_score_kernel,
             {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
-             "score_ptr": "*fp32", "stride_t": "i32", **destination},
+             "score_ptr": "*fp32", "stride_t": "i32", **DESTINATION},
             {"H": 384, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
-             "PUBLISH": True, **knots},
+             "PUBLISH": True, "TILE": topk.MAX_TILE, "BLOCK_M": KNOTS},
             config["num_warps"],
         )  # fmt: skip
     for k in (256, 1024):
@@ -153,8 +157,11 @@ def queue_cases() -> Iterator[Case]:
 
 
 def small_batch_cases() -> Iterator[Case]:
-    """The persistent kernel at MiniLM-L6's size: one short prompt, one of 128 tokens, eight of them."""
+    """The persistent kernel at MiniLM-L6's size: one short prompt, one of 128 tokens, eight of them; scores are
+    left in memory, and published as the engine does."""
+    from pars_fast.kernels import queue_topk as topk
     from pars_fast.kernels import small_batch_score as module
+    from pars_fast.kernels.publish_score import publish_arguments
 
     hidden_size, inner, heads = 384, 1536, 12
     kernel = module._small_batch_score_kernel
@@ -164,12 +171,18 @@ def small_batch_cases() -> Iterator[Case]:
     for num_tokens in (16, 128, 1024):
         config = module.launch_config(num_tokens, hidden_size, inner, torch.bfloat16, NUM_SMS)
         num_warps = config.pop("num_warps")
-        constexprs: dict[str, int | bool | None] = {
+        sizes: dict[str, int | bool | None] = {
             "H": hidden_size, "INNER": inner, "HEADS": heads, "CLS": False, "BLOCK_H": 512, "BLOCK_D": 32,
             "PREFETCH": True, **config,
         }  # fmt: skip
-        signature = {name: dtypes.get(name, "*bf16") for name in kernel.arg_names if name not in constexprs}
-        yield Case(f"T={num_tokens} H={hidden_size} bf16", kernel, signature, constexprs, num_warps)
+        published = {"TILE": topk.MAX_TILE, "BLOCK_M": KNOTS}
+        for publish, suffix in ((False, ""), (True, f" knots={KNOTS}")):
+            constexprs = sizes | {"PUBLISH": publish}
+            constexprs |= published if publish else publish_arguments(None)
+            types = {name: (dtypes | DESTINATION).get(name, "*bf16") for name in kernel.arg_names}
+            signature = {name: type_ for name, type_ in types.items() if name not in constexprs}
+            shape = f"T={num_tokens} H={hidden_size} bf16{suffix}"
+            yield Case(shape, kernel, signature, constexprs, num_warps)
 
 
 def encoder_cases() -> Iterator[Case]:

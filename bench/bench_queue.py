@@ -1,5 +1,6 @@
 """Operations of the waiting queue alone: `HostIndex` with all requests scored, against stock vLLM's deque."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
@@ -18,9 +18,11 @@ ROUNDS = 200
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """What both queues can do; `make` gives the item that arrives as number `seq`."""
+    """What both queues can do; `make` gives the item that arrives as number `seq`, `begin_step` comes before
+    the pops of a step."""
 
     make: Callable[[int], Any]
+    begin_step: Callable[[], None]
     add: Callable[[Any], None]
     pop: Callable[[], Any]
     abort: Callable[[Any], None]
@@ -28,7 +30,9 @@ class Queue:
 
 
 def host_index() -> Queue:
-    index = HostIndex(POLICIES["pars"](), OvertakingBudget())
+    index = HostIndex(POLICIES["pars"](), POLICIES["pars_fast"].default_guard)
+    index.room = BATCH
+    steps = itertools.count()
     rng = random.Random(0)
 
     def make(seq: int) -> Entry:
@@ -36,7 +40,10 @@ def host_index() -> Queue:
         index.set_expected_tokens(entry, rng.lognormvariate(5.0, 1.0))
         return entry
 
-    return Queue(make, index.add, index.pop, index.remove, index.__len__)
+    def begin_step() -> None:
+        index.begin_step(float(next(steps)))
+
+    return Queue(make, begin_step, index.add, index.pop, index.remove, index.__len__)
 
 
 def stock_queue() -> Queue:
@@ -46,7 +53,10 @@ def stock_queue() -> Queue:
     def abort(item: Entry) -> None:
         queue.remove_requests([item])  # how Scheduler.finish_requests takes a waiting request out
 
-    return Queue(lambda seq: Entry(seq, 0, None), queue.add_request, queue.pop_request, abort, queue.__len__)
+    def make(seq: int) -> Entry:
+        return Entry(seq, 0, None)
+
+    return Queue(make, lambda: None, queue.add_request, queue.pop_request, abort, queue.__len__)
 
 
 QUEUES = {"stock": stock_queue, "pars_fast": host_index}
@@ -83,6 +93,7 @@ class QueueWorkload:
         self._came = self._arriving
 
     def pop(self) -> None:
+        self.queue.begin_step()
         self._left = [self.queue.pop() for _ in range(BATCH)]
 
     def abort(self) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from pars_fast.guards import OvertakingBudget
+from pars_fast.guards import Guard
 from pars_fast.host_index import Entry, HostIndex
 from pars_fast.policies import POLICIES
 
@@ -110,9 +110,12 @@ class Argpartition:
 
 
 class Ours:
-    def __init__(self, guard: OvertakingBudget | None = None) -> None:
-        self._index = HostIndex(POLICIES["pars"](), guard or OvertakingBudget())
+    """By expected tokens, under the guard that `pars_fast` has by default; nothing is planned ahead."""
+
+    def __init__(self, guard: Guard | None = None) -> None:
+        self._index = HostIndex(POLICIES["pars"](), guard or POLICIES["pars_fast"].default_guard)
         self._arrived = 0
+        self._steps = 0
 
     def add(self, keys: Sequence[float]) -> None:
         for seq, key in enumerate(keys, self._arrived):
@@ -122,6 +125,9 @@ class Ours:
         self._arrived += len(keys)
 
     def take(self, count: int) -> list[int]:
+        self._steps += 1
+        self._index.room = count
+        self._index.begin_step(float(self._steps))
         return [self._index.pop().seq for _ in range(count)]
 
 

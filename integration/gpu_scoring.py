@@ -1,8 +1,8 @@
 """Scoring on the engine's GPU, with the order of the scored requests kept there too.
 
 Runs in the ranker's thread on a stream of its own. A batch is one chain on the device: its requests and all
-that has changed go up in one transfer, the ranker scores, the scores go to their slots as keys, and the first
-K_ORDER slots are ordered; the host waits once, for tokens and order together. Finished requests keep their
+that has changed go up in one transfer, the ranker scores and leaves the scores in their slots as keys, and
+the first K_ORDER slots are ordered; the host waits once, for tokens and order together. Finished requests keep their
 slots until the next batch: the host passes over them.
 """
 
@@ -58,11 +58,11 @@ class DeviceOrder:
             self._table.insert(slots, generations, [0] * len(slots), new)
         self._table.upload([self._slots.get(seq, (-1, 0)) for seq in seqs], prompt_work)
 
-    def finish(self, seqs: Sequence[int], scores: Tensor) -> list[float]:
-        """Their scores have come, (B,) float32 on the device: expected tokens, NaN for one that has no
-        key."""
+    def finish(self, seqs: Sequence[int], expected_tokens: Tensor) -> list[float]:
+        """Their scores are in their slots, `expected_tokens` (B,) float32 on the device: these on the host,
+        NaN for one that has no key."""
         tokens = self._tokens[: len(seqs)]
-        tokens.copy_(self._table.publish(scores), non_blocking=True)
+        tokens.copy_(expected_tokens, non_blocking=True)
         slots = None if self._overflowed else self._table.order(self._k)
         if slots is not None:
             self._first_slots.copy_(slots, non_blocking=True)
@@ -95,7 +95,8 @@ class GpuScorer:
 
     Args:
         pack: token ids of prompts to the ranker's batch; raises for a prompt that cannot be scored.
-        score: batch to (B,) float32 scores on the device, without waiting for them.
+        score: batch to (B,) float32 expected tokens on the device, without waiting for them; leaves the
+            scores in the slots of the order's table.
         stream: where all of it runs; None on a CPU.
         prompt_work: of a prompt token in a key, in output tokens; see `pars_fast.policies.prompt_work`.
     """
@@ -158,12 +159,20 @@ def make_gpu_scorer(
             f"{ranker}: its activation is {loaded.config.hidden_act!r}, and the kernels compute "
             f"{ACTIVATION!r}; set PARS_DEVICE=cpu"
         )
-    graphs = graphed_scorer(loaded, max_prompts=MAX_BATCH, stream=stream, max_programs=max_programs)
     scorer = PromptScorer(loaded, tokenizer, revision)
     with torch.cuda.stream(stream):
-        order = DeviceOrder(SlotTable(scorer.token_map, device=device, max_order=K_ORDER))
+        table = SlotTable(scorer.token_map, device=device, max_order=K_ORDER)
+        order = DeviceOrder(table)
+    graphs = graphed_scorer(
+        loaded,
+        max_prompts=MAX_BATCH,
+        stream=stream,
+        max_programs=max_programs,
+        destination=table.destination,
+    )
 
     def score(batch: PackedBatch) -> Tensor:
-        return graphs.score(batch.input_ids, batch.cu_seqlens)
+        graphs.score(batch.input_ids, batch.cu_seqlens)
+        return table.destination.tokens[: len(batch)]
 
     return GpuScorer(scorer.pack, score, order, stream, prompt_work)

@@ -1,4 +1,4 @@
-"""Small-batch score: 1 to 8 packed prompts, token ids in, scores out, in one launch.
+"""Small-batch score: 1 to 8 packed prompts, token ids in, scores (or keys in their slots) out, in one launch.
 
     x = word[id] + position[t] + type;  for each layer:  h = LN(x);  x = h + attention(h W_qkv + b) W_out + b;
     h = LN(x);  x = h + gelu(h W_up + b) W_down + b;  at last  score = pool(LN(x)) . weight + bias
@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from pars_fast.kernels.publish_score import ScoreDestination, _publish, publish_arguments
 from pars_fast.packed_weights import PackedWeights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -248,7 +249,10 @@ def _attention(
 @triton.jit
 def _pool(
     x_ptr, norm_weight_ptr, norm_bias_ptr, head_weight_ptr, head_bias_ptr, cu_seqlens_ptr, score_ptr,
-    rows, num_prompts, eps, H: tl.constexpr, CLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    slot_ptr, generation_ptr, prompt_work_ptr, stride_slot, stride_generation, stride_work,
+    key_ptr, slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr, tokens_ptr,
+    rows, num_prompts, eps, M, H: tl.constexpr, CLS: tl.constexpr, PUBLISH: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, KNOTS: tl.constexpr,
 ):  # fmt: skip
     for prompt in range(tl.program_id(0), num_prompts, tl.num_programs(0)):
         start = tl.load(cu_seqlens_ptr + prompt)
@@ -270,7 +274,14 @@ def _pool(
                 weight = tl.load(head_weight_ptr + offs_k, mask=in_k, other=0.0).to(tl.float32)
                 total += tl.where(mask, x * weight[None, :], 0.0)
         mean_score = tl.sum(tl.sum(total, axis=1), axis=0) / (end - start).to(tl.float32)  # empty: NaN
-        tl.store(score_ptr + prompt, mean_score + tl.load(head_bias_ptr).to(tl.float32))
+        score = mean_score + tl.load(head_bias_ptr).to(tl.float32)
+        tl.store(score_ptr + prompt, score)
+        if PUBLISH:
+            _publish(
+                prompt, score, slot_ptr, generation_ptr, prompt_work_ptr, stride_slot, stride_generation,
+                stride_work, key_ptr, slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr,
+                tokens_ptr, M, TILE, KNOTS,
+            )  # fmt: skip
 
 
 # The batch's sizes change from call to call and must not compile it anew.
@@ -304,6 +315,19 @@ def _small_batch_score_kernel(
     context_ptr,
     inner_ptr,
     counter_ptr,  # (1,) int32, 0 between launches
+    slot_ptr,  # this and the rest to M: where scores go, as in `_publish_score_kernel`; None without PUBLISH
+    generation_ptr,
+    prompt_work_ptr,
+    stride_slot,
+    stride_generation,
+    stride_work,
+    key_ptr,
+    slot_generation_ptr,
+    dirty_ptr,
+    map_scores_ptr,
+    map_tokens_ptr,
+    tokens_ptr,
+    M,
     num_tokens,  # T
     num_prompts,  # B
     max_seqlen,
@@ -326,6 +350,9 @@ def _small_batch_score_kernel(
     NARROW_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PUBLISH: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # knots of the map
 ):
     if PREFETCH:
         for layer in range(num_layers):
@@ -376,7 +403,9 @@ def _small_batch_score_kernel(
         arrivals = _grid_barrier(counter_ptr, arrivals)
     _pool(
         x_ptr, norm_weight_ptr, norm_bias_ptr, head_weight_ptr, head_bias_ptr, cu_seqlens_ptr, score_ptr,
-        rows, num_prompts, eps, H, CLS, BLOCK_Q, BLOCK_K,
+        slot_ptr, generation_ptr, prompt_work_ptr, stride_slot, stride_generation, stride_work,
+        key_ptr, slot_generation_ptr, dirty_ptr, map_scores_ptr, map_tokens_ptr, tokens_ptr,
+        rows, num_prompts, eps, M, H, CLS, PUBLISH, TILE, BLOCK_Q, BLOCK_K, BLOCK_M,
     )  # fmt: skip
     # The last to leave sets the counter back for the next launch, which a replayed graph could not do itself.
     if tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu") == arrivals - 1:
@@ -461,6 +490,7 @@ def small_batch_score(
     max_seqlen: int,
     workspace: SmallBatchWorkspace,
     num_programs: int | None = None,
+    destination: ScoreDestination | None = None,
 ) -> Tensor:
     """Score 1 to MAX_PROMPTS packed prompts in one launch; a larger score means a longer expected answer.
 
@@ -477,8 +507,10 @@ def small_batch_score(
         workspace: of these weights, with room for T tokens; the launches that use it follow one another.
         num_programs: programs of the persistent grid, at most one an SM; None: all SMs. In the interpreter 1:
             it runs one program after the other, so the first would wait for the second forever.
+        destination: as `pool_score`'s: the scores go to their slots as well.
     Returns: (B,) fp32 scores, no unit; fp32 accumulation, the same bits each time.
-    Raises: ValueError: if a shape, dtype, layout, device or number is not as above, or the batch is empty.
+    Raises: ValueError: if a shape, dtype, layout, device or number is not as above, or the batch is empty, or
+        it is larger than the destination's capacity.
     Source: PARS (arXiv 2510.03243); see the module docstring.
     """
     H, device = weights.hidden_size, weights.device
@@ -499,6 +531,8 @@ def small_batch_score(
     longest = min(MAX_SEQLEN, len(weights.position_embedding))
     if not 1 <= max_seqlen <= longest:
         raise ValueError(f"max_seqlen must be 1 to {longest}, got {max_seqlen}")
+    if destination is not None and num_prompts > len(destination.tokens):
+        raise ValueError(f"the destination takes {len(destination.tokens)} prompts, got {num_prompts}")
     if num_tokens > workspace.max_tokens:
         raise ValueError(f"workspace has room for {workspace.max_tokens} tokens, got {num_tokens}")
     room = (workspace.x.shape[1], workspace.inner.shape[1], workspace.x.dtype, workspace.x.device)
@@ -525,12 +559,13 @@ def small_batch_score(
         weights.up_weight, weights.up_bias, weights.down_weight, weights.down_bias,
         weights.output_norm_weight, weights.output_norm_bias, weights.head_weight, weights.head_bias,
         workspace.x, workspace.residual, workspace.qkv, workspace.context, workspace.inner, workspace.counter,
-        num_tokens, num_prompts, max_seqlen, weights.num_layers,
-        len(weights.word_embedding), len(weights.position_embedding), weights.norm_eps,
-        math.log2(math.e) / math.sqrt(head_size),
+        num_tokens=num_tokens, num_prompts=num_prompts, max_seqlen=max_seqlen, num_layers=weights.num_layers,
+        vocab_size=len(weights.word_embedding), max_positions=len(weights.position_embedding),
+        eps=weights.norm_eps, scale=math.log2(math.e) / math.sqrt(head_size),
         H=H, INNER=weights.intermediate_size, HEADS=weights.num_heads, CLS=weights.pooling == "cls",
         BLOCK_H=triton.next_power_of_2(H), BLOCK_D=max(16, triton.next_power_of_2(head_size)),
-        PREFETCH=compiled, launch_cooperative_grid=True,
+        PREFETCH=compiled, PUBLISH=destination is not None, launch_cooperative_grid=True,
+        **publish_arguments(destination),
         **launch_config(num_tokens, H, weights.intermediate_size, weights.dtype, num_programs),
     )  # fmt: skip
     return score

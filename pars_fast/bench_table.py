@@ -2,8 +2,9 @@
 
 A benchmark's `extra_info` says what was timed: `op`, `provider`, `shape` (what made it large or small), and
 where they apply `baseline`, `bytes_moved`, `flops`, `kendall_tau`, `added_us` (see `bench_results.Row`),
-`operations` (how many one round did) and `baseline_time_us` (p20, p50, p80 of a baseline timed in turn with
-it). `machine_info` holds the run's `provenance`.
+`operations` (how many one round did), `time_us` (p20, p50, p80 where the benchmark timed a part of its round
+itself) and `baseline_time_us` (the same of a baseline timed in turn with it). `machine_info` holds the run's
+`provenance`.
 """
 
 import json
@@ -114,7 +115,8 @@ def shape_text(row: Row) -> str:
 def _rows(benchmark: dict[str, Any]) -> list[Row]:
     info = benchmark["extra_info"]
     op, baseline, shape = info["op"], info.get("baseline"), info["shape"]
-    p20, p50, p80 = (time / info.get("operations", 1) for time in quantiles_us(benchmark["stats"]["data"]))
+    of_a_round = info.get("time_us") or quantiles_us(benchmark["stats"]["data"])
+    p20, p50, p80 = (time / info.get("operations", 1) for time in of_a_round)
     row = Row(
         op,
         info["provider"],

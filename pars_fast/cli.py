@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pars_fast import __version__
+from pars_fast.accuracy_cli import add_learning_curve, add_losses, add_transfer
 from pars_fast.batch.cli import add_batch
 from pars_fast.bench_cli import add_bench
 from pars_fast.demo.load_cli import add_load
@@ -52,8 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="fit a ranker's distribution of lengths"))
     _add_baseline(commands.add_parser("baseline", help="train simple predictors to compare with"))
     _add_evaluate(commands.add_parser("evaluate", help="measure rankers on length files"))
-    _add_transfer(commands.add_parser("transfer", help="train on one model or set, measure on another"))
-    _add_losses(commands.add_parser("losses", help="fine-tune by each loss at equal budget, and compare"))
+    add_transfer(commands.add_parser("transfer", help="train on one model or set, measure on another"))
+    add_losses(commands.add_parser("losses", help="fine-tune by each loss at equal budget, and compare"))
+    add_learning_curve(
+        commands.add_parser("learning-curve", help="what limits: prompts, answers a prompt, or the encoder?")
+    )
     _add_duplicates(commands.add_parser("duplicates", help="near-duplicate prompts across splits"))
     _add_demo(commands.add_parser("demo", help="serve real prompts by a real vLLM under three policies"))
     add_load(commands.add_parser("load", help="serve the demo's prompts at several loads under each policy"))
@@ -295,98 +299,6 @@ def _evaluate_adversarial(arguments: argparse.Namespace) -> None:
             arguments.json,
             {name: [asdict(verdict) for verdict in judged] for name, judged in verdicts.items()},
         )
-
-
-def _add_transfer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="length files")
-    parser.add_argument("--encoder", default="minilm", help="as of baseline")
-    parser.add_argument("--max-models", type=int, default=12, help="of each file (%(default)s)")
-    parser.add_argument("--max-prompts-per-file", type=int, default=2000, help="across sets (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="F", help="write all cells there")
-    parser.set_defaults(run=_transfer)
-
-
-def _transfer(arguments: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from pars_fast.baselines.encoder import FrozenEncoder
-    from pars_fast.data import read_length_file
-    from pars_fast.transfer import across_models, across_sets
-
-    if arguments.json:
-        make_writable(arguments.json.parent)
-    console, encoder = Console(), FrozenEncoder.of(arguments.encoder)
-    files = [read_length_file(path) for path in arguments.data]
-    result: dict[str, Any] = {"models": {}, "sets": []}
-    for file in (file for file in files if len(file.models) > 1):
-        models = across_models(file, encoder, arguments.max_models)
-        result["models"][file.name] = asdict(models)
-        numbers = [str(number) for number in range(1, 1 + len(models.models))]
-        table = Table("trained on", *numbers, title=f"{file.name}: tau on the model of the column", box=None)
-        for number, name, row in zip(numbers, models.models, models.tau, strict=True):
-            table.add_row(f"{number} {name}", *(f"{tau:.2f}" for tau in row))
-        table.add_row("all the others", *(f"{tau:.2f}" for tau in models.others))
-        console.print(table)
-    if len(files) > 1:
-        sets = across_sets(files, encoder, max_prompts_per_file=arguments.max_prompts_per_file)
-        result["sets"] = [asdict(one) for one in sets]
-        table = Table(
-            "set", "learnt from it alone", "from all", "from all but it", title="mean tau over models"
-        )
-        for one in sets:
-            table.add_row(one.name, *(f"{tau:.3f}" for tau in (one.own, one.all_files, one.all_but_this)))
-        console.print(table)
-    if arguments.json:
-        write_json(arguments.json, result)
-
-
-def _add_losses(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data", nargs="+", required=True, metavar="FILE", help="length files to train on")
-    add("--exclude", nargs="+", default=[], metavar="FILE", help="as of train")
-    add(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="measured on, as of evaluate --all"
-    )
-    add("--out", required=True, type=Path, help="folder of the runs; goes on with those found there")
-    add("--init", default="minilm", help="as of train (%(default)s)")
-    add("--seeds", type=int, default=5, metavar="N", help="runs of each loss (%(default)s)")
-    add("--csv", required=True, type=Path, metavar="F", help="write tau of every loss, seed and file there")
-    parser.set_defaults(run=_losses)
-
-
-def _losses(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from pars_fast.benchmark import read_length_files
-    from pars_fast.data import read_length_file
-    from pars_fast.loss_comparison import Comparison, compare_losses, standings
-    from pars_fast.output import write_csv
-
-    make_writable(arguments.csv.parent)
-    training = [read_length_file(path) for path in arguments.data]
-    exclude = [read_length_file(path) for path in arguments.exclude]
-    comparison = Comparison(training, exclude, init=arguments.init, seeds=range(arguments.seeds))
-    measured = read_length_files(arguments.data_dir)
-    rows = compare_losses(comparison, measured, arguments.out, on_run=lambda name: print(name, flush=True))
-    write_csv(arguments.csv, rows)
-    names, losses = [file.name for file in measured], comparison.losses
-    table = Table("file", *losses, title=f"Kendall tau-b, mean and 95 % interval of {arguments.seeds} seeds")
-    for title, chosen in (*((name, [name]) for name in names), ("mean", names)):
-        found = standings(rows, chosen)
-        cells = (f"{found[loss].mean:.3f} ± {found[loss].half_width:.3f}" for loss in losses)
-        table.add_row(title, *cells)
-    console = Console()
-    console.print(table)
-    for loss, standing in standings(rows, names).items():
-        if standing.p_value is not None:
-            console.print(
-                f"{losses[0]} minus {loss}: {standing.difference:+.3f} "
-                f"± {standing.difference_half_width:.3f}, p {standing.p_value:.3f}"
-            )
 
 
 def _add_duplicates(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from pars_fast.kernels.embed_layer_norm import embed_layer_norm
 from pars_fast.kernels.linear import linear
 from pars_fast.kernels.linear_layer_norm import linear_layer_norm
 from pars_fast.kernels.pool_score import pool_score
+from pars_fast.kernels.publish_score import ScoreDestination
 from pars_fast.packed_weights import PackedWeights
 
 
@@ -22,6 +23,7 @@ def score_packed(
     *,
     max_seqlen: int,
     max_programs: int | None = None,
+    destination: ScoreDestination | None = None,
 ) -> Tensor:
     """Score packed prompts; a larger score means a longer expected answer.
 
@@ -32,6 +34,7 @@ def score_packed(
         max_seqlen: no prompt has more tokens; on the host's word.
         max_programs: at most so many SMs at a time for the encoder, to leave the rest to what runs beside it;
             None takes the GPU. Pooling is one short program a prompt in any case.
+        destination: as `pool_score`'s: the scores go to their slots as well.
     Returns: (B,) fp32, no unit; NaN for an empty prompt.
     Raises: ValueError: if a shape, dtype, layout or device does not match, or the batch is empty.
     """
@@ -54,4 +57,6 @@ def score_packed(
             inner, w.down_weight[i], w.down_bias[i], hidden,
             w.output_norm_weight[i], w.output_norm_bias[i], eps=eps, max_programs=max_programs,
         )  # fmt: skip
-    return pool_score(hidden, w.head_weight, w.head_bias, cu_seqlens, pooling=w.pooling)
+    return pool_score(
+        hidden, w.head_weight, w.head_bias, cu_seqlens, pooling=w.pooling, destination=destination
+    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pars_fast.fused_encoder import score_packed
 from pars_fast.graphed import GraphedScorer, power_of_two_buckets
+from pars_fast.kernels.publish_score import ScoreDestination
 from pars_fast.kernels.small_batch_score import MAX_PROMPTS, SmallBatchWorkspace, small_batch_score
 from pars_fast.packed_weights import PackedWeights
 from pars_fast.ranker import Ranker
@@ -23,10 +24,18 @@ class GpuForward:
         weights: on the GPU.
         max_seqlen: tokens of the longest prompt.
         max_programs: at most so many SMs at a time, to leave the rest to what runs beside it; None: all.
+        destination: the scores go to these slots as well, from the kernel that makes them.
     """
 
-    def __init__(self, weights: PackedWeights, *, max_seqlen: int, max_programs: int | None = None) -> None:
-        self._weights, self._max_programs = weights, max_programs
+    def __init__(
+        self,
+        weights: PackedWeights,
+        *,
+        max_seqlen: int,
+        max_programs: int | None = None,
+        destination: ScoreDestination | None = None,
+    ) -> None:
+        self._weights, self._max_programs, self._destination = weights, max_programs, destination
         self._workspace = SmallBatchWorkspace.allocate(weights, MAX_PROMPTS * max_seqlen)
 
     def __call__(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -40,7 +49,12 @@ class GpuForward:
         """
         if len(cu_seqlens) - 1 > MAX_PROMPTS or len(input_ids) > self._workspace.max_tokens:
             return score_packed(
-                self._weights, input_ids, cu_seqlens, max_seqlen=max_seqlen, max_programs=self._max_programs
+                self._weights,
+                input_ids,
+                cu_seqlens,
+                max_seqlen=max_seqlen,
+                max_programs=self._max_programs,
+                destination=self._destination,
             )
         return small_batch_score(
             self._weights,
@@ -49,12 +63,18 @@ class GpuForward:
             max_seqlen=max_seqlen,
             workspace=self._workspace,
             num_programs=self._max_programs,
+            destination=self._destination,
         )
 
 
 @torch.inference_mode()
 def graphed_scorer(
-    ranker: Ranker, *, max_prompts: int, stream: torch.cuda.Stream, max_programs: int | None = None
+    ranker: Ranker,
+    *,
+    max_prompts: int,
+    stream: torch.cuda.Stream,
+    max_programs: int | None = None,
+    destination: ScoreDestination | None = None,
 ) -> GraphedScorer:
     """Capture a ranker's forward pass for all batches of up to `max_prompts` prompts.
 
@@ -62,10 +82,12 @@ def graphed_scorer(
         ranker: on the stream's device, of a kind that the kernels compute (`Ranker.uses_kernels`).
         max_prompts: of a batch, each of the ranker's window.
         stream: where it is captured and replayed.
-        max_programs: as `GpuForward`.
+        max_programs, destination: as `GpuForward`. Capture writes to the destination, too.
     """
     window = ranker.max_tokens
-    forward = GpuForward(ranker.packed_weights(), max_seqlen=window, max_programs=max_programs)
+    forward = GpuForward(
+        ranker.packed_weights(), max_seqlen=window, max_programs=max_programs, destination=destination
+    )
     buckets = power_of_two_buckets(MAX_PROMPTS * window, MAX_PROMPTS)
     if max_prompts > MAX_PROMPTS:
         buckets += power_of_two_buckets(max_prompts * window, max_prompts, min_tokens=MIN_BATCH_TOKENS)

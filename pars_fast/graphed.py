@@ -3,7 +3,7 @@
 A graph has fixed shapes and fixed addresses. A batch is therefore padded to its bucket (ids with 0, offsets
 by repeating the last one, which gives prompts without tokens) and copied to where the graphs look for it.
 Graphs share one memory pool: they are replayed one after the other on one stream, so a temporary of one may
-lie where another's lay.
+lie where another's lay. Scores are kept, so each graph's have their own place.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,7 +98,6 @@ class GraphedScorer:
             size = self._first_id + self._buckets[0].num_tokens
             self._staging = torch.zeros(size, dtype=torch.int32, pin_memory=True)
             self._batch = torch.zeros(size, dtype=torch.int32, device=device)
-            self._scores = torch.empty(self._max_prompts, dtype=torch.float32, device=device)
             self._copied = torch.cuda.Event()
             self._pool = torch.cuda.graph_pool_handle()
             self._graphs = {bucket: self._capture(forward, bucket, max_seqlen) for bucket in self._buckets}
@@ -110,14 +109,17 @@ class GraphedScorer:
         ids = buffer[self._first_id : self._first_id + bucket.num_tokens]
         return ids, buffer[: bucket.num_prompts + 1]
 
-    def _capture(self, forward: Forward, bucket: Bucket, max_seqlen: int) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, forward: Forward, bucket: Bucket, max_seqlen: int
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph, and the scores that each replay of it writes."""
         input_ids, cu_seqlens = self._views(self._batch, bucket)
         longest = min(max_seqlen, bucket.num_tokens)
         forward(input_ids, cu_seqlens, longest)  # compiles and loads what must not be loaded under capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._scores[: bucket.num_prompts].copy_(forward(input_ids, cu_seqlens, longest))
-        return graph
+            scores = forward(input_ids, cu_seqlens, longest)
+        return graph, scores
 
     def score(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Score a batch, without waiting for it.
@@ -141,5 +143,6 @@ class GraphedScorer:
         with torch.cuda.stream(self._stream):
             self._batch[:used].copy_(self._staging[:used], non_blocking=True)
             self._copied.record()
-            self._graphs[bucket].replay()
-        return self._scores[:num_prompts]
+            graph, scores = self._graphs[bucket]
+            graph.replay()
+        return scores[:num_prompts]

@@ -6,25 +6,20 @@ pair accuracy of the first seed. A seed sets the head's start, the order of the 
 is the same for all losses, so that their differences are paired.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pars_fast.baselines import Predictor
-from pars_fast.benchmark import MIN_ROWS, held_out_rows
 from pars_fast.data import LengthFile
 from pars_fast.errors import ParsFastError
 from pars_fast.losses import LOSSES
-from pars_fast.metrics import kendall_tau
 from pars_fast.ranker import Ranker
-from pars_fast.training import Recipe, train
+from pars_fast.training import Recipe
+from pars_fast.training_runs import held_out_taus, trained_once, validation_accuracy
 
-Floats = NDArray[np.float64]
 LEARNING_RATES = (3e-4, 1e-3)
 BUDGET = Recipe(pooling="cls", epochs=3, batch_prompts=32, max_prompts_per_file=400, layers=1)
 
@@ -69,15 +64,15 @@ def compare_losses(
         tried = {
             rate: _run(comparison, loss, rate, seeds[0], out, on_run) for rate in comparison.learning_rates
         }
-        chosen[loss] = max(tried, key=lambda rate: _validation_accuracy(tried[rate]))
+        chosen[loss] = max(tried, key=lambda rate: validation_accuracy(tried[rate]))
     rows = []
     for seed in seeds:  # all losses of a seed before the next, so that what is there is comparable
         for loss in losses:
             run = _run(comparison, loss, chosen[loss], seed, out, on_run)
             given = {"loss": loss, "learning_rate": chosen[loss], "seed": seed}
-            accuracy = {"validation_pair_accuracy": _validation_accuracy(run)}
+            accuracy = {"validation_pair_accuracy": validation_accuracy(run)}
             ranker = Ranker.from_pretrained(run, device="cpu")
-            rows += [{**given, **taus, **accuracy} for taus in _measure(ranker, measured)]
+            rows += [{**given, **taus, **accuracy} for taus in held_out_taus(ranker, measured)]
     return rows
 
 
@@ -85,32 +80,14 @@ def _run(
     comparison: Comparison, loss: str, rate: float, seed: int, out: Path, on_run: Callable[[str], None]
 ) -> Path:
     recipe = replace(comparison.budget, loss=loss, learning_rate=rate, seed=seed)
-    directory = out / f"{loss}-{rate:g}-{seed}"
-    done = directory / "done"
-    if not done.exists():
-        on_run(directory.name)
-        train(comparison.training, comparison.init, recipe, directory, exclude=comparison.exclude)
-        done.touch()
-    return directory
-
-
-def _validation_accuracy(run: Path) -> float:
-    return float(json.loads((run / "training.json").read_text())["validation_pair_accuracy"])
-
-
-def _measure(predictor: Predictor, files: Sequence[LengthFile]) -> list[dict[str, Any]]:
-    measured = []
-    for file in files:
-        rows, split = held_out_rows(file)
-        scores = predictor.score([row.prompt for row in rows]).double().numpy()
-        lengths = np.array([[row.output_tokens.get(model, np.nan) for model in file.models] for row in rows])
-        taus = [
-            kendall_tau(scores[there], column[there])
-            for column in lengths.T
-            if (there := ~np.isnan(column)).sum() >= MIN_ROWS
-        ]
-        measured.append({"file": file.name, "split": split, "kendall_tau": float(np.nanmean(taus))})
-    return measured
+    return trained_once(
+        out / f"{loss}-{rate:g}-{seed}",
+        comparison.training,
+        comparison.init,
+        recipe,
+        exclude=comparison.exclude,
+        on_run=on_run,
+    )
 
 
 @dataclass(frozen=True, slots=True)

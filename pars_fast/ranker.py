@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, BertTokenizerFast
 
+from pars_fast.bf16_products import Bf16Products, native_bf16
 from pars_fast.calibration import TokenMap
 from pars_fast.distribution import LengthDistribution
 from pars_fast.errors import CheckpointError, PromptError
@@ -28,6 +29,7 @@ from pars_fast.tokenization import PackedBatch, encode, pack
 
 Knots = TypeVar("Knots", TokenMap, LengthDistribution)
 MAX_TOKENS = 128  # PARS's window
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024  # of a forward; on a CPU more would not fit its caches
 SUPPORTED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
 
@@ -63,6 +65,7 @@ class Ranker:
         self.token_map = token_map
         self.distribution = distribution
         self._packed: PackedWeights | None = None
+        self._rounded: Bf16Products | None = None
         tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()
 
@@ -142,16 +145,18 @@ class Ranker:
         self.model.encoder.layer = self.model.encoder.layer[:count]
         self.config.num_hidden_layers = count
 
-    def score(self, prompts: Sequence[str], *, batch_tokens: int = 8192) -> Tensor:
+    def score(self, prompts: Sequence[str], *, batch_tokens: int | None = None) -> Tensor:
         """Score prompts: (B,) float32 on the CPU, in the order given; larger = longer expected answer.
 
-        Prompts longer than the window are cut to its head. `batch_tokens` bounds the tokens of one forward.
+        Prompts longer than the window are cut to its head. `batch_tokens` bounds the tokens of one forward;
+        None takes what suits the device.
 
         Raises: PromptError: if there is no prompt, or one is empty or no text; names its position.
         """
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list of strings, got one string; wrap it in a list")
         ids = encode(self.tokenizer, prompts, self.max_tokens)
+        batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS)
         chunks: list[list[list[int]]] = [[]]
         tokens = 0
         for prompt in ids:
@@ -174,10 +179,18 @@ class Ranker:
             max_seqlen = self._check(batch)
         batch = batch.to(self.device)
         if not self.uses_kernels:
-            return self.model(batch.input_ids, batch.cu_seqlens)
+            return self._scoring_model()(batch.input_ids, batch.cu_seqlens)
         from pars_fast.fused_encoder import score_packed  # Triton is not there on every platform
 
         return score_packed(self.packed_weights(), batch.input_ids, batch.cu_seqlens, max_seqlen=max_seqlen)
+
+    def _scoring_model(self) -> ScoreModel:
+        """Outside the kernels: on a CPU that has bf16, a copy that multiplies in it."""
+        if self.device.type != "cpu" or not native_bf16():
+            return self.model
+        if self._rounded is None or not self._rounded.is_of(self.model):
+            self._rounded = Bf16Products(self.model)
+        return self._rounded.model
 
     def _check(self, batch: PackedBatch) -> int:
         """The longest prompt's tokens. Raises: PromptError: as `score_ids`."""

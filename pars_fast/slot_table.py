@@ -41,6 +41,10 @@ class SlotTable:
         max_order: largest k that `order` will be asked for.
     On CPU tensors the kernels need Triton's interpreter, which is for tests.
 
+    Attributes:
+        destination: where the scores of the last `upload`'s requests go; a kernel that makes scores can write
+            them there itself. `destination.tokens` then has their expected tokens. Addresses are fixed.
+
     Raises: ValueError: if `capacity` is not positive or `max_order` is outside the kernel's range.
     """
 
@@ -73,8 +77,9 @@ class SlotTable:
         self._workspace = TopkWorkspace(capacity, max_order, self.device)
         self._uploads = _Uploads(1 + MAX_BATCH + MAX_COMMANDS, self.device)
         self._header, destinations, self._commands = self._uploads.words.split([1, MAX_BATCH, MAX_COMMANDS])
+        destinations[:, 0] = -1  # until the first upload scores go nowhere
         map_scores, map_tokens = map_knots(token_map, self.device)
-        self._destination = ScoreDestination(
+        self.destination = ScoreDestination(
             slot=destinations[:, 0],
             generation=destinations[:, 1],
             prompt_work=destinations.view(torch.float64)[:, 2],
@@ -242,7 +247,8 @@ class SlotTable:
         self._sent = (self._seq_base, self._median_bits)
 
     def publish(self, scores: Tensor) -> Tensor:
-        """Keys of scored requests; those whose slot has changed hands since are dropped on the device.
+        """Keys of requests that were scored elsewhere; those whose slot has changed hands since are dropped
+        on the device.
 
         Args: scores: (B,) float32 on the device, in the order of the last `upload`'s requests.
         Returns: (B,) float32 expected tokens on the device, NaN for a score that is not finite; overwritten
@@ -250,7 +256,7 @@ class SlotTable:
             the next call.
         Raises: ValueError: if shape, dtype or device are not as above.
         """
-        return publish_score(scores, self._destination)
+        return publish_score(scores, self.destination)
 
     def order(self, k: int) -> Tensor | None:
         """The k requests that run first, all changes counted.

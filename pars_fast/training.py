@@ -7,6 +7,7 @@ same command is given again; the best ranker so far, by validation pair accuracy
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pars_fast.bf16_products import native_bf16
 from pars_fast.calibration import fit_token_map
 from pars_fast.data import CONSENSUS, LabelledPrompts, LengthFile, distinct_prompts, split_prompts
 from pars_fast.distribution import fit_length_distribution, recorded_answers
@@ -117,7 +119,7 @@ def train(
     Raises: DataError, CheckpointError, MissingExtraError, OutputError; ParsFastError: if `out` holds a run of
         other starting weights, recipe or data, or training diverges.
     """
-    accelerator = require_extra("accelerate", "train").Accelerator()
+    accelerator = require_extra("accelerate", "train").Accelerator(mixed_precision=_mixed_precision())
     make_writable(out)
     training, validation = split_prompts(files, recipe.model_column, exclude)
     training = training.at_most(recipe.max_prompts_per_file, recipe.seed)
@@ -168,6 +170,12 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
         ranker.keep_layers(recipe.layers)
     ranker.model.set_dropout(recipe.dropout)
     return ranker
+
+
+def _mixed_precision() -> str | None:
+    """bf16 on a CPU that multiplies it natively, and is faster by it; else what accelerate is told."""
+    told = "ACCELERATE_MIXED_PRECISION" in os.environ or torch.cuda.is_available()
+    return "bf16" if native_bf16() and not told else None
 
 
 class _Run:

@@ -6,7 +6,8 @@ mean-pooled states and the log of the prompt's characters. What carries over for
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ class ModelTransfer:
 
     `tau[i][j]`: trained on model i, measured on model j. `own_tau[i][j]`: model i's real lengths as the score
     for model j, what a perfect predictor of model i would get. `others[j]`: trained on the consensus of all
-    models but j.
+    models but j. `held_out` are the rows that were measured, `scores` (rows, models) what each model's
+    predictor gives them, in log tokens.
     """
 
     models: list[str]
@@ -37,6 +39,13 @@ class ModelTransfer:
     tau: list[list[float]]
     own_tau: list[list[float]]
     others: list[float]
+    held_out: LengthFile
+    scores: Floats
+
+    def cells(self) -> dict[str, Any]:
+        """All but the rows and their scores."""
+        names = ("models", "train_prompts", "test_prompts", "tau", "own_tau", "others")
+        return {name: getattr(self, name) for name in names}
 
 
 def across_models(file: LengthFile, encoder: FrozenEncoder, max_models: int = 12) -> ModelTransfer:
@@ -75,6 +84,8 @@ def across_models(file: LengthFile, encoder: FrozenEncoder, max_models: int = 12
         [[kendall_tau(scores[:, i], measured[:, j]) for j in range(count)] for i in range(count)],
         [[kendall_tau(measured[:, i], measured[:, j]) for j in range(count)] for i in range(count)],
         [kendall_tau(scores[:, count + j], measured[:, j]) for j in range(count)],
+        replace(file, rows=held_out),
+        scores[:, :count],
     )
 
 

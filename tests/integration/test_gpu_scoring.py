@@ -1,7 +1,7 @@
 """The device's order of scored requests, on CPU tensors through Triton's interpreter."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,45 +22,53 @@ UNBOUNDED = OvertakingBudget(beta=1e9, floor_tokens=1e9)
 
 
 @pytest.fixture
-def order() -> DeviceOrder:
-    return DeviceOrder(SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64), k=64)
+def table() -> SlotTable:
+    return SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64)
 
 
-def add(order: DeviceOrder, scored: Sequence[Scored], prompt_work: Sequence[float] = ()) -> list[float]:
+@pytest.fixture
+def order(table: SlotTable) -> DeviceOrder:
+    return DeviceOrder(table, k=64)
+
+
+def add(
+    table: SlotTable, order: DeviceOrder, scored: Sequence[Scored], prompt_work: Sequence[float] = ()
+) -> list[float]:
     """Requests whose scores are their expected tokens, by batches as large as may be."""
     tokens: list[float] = []
     for first in range(0, len(scored), MAX_BATCH):
         seqs, scores = map(list, zip(*scored[first : first + MAX_BATCH], strict=True))
         order.begin(seqs, prompt_work[first : first + MAX_BATCH])
-        tokens += order.finish(seqs, torch.tensor(scores, dtype=torch.float32))
+        tokens += order.finish(seqs, table.publish(torch.tensor(scores, dtype=torch.float32)))
     return tokens
 
 
-def test_order_is_by_key_then_arrival(order: DeviceOrder) -> None:
-    assert add(order, [(0, 30.0), (1, 10.0), (2, 30.0), (3, 20.0)]) == [30.0, 10.0, 30.0, 20.0]
+def test_order_is_by_key_then_arrival(table: SlotTable, order: DeviceOrder) -> None:
+    assert add(table, order, [(0, 30.0), (1, 10.0), (2, 30.0), (3, 20.0)]) == [30.0, 10.0, 30.0, 20.0]
     assert order.first == [1, 3, 0, 2]
 
 
-def test_finished_requests_leave_and_their_slots_serve_others(order: DeviceOrder) -> None:
-    add(order, [(seq, float(seq)) for seq in range(64)])
+def test_finished_requests_leave_and_their_slots_serve_others(table: SlotTable, order: DeviceOrder) -> None:
+    add(table, order, [(seq, float(seq)) for seq in range(64)])
     order.remove([0, 1, 999])
-    add(order, [(64, 0.5), (65, 1000.0)])
+    add(table, order, [(64, 0.5), (65, 1000.0)])
     assert order.first is not None
     assert order.first[:3] == [64, 2, 3]
     assert order.first[-1] == 65
 
 
-def test_a_full_table_gives_no_order_until_it_has_emptied(order: DeviceOrder) -> None:
-    assert add(order, [(seq, 1.0) for seq in range(65)]) == [1.0] * 65  # scored all the same
+def test_a_full_table_gives_no_order_until_it_has_emptied(table: SlotTable, order: DeviceOrder) -> None:
+    assert add(table, order, [(seq, 1.0) for seq in range(65)]) == [1.0] * 65  # scored all the same
     assert order.first is None
     order.remove(list(range(64)))
-    add(order, [(70, 2.0)])
+    add(table, order, [(70, 2.0)])
     assert order.first == [70]
 
 
 def test_only_the_first_k_are_given() -> None:
-    order = DeviceOrder(SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64), k=2)
-    add(order, [(0, 30.0), (1, 10.0), (2, 20.0)])
+    table = SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64)
+    order = DeviceOrder(table, k=2)
+    add(table, order, [(0, 30.0), (1, 10.0), (2, 20.0)])
     assert order.first == [1, 2]
 
 
@@ -74,13 +82,18 @@ def pack_nonempty(prompts: Sequence[Prompt]) -> PackedBatch:
     return pack([prompt.ids for prompt in prompts])
 
 
-def score_lengths(batch: PackedBatch) -> torch.Tensor:
-    lengths = batch.cu_seqlens.diff().float()
-    return torch.where(lengths == 13, torch.nan, lengths)
+def lengths_as_scores(table: SlotTable) -> Callable[[PackedBatch], torch.Tensor]:
+    """Scores as a ranker's kernels do; NaN for a prompt of 13 tokens."""
+
+    def score(batch: PackedBatch) -> torch.Tensor:
+        lengths = batch.cu_seqlens.diff().float()
+        return table.publish(torch.where(lengths == 13, torch.nan, lengths))
+
+    return score
 
 
-def test_scorer_orders_what_it_scored(order: DeviceOrder) -> None:
-    scorer = GpuScorer(pack_nonempty, score_lengths, order, None, 0.0)
+def test_scorer_orders_what_it_scored(table: SlotTable, order: DeviceOrder) -> None:
+    scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), order, None, 0.0)
     scored = scorer([whole(seq, ids) for seq, ids in enumerate([[1, 2, 3], [], [1], [0] * 13, [1, 2]])])
     assert [seq for seq, _ in scored] == [0, 1, 2, 3, 4]
     assert [tokens for _, tokens in scored] == pytest.approx([3, math.nan, 1, math.nan, 2], nan_ok=True)
@@ -92,7 +105,7 @@ def test_scorer_orders_what_it_scored(order: DeviceOrder) -> None:
 
 def test_scorer_takes_any_number_of_prompts() -> None:
     table = SlotTable(IDENTITY, capacity=2 * MAX_BATCH, device="cpu", max_order=256)
-    scorer = GpuScorer(pack_nonempty, score_lengths, DeviceOrder(table, k=256), None, 0.0)
+    scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), DeviceOrder(table, k=256), None, 0.0)
     prompts = [whole(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)]
     assert len(scorer(prompts)) == MAX_BATCH + 5
     order = scorer.order()
@@ -100,12 +113,12 @@ def test_scorer_takes_any_number_of_prompts() -> None:
     assert order == sorted(range(MAX_BATCH + 5), key=lambda seq: (1 + seq % 12, seq))
 
 
-def test_scorer_weighs_prompts_as_the_policy_does(order: DeviceOrder) -> None:
+def test_scorer_weighs_prompts_as_the_policy_does(table: SlotTable, order: DeviceOrder) -> None:
     """By the length of the whole prompt, of which the ranker may have seen the head alone."""
     policy = POLICIES["pars_fast"]
     work = prompt_work(policy)
     assert work
-    scorer = GpuScorer(pack_nonempty, score_lengths, order, None, work)
+    scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), order, None, work)
     rng = np.random.default_rng(3)
     prompts = [Prompt(seq, [1] * int(rng.integers(1, 13)), int(rng.integers(13, 3000))) for seq in range(40)]
     assert [tokens for _, tokens in scorer(prompts)] == [float(len(prompt.ids)) for prompt in prompts]
@@ -117,7 +130,7 @@ def test_scorer_weighs_prompts_as_the_policy_does(order: DeviceOrder) -> None:
 @pytest.mark.parametrize("policy", ["pars", "pars_fast"])
 @pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
 def test_host_index_admits_by_the_devices_order_as_by_its_own(
-    order: DeviceOrder, policy: str, stale: bool
+    table: SlotTable, order: DeviceOrder, policy: str, stale: bool
 ) -> None:
     rng = np.random.default_rng(7)
     keys = rng.integers(1, 20, size=40).astype(float)  # ties are many
@@ -135,7 +148,8 @@ def test_host_index_admits_by_the_devices_order_as_by_its_own(
                 index.set_expected_tokens(entry, key)
         if use_device:
             scored = [seq for seq in range(40) if seq % 5]
-            add(order, [(seq, keys[seq]) for seq in scored], [work * prompts[seq] for seq in scored])
+            works = [work * prompts[seq] for seq in scored]
+            add(table, order, [(seq, keys[seq]) for seq in scored], works)
             index.set_device_order(order.first or [])
         if stale:  # aborted after the order was computed
             for entry in entries[::7]:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from pars_fast import Ranker, gpu_forward
+from pars_fast.calibration import TokenMap
 from pars_fast.gpu_forward import GpuForward, graphed_scorer
+from pars_fast.slot_table import SlotTable
 from pars_fast.tokenization import pack
 
 HAS_GPU = torch.cuda.is_available()
@@ -60,6 +62,40 @@ def test_a_batch_goes_to_its_kernel(
     with torch.no_grad():
         expected = ranker.model(batch.input_ids, batch.cu_seqlens)
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of prompts that are padding
+@pytest.mark.parametrize("lengths", [[5, 1, 20], [1, 32, 7, 2, 9, 3, 4, 8, 6]], ids=["one launch", "layers"])
+def test_scores_go_to_their_slots_without_a_launch_of_their_own(ranker: Ranker, lengths: list[int]) -> None:
+    """As the engine does it: into a slot table, in a batch padded to its bucket. Two prompts have no slot any
+    more: one never had one, one lost it while it was scored."""
+    generator = torch.Generator().manual_seed(0)
+    batch = pack([torch.randint(5, 50, (n,), generator=generator).tolist() for n in lengths]).to(DEVICE)
+    weights = ranker.packed_weights()
+    scores = GpuForward(weights, max_seqlen=32, max_programs=1)(batch.input_ids, batch.cu_seqlens, 32)
+    knots = TokenMap((float(scores.min()), float(scores.max())), (10.0, 900.0))
+    padded = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:].expand(2)])
+    orders, tokens = [], []
+    for fused in (False, True):
+        table = SlotTable(knots, capacity=32, device=DEVICE, max_order=16)
+        slots, generations = map(list, zip(*(table.acquire() or (-1, 0) for _ in lengths), strict=True))
+        table.insert(slots, generations, [0] * len(slots), range(len(slots)))
+        generations[1] += 1
+        scoring = [(-1, 0), *zip(slots[1:], generations[1:], strict=True)]
+        table.upload(scoring, [50.0] * len(scoring))
+        if fused:
+            forward = GpuForward(weights, max_seqlen=32, max_programs=1, destination=table.destination)
+            forward(batch.input_ids, padded, 32)
+            tokens.append(table.destination.tokens[: len(lengths)].tolist())
+        else:
+            tokens.append(table.publish(scores).tolist())
+        table.set_median_key(1e6)  # of the two without a key
+        first = table.order(len(lengths))
+        assert first is not None
+        orders.append(first.tolist())
+    assert orders[0] == orders[1]
+    assert orders[0][-2:] == slots[:2]
+    assert tokens[0] == pytest.approx(tokens[1], rel=1e-5)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pars_fast import loss_comparison
+from pars_fast import training_runs
 from pars_fast.cli import main
 from pars_fast.data import read_length_file
 from pars_fast.errors import ParsFastError
@@ -48,7 +48,7 @@ def test_each_loss_and_seed_is_trained_once_and_measured(
     }
     assert len({row["learning_rate"] for row in rows if row["loss"] == "huber"}) == 1
 
-    monkeypatch.setattr(loss_comparison, "train", lambda *_, **__: pytest.fail("a run is repeated"))
+    monkeypatch.setattr(training_runs, "train", lambda *_, **__: pytest.fail("a run is repeated"))
     assert compare_losses(comparison, [file], tmp_path / "runs") == rows
 
 
