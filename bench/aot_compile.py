@@ -157,8 +157,8 @@ def queue_cases() -> Iterator[Case]:
 
 
 def small_batch_cases() -> Iterator[Case]:
-    """The persistent kernel at MiniLM-L6's size: one short prompt, one of 128 tokens, eight of them; scores are
-    left in memory, and published as the engine does."""
+    """The persistent kernel at MiniLM-L6's size: one short prompt, one of 128 tokens, eight of them; scores
+    are left in memory, and published as the engine does."""
     from pars_fast.kernels import queue_topk as topk
     from pars_fast.kernels import small_batch_score as module
     from pars_fast.kernels.publish_score import publish_arguments

@@ -2,8 +2,8 @@
 
 Runs in the ranker's thread on a stream of its own. A batch is one chain on the device: its requests and all
 that has changed go up in one transfer, the ranker scores and leaves the scores in their slots as keys, and
-the first K_ORDER slots are ordered; the host waits once, for tokens and order together. Finished requests keep their
-slots until the next batch: the host passes over them.
+the first K_ORDER slots are ordered; the host waits once, for tokens and order together. Finished requests
+keep their slots until the next batch: the host passes over them.
 """
 
 import math
