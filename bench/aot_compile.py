@@ -25,10 +25,12 @@ ARCHES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # A100, H100 and H200, B20
 NUM_STAGES = 3  # Triton's own choice where a launcher makes none
 KNOTS = 64  # of the rankers' maps from scores to tokens
 DESTINATION = {  # the arguments of a kernel that publishes scores
-    "slot_ptr": "*i64", "generation_ptr": "*i64", "prompt_work_ptr": "*fp64", "stride_slot": "i32",
-    "stride_generation": "i32", "stride_work": "i32", "key_ptr": "*fp32", "slot_generation_ptr": "*i64",
-    "dirty_ptr": "*i32", "map_scores_ptr": "*fp32", "map_tokens_ptr": "*fp32", "tokens_ptr": "*fp32",
-    "M": "i32",
+    "slot_ptr": "*i64", "generation_ptr": "*i64", "prompt_work_ptr": "*fp64", "key_ptr": "*fp32",
+    "slot_generation_ptr": "*i64", "dirty_ptr": "*i32", "map_scores_ptr": "*fp32", "map_tokens_ptr": "*fp32",
+    "tokens_ptr": "*fp32", "M": "i32",
+}  # fmt: skip
+PUBLISHED = {  # and those that are constants: columns of 4 words and tiles, as the slot table has them
+    "stride_slot": 4, "stride_generation": 4, "stride_work": 4, "TILE": 1024, "BLOCK_M": KNOTS,
 }  # fmt: skip
 NUM_SMS = 132  # of an H200: what the launchers of persistent kernels choose block sizes by
 
@@ -112,7 +114,7 @@ def queue_cases() -> Iterator[Case]:
         "knots=64",
         publish_score._publish_score_kernel,
         {"score_ptr": "*fp32", **DESTINATION},
-        {"TILE": topk.MAX_TILE, "BLOCK_M": KNOTS},
+        dict(PUBLISHED),
         1,
     )
     for pooling in ("cls", "mean"):
@@ -123,7 +125,7 @@ def queue_cases() -> Iterator[Case]:
             {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
              "score_ptr": "*fp32", "stride_t": "i32", **DESTINATION},
             {"H": 384, "CLS": pooling == "cls", "BLOCK_T": config["BLOCK_T"], "BLOCK_H": config["BLOCK_H"],
-             "PUBLISH": True, "TILE": topk.MAX_TILE, "BLOCK_M": KNOTS},
+             "PUBLISH": True, **PUBLISHED},
             config["num_warps"],
         )  # fmt: skip
     for k in (256, 1024):
@@ -159,7 +161,6 @@ def queue_cases() -> Iterator[Case]:
 def small_batch_cases() -> Iterator[Case]:
     """The persistent kernel at MiniLM-L6's size: one short prompt, one of 128 tokens, eight of them; scores
     are left in memory, and published as the engine does."""
-    from pars_fast.kernels import queue_topk as topk
     from pars_fast.kernels import small_batch_score as module
     from pars_fast.kernels.publish_score import publish_arguments
 
@@ -175,10 +176,9 @@ def small_batch_cases() -> Iterator[Case]:
             "H": hidden_size, "INNER": inner, "HEADS": heads, "CLS": False, "BLOCK_H": 512, "BLOCK_D": 32,
             "PREFETCH": True, **config,
         }  # fmt: skip
-        published = {"TILE": topk.MAX_TILE, "BLOCK_M": KNOTS}
         for publish, suffix in ((False, ""), (True, f" knots={KNOTS}")):
             constexprs = sizes | {"PUBLISH": publish}
-            constexprs |= published if publish else publish_arguments(None)
+            constexprs |= PUBLISHED if publish else publish_arguments(None)
             types = {name: (dtypes | DESTINATION).get(name, "*bf16") for name in kernel.arg_names}
             signature = {name: type_ for name, type_ in types.items() if name not in constexprs}
             shape = f"T={num_tokens} H={hidden_size} bf16{suffix}"

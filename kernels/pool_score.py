@@ -37,9 +37,9 @@ def _pool_score_kernel(
     slot_ptr,  # this and the rest: where the score goes, as in `_publish_score_kernel`; None without PUBLISH
     generation_ptr,
     prompt_work_ptr,
-    stride_slot,
-    stride_generation,
-    stride_work,
+    stride_slot: tl.constexpr,
+    stride_generation: tl.constexpr,
+    stride_work: tl.constexpr,
     key_ptr,
     slot_generation_ptr,
     dirty_ptr,

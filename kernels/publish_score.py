@@ -93,9 +93,9 @@ def _publish(
     slot_ptr,
     generation_ptr,
     prompt_work_ptr,
-    stride_slot,
-    stride_generation,
-    stride_work,
+    stride_slot: tl.constexpr,
+    stride_generation: tl.constexpr,
+    stride_work: tl.constexpr,
     key_ptr,
     slot_generation_ptr,
     dirty_ptr,
@@ -135,9 +135,9 @@ def _publish_score_kernel(
     slot_ptr,  # (B,) int64, stride_slot apart
     generation_ptr,  # (B,) int64, stride_generation apart
     prompt_work_ptr,  # (B,) fp64, stride_work apart
-    stride_slot,
-    stride_generation,
-    stride_work,
+    stride_slot: tl.constexpr,
+    stride_generation: tl.constexpr,
+    stride_work: tl.constexpr,
     key_ptr,  # (N,) fp32
     slot_generation_ptr,  # (N,) int64
     dirty_ptr,  # (tiles,) int32

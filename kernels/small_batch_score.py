@@ -318,9 +318,9 @@ def _small_batch_score_kernel(
     slot_ptr,  # this and the rest to M: where scores go, as in `_publish_score_kernel`; None without PUBLISH
     generation_ptr,
     prompt_work_ptr,
-    stride_slot,
-    stride_generation,
-    stride_work,
+    stride_slot: tl.constexpr,
+    stride_generation: tl.constexpr,
+    stride_work: tl.constexpr,
     key_ptr,
     slot_generation_ptr,
     dirty_ptr,
@@ -458,7 +458,8 @@ def launch_config(
 ) -> dict[str, int]:
     """Block sizes: of each pair of products (qkv and up, out and down) the largest tile that still gives two
     programs in three something to do: a large tile reads less from L2. An SM has one program, so that may
-    have 8 warps. Tiles of 16 rows want more of K in flight; fp32, of twice the bytes, tiles of 32 at most."""
+    have 8 warps. Tiles of 16 rows want more of K in flight; fp32, of twice the bytes, tiles of 32 at most.
+    Keys are taken by 64 or 32, whichever ptxas can do without a spill beside those tiles."""
     tiles = ((64, 64), (64, 32), (32, 32), (16, 32), (16, 16))[2 if dtype == torch.float32 else 0 :]
 
     def tile(out_features: int) -> tuple[int, int]:
@@ -471,7 +472,8 @@ def launch_config(
     return {
         "WIDE_M": wide[0], "WIDE_N": wide[1], "NARROW_M": narrow[0], "NARROW_N": narrow[1],
         # A warp takes 16 queries at least, so a smaller block of them would save no time.
-        "BLOCK_Q": min(max(16, triton.next_power_of_2(num_tokens)), tiles[0][0]), "BLOCK_S": tiles[0][0],
+        "BLOCK_Q": min(max(16, triton.next_power_of_2(num_tokens)), tiles[0][0]),
+        "BLOCK_S": 32 if wide[0] == 64 else tiles[0][0],
         "BLOCK_K": 128 if wide[0] == 16 and dtype != torch.float32 else 64,
         "num_warps": 4 if num_tokens <= 16 else 8,
     }  # fmt: skip
