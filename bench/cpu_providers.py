@@ -1,13 +1,14 @@
 """Who scores prompts on the CPU: texts in, (B,) fp32 scores out, with the same weights, window and pooling.
 
-`hf_eager` is what `pip install transformers` gives: one batch padded to the longest prompt. `torch_compile`
-is the same, compiled. onnxruntime gets its graph fused, and prompts of like length together in batches of
-`ONNX_BATCH`, so that little is padded.
+`hf_eager` is what `pip install transformers` gives: one batch padded to the longest prompt; `hf_bf16` is the
+same in bf16, `torch_compile` the same compiled. onnxruntime gets its graph fused, and prompts of like length
+together in batches of `ONNX_BATCH`, so that little is padded.
 """
 
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -62,6 +63,12 @@ def hf_eager(ranker: Ranker) -> Score:
     return padded_score(ranker, torch.inference_mode()(model.forward))
 
 
+def hf_bf16(ranker: Ranker) -> Score:
+    model = deepcopy(PaddedRanker(ranker)).eval().to(torch.bfloat16)  # it shares the ranker's score head
+    forward = torch.inference_mode()(model.forward)
+    return padded_score(ranker, lambda ids, mask: forward(ids, mask).float())
+
+
 def torch_compile(ranker: Ranker) -> Score:
     """Compiled once for all shapes: a CPU server meets a new one with nearly every batch."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -84,7 +91,7 @@ def pars_fast(ranker: Ranker) -> Score:
 
 PROVIDERS: dict[str, Callable[[Ranker], Score]] = {
     provider.__name__: provider
-    for provider in (hf_eager, torch_compile, onnxruntime_fp32, onnxruntime_int8, pars_fast)
+    for provider in (hf_eager, hf_bf16, torch_compile, onnxruntime_fp32, onnxruntime_int8, pars_fast)
 }
 
 
