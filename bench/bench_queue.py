@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 
 BATCH = 16  # operations a round, since one takes hardly longer than reading the clock
 ROUNDS = 200

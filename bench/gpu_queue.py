@@ -22,11 +22,12 @@ from bench.timers import Call, host_time
 from pars_fast.bench_results import Times
 from pars_fast.bench_table import quantiles_us
 from pars_fast.guards import OvertakingBudget
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.integration.gpu_scoring import K_ORDER
 from pars_fast.kernels.queue_topk import MAX_RANKS, SEQ_BITS, TopkWorkspace, queue_topk
 from pars_fast.kernels.slot_update import slot_update
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 
 SLOTS = (1 << 14, 1 << 18, 1 << 20, 1 << 22)
 TOP = (256, 1024)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pars_fast.guards import Guard
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 
 
 class TopQueue(Protocol):

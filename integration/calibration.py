@@ -12,7 +12,6 @@ from collections import deque
 import scipy.optimize  # noqa: F401
 from vllm.v1.request import Request, RequestStatus
 
-from pars_fast.host_index import Entry
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.live_calibration import (
     COHORT_SIZE,
@@ -25,6 +24,7 @@ from pars_fast.live_calibration import (
     fit_token_scale,
     tau_of,
 )
+from pars_fast.priority_class import Entry
 
 logger = logging.getLogger("vllm.pars_fast")
 

@@ -4,13 +4,13 @@ import functools
 import time
 from collections import deque
 
-from pars_fast.host_index import Entry
 from pars_fast.integration.background import Background
 from pars_fast.integration.calibration import LiveCalibration, ending_of
 from pars_fast.integration.metrics import Histogram
 from pars_fast.integration.recorder import Recorder
 from pars_fast.integration.shadow import ShadowReport
 from pars_fast.live_calibration import Ending
+from pars_fast.priority_class import Entry
 
 HAND_OVER_S = 1.0
 HAND_OVER_EVENTS = 256

@@ -15,8 +15,9 @@ from vllm.v1.request import RequestStatus
 
 from pars_fast.errors import SettingsError
 from pars_fast.guards import IdleQuantum
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.integration.queue import RankedRequestQueue
+from pars_fast.priority_class import Entry
 
 # Not one that waits for a grammar or a KV load.
 _ADMISSIBLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)

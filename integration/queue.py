@@ -17,7 +17,8 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.arrival_index import ArrivalIndex
-from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex
+from pars_fast.host_index import MAX_EXPECTED_TOKENS, HostIndex
+from pars_fast.priority_class import Entry
 
 
 class RankedRequestQueue(RequestQueue):

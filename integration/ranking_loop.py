@@ -10,13 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from pars_fast.host_index import Entry
 from pars_fast.integration.calibration import LiveCalibration
 from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, Prompt, RankerRuntime
 from pars_fast.policies import prompt_work
+from pars_fast.priority_class import Entry
 
 logger = logging.getLogger("vllm.pars_fast")
 

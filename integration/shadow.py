@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from pars_fast.estimate import FinishedRequest, mean_latencies
 from pars_fast.guards import Guard
-from pars_fast.host_index import Entry
 from pars_fast.integration.background import Background
+from pars_fast.priority_class import Entry
 
 logger = logging.getLogger("vllm.pars_fast")
 

@@ -3,8 +3,8 @@
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 
-from pars_fast.host_index import Entry
 from pars_fast.policies import POLICIES, Policy
+from pars_fast.priority_class import Entry
 
 
 class ArrivalIndex:

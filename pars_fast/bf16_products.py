@@ -4,6 +4,7 @@ Products of bf16 numbers are summed in fp32 and rounded once, as the GPU's kerne
 once, when the copy is made. docs/kernels.md has what it gains and what it costs in order.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 
@@ -41,17 +42,22 @@ class Bf16Products:
     """
 
     def __init__(self, exact: ScoreModel) -> None:
-        parameters = list(exact.parameters())
         self._state = _state(exact)
-        self.model = deepcopy(exact, {id(parameter): parameter for parameter in parameters})
-        for module in list(self.model.encoder.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, Bf16Linear(child))
+        self.model = with_linears(exact, Bf16Linear)
 
     def is_of(self, exact: ScoreModel) -> bool:
         """Whether the copy is of these weights as they are now."""
         return self._state == _state(exact)
+
+
+def with_linears(exact: ScoreModel, make: Callable[[nn.Linear], nn.Module]) -> ScoreModel:
+    """A copy whose encoder has others in place of its linear layers; all weights are shared."""
+    copy = deepcopy(exact, {id(parameter): parameter for parameter in exact.parameters()})
+    for module in list(copy.encoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, make(child))
+    return copy
 
 
 def _state(model: ScoreModel) -> list[tuple[int, int]]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pars_fast.guards import Guard
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 
 
 @dataclass(frozen=True, slots=True)

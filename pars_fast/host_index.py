@@ -12,75 +12,34 @@ takes from a list. What comes meanwhile is noted and waits for the next plan.
 """
 
 import functools
-from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pars_fast.guards import Guard, Moment, PassingLimit
 from pars_fast.guards.base import TOKENS
 from pars_fast.policies import POLICIES, Policy, SharingPolicy, prompt_work
+from pars_fast.priority_class import MAX_PLANNED, NO_HINT, Entry, Plan, PriorityClass
 from pars_fast.waiting_tree import (
     ARRIVE,
     CHARGE,
-    EMPTY,
     LEAVE,
-    LOG_FIELDS,
     MIN_CAPACITY,
     OVERTAKES,
     PROMOTED,
     RETURN,
     SCORE,
-    TAKE,
-    apply,
-    make_tree,
     new_hint,
-    plan,
-    regrown,
     slack_of,
     take,
-    undo,
 )
 
-Lane = Literal[0, 1]
 MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long" louder
 DEVICE_ORDER_MIN_WAITING = 65536  # where a GPU's order should begin to pay; a guess, not measured
-MAX_PLANNED = 64  # requests planned at a time
 MIN_PLANNED_AHEAD = 8  # where the last steps admitted fewer
 _MEDIAN_WINDOW = 511
-_MAX_NOTED = 256  # operations noted before they are done, whoever runs next
-_UNKNOWN = float("nan")
-_NO_HINT = np.zeros(0, np.int64)
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One waiting (or admitted, unfinished) request.
-
-    `expected_tokens` and `key` are None until a score comes. `charged_to` is the class that knows of its
-    admission, None while it has not been admitted, and `charged_tokens` what that cost the requests it
-    passed, if the guard counts tokens. Stamps are monotonic seconds. `waiting` is the queue's to write.
-    `predictions` counts those that were made anew while it ran.
-    """
-
-    seq: int
-    priority: int
-    payload: Any
-    lane: Lane = 1
-    key: float | None = None
-    expected_tokens: float | None = None
-    arrival_s: float = 0.0
-    arrival_step: int = 0
-    admitted_s: float = 0.0
-    charged_tokens: float = 0.0
-    charged_to: "_PriorityClass | None" = None
-    predictions: int = 0
-    waiting: bool = False
 
 
 class RunningMedian:
@@ -128,11 +87,11 @@ class HostIndex:
         self.planned: list[Entry] = []
         self.room = MAX_PLANNED
         self._popped = 0  # in the last step that popped any
-        self._plans: list[_Plan] = []  # of this step; the last one is `planned`
+        self._plans: list[Plan] = []  # of this step; the last one is `planned`
         self._holds = False  # it was made ahead, and its step has not begun
         self._median = RunningMedian(initial_expected_tokens)
         self._now = Moment(typical_tokens=initial_expected_tokens)
-        self._hint = _NO_HINT
+        self._hint = NO_HINT
         self._device_order_min_waiting = device_order_min_waiting
         self.set_policy(policy, guard)
 
@@ -149,7 +108,7 @@ class HostIndex:
         self.needs_endings = self.sharing is not None or self.guard.limit().kind == TOKENS
         # Not where the order depends on what happens until somebody is admitted.
         self._can_plan_ahead = not (self.needs_endings or policy.preempts or self.guard.watch())
-        self._classes: dict[int, _PriorityClass] = {}
+        self._classes: dict[int, PriorityClass] = {}
         self._priorities: list[int] = []
 
     @property
@@ -278,7 +237,7 @@ class HostIndex:
         """
         self._settle()
         known = prompt_work(type(self.policy)) is not None
-        self._hint = np.array(seqs, np.int64) if known else _NO_HINT
+        self._hint = np.array(seqs, np.int64) if known else NO_HINT
         for group in self._classes.values():
             new_hint(group.tree)
 
@@ -378,10 +337,10 @@ class HostIndex:
         if self.policy.uses_ranker:  # else the key is known from the start
             entry.key = self.policy.key(tokens, entry.payload)
 
-    def _class_of(self, priority: int) -> "_PriorityClass":
+    def _class_of(self, priority: int) -> PriorityClass:
         group = self._classes.get(priority)
         if group is None:
-            group = self._classes[priority] = _PriorityClass(self.guard)
+            group = self._classes[priority] = PriorityClass(self.guard)
             insort(self._priorities, priority)
         return group
 
@@ -393,13 +352,13 @@ class HostIndex:
         }
         self._priorities = sorted(self._classes)
 
-    def _note(self, group: "_PriorityClass", operation: int, entry: Entry, value: float = 0.0) -> None:
+    def _note(self, group: PriorityClass, operation: int, entry: Entry, value: float = 0.0) -> None:
         group.note(operation, entry, value)
         if group.has_noted_enough:
             self._settle()
             group.do_what_was_noted()
 
-    def _first_class(self) -> "_PriorityClass | None":
+    def _first_class(self) -> PriorityClass | None:
         """The one whose requests run next, None if nobody waits."""
         for priority in self._priorities:
             if group := self._classes[priority]:
@@ -427,14 +386,14 @@ class HostIndex:
             made = self._ranked_plan(group, most)
         self._take_plan(made)
 
-    def _ranked_plan(self, group: "_PriorityClass", most: int) -> "_Plan":
+    def _ranked_plan(self, group: PriorityClass, most: int) -> Plan:
         """By key and limit."""
         hint, typical = self._hint, self._median.value
         if len(hint) and not self._device_order_min_waiting <= self._unplanned == len(group.waiting):
-            hint = _NO_HINT
+            hint = NO_HINT
         return group.plan_next(most, self.policy.key(typical), typical, self._ranking, hint)
 
-    def _take_plan(self, made: "_Plan") -> None:
+    def _take_plan(self, made: Plan) -> None:
         self._plans.append(made)
         self._unplanned -= len(made.entries)
         group, charged = made.group, made.group.counts_tokens
@@ -513,176 +472,3 @@ def warm_up() -> None:
     index.slack(entries[0])
     index.remove(entries[0])
     take(*index._classes[0].tree, entries[1].seq)
-
-
-@dataclass(slots=True)
-class _Plan:
-    """Entries that run next, in this order, and their flags; `ahead` of their step or in it."""
-
-    group: "_PriorityClass"
-    entries: list[Entry]
-    flags: list[int]
-    ahead: bool = False
-
-    def is_as_made(self, planned: list[Entry]) -> bool:
-        """Whether it was made ahead, `planned` is still all of it, and nothing is new."""
-        return self.ahead and len(planned) == len(self.entries) and not self.group.has_noted
-
-
-class _PriorityClass:
-    """Waiting requests of one priority.
-
-    Attributes:
-        waiting: those of lane 1 that are not planned, by seq, with what has been noted of them and not yet
-            been done in `tree`.
-        preempted: those of lane 0, by seq. They are few: each had a seat.
-        untouched: whether all that happened since nobody waited is that requests without a key arrived, and
-            all of them were planned, so that their order is that of arrival and the tree need not be asked.
-        watch: of a guard that is no limit.
-    """
-
-    def __init__(self, guard: Guard) -> None:
-        self.waiting: dict[int, Entry] = {}
-        self.preempted: dict[int, Entry] = {}
-        self.watch = guard.watch()
-        self.untouched = self.watch is None
-        self._limit = guard.limit()
-        self.counts_tokens = self._limit.kind == TOKENS
-        self.tree = make_tree(self._limit)
-        self._noted = array("d")
-        self._past = 0  # length of what was noted of those who had been planned while untouched
-        self._seqs, self._flags = np.zeros(MAX_PLANNED, np.int64), np.zeros(MAX_PLANNED, np.int64)
-
-    def __bool__(self) -> bool:
-        return bool(self.waiting or self.preempted)
-
-    def cost(self, entry: Entry) -> float:
-        """What admitting `entry` took from those it passed."""
-        return entry.charged_tokens if self.counts_tokens else 1.0
-
-    def note(self, operation: int, entry: Entry, value: float = 0.0) -> None:
-        """An operation to be done before the next plan; `value` is its last or only one."""
-        key, tokens = entry.key, entry.expected_tokens
-        if operation != ARRIVE or key is not None:
-            self.untouched = False
-        if operation == CHARGE:
-            self._noted.extend((operation, entry.seq, value, 0.0, 0.0))
-        else:
-            self._noted.extend((
-                operation,
-                entry.seq,
-                _UNKNOWN if key is None else key,
-                _UNKNOWN if tokens is None else tokens,
-                value,
-            ))
-
-    @property
-    def has_noted(self) -> bool:
-        return bool(self._noted)
-
-    @property
-    def has_noted_enough(self) -> bool:
-        """Whether to do it before anybody asks who runs next."""
-        return len(self._noted) >= _MAX_NOTED * LOG_FIELDS
-
-    def do_what_was_noted(self) -> None:
-        if not self._noted:
-            return
-        self.untouched = False
-        log = np.frombuffer(self._noted)
-        self._noted, self._past = array("d"), 0
-        while True:
-            log = log[LOG_FIELDS * apply(*self.tree, log) :]
-            if not len(log):
-                return
-            returning = int(log[1]) if log[0] == RETURN else EMPTY
-            self.tree = regrown(self.tree, self._limit, returning)
-
-    def begin_step(self) -> None:
-        """Whoever was popped before does not come back."""
-        if self.untouched and self._past:
-            del self._noted[: self._past]
-            self._past = 0
-
-    def begin_anew(self) -> None:
-        """Nobody waits."""
-        if not self.untouched:
-            self.do_what_was_noted()
-            self.untouched = self.watch is None
-
-    def plan_all(self, typical_tokens: float) -> _Plan:
-        """All that wait, by arrival; the class is untouched.
-
-        The tree is told of them only if they do not all leave: what a later one met is then still known.
-        """
-        entries = list(self.waiting.values())
-        self.waiting.clear()
-        cost = typical_tokens if self.counts_tokens else 1.0
-        for entry in entries:
-            self._noted.extend((TAKE, entry.seq, cost, 0.0, 0.0))
-        self._past = len(self._noted)
-        return _Plan(self, entries, [0] * len(entries))
-
-    def plan_next(
-        self, most: int, typical_key: float, typical_tokens: float, ranking: bool, hint: NDArray[np.int64]
-    ) -> _Plan:
-        """The next `most` at most; one of lane 1 waits."""
-        self.do_what_was_noted()
-        seqs, flags = self._seqs[:most], self._flags[:most]
-        count = plan(*self.tree, ranking, typical_key, typical_tokens, hint, seqs, flags)
-        pop = self.waiting.pop
-        return _Plan(self, [pop(seq) for seq in seqs[:count].tolist()], flags[:count].tolist())
-
-    def plan_watched(self, typical_key: float, now: Moment) -> _Plan:
-        """The next one, as the watch has it; one of lane 1 waits."""
-        assert self.watch is not None
-        made = self.plan_next(1, typical_key, now.typical_tokens, True, _NO_HINT)
-        shortest = made.entries[0]
-        first = shortest.seq
-        while (ahead := self.watch.ahead_of(first, now)) is not None:
-            first = ahead
-        if first != shortest.seq:
-            undo(*self.tree, now.typical_tokens, self._seqs[:1])
-            self.waiting[shortest.seq] = shortest
-            made.entries[0] = self.waiting.pop(first)
-            made.flags[0] = PROMOTED | take(*self.tree, first)
-        self.watch.leave(first)
-        return made
-
-    def plan_shared(self, policy: SharingPolicy, typical_key: float, typical_tokens: float) -> _Plan:
-        """The next one by keys as they are now; they only rise: it is enough to look at who is first."""
-        while True:
-            made = self.plan_next(1, typical_key, typical_tokens, True, _NO_HINT)
-            entry = made.entries[0]
-            assert entry.key is not None
-            key = policy.key_now(entry.payload, entry.key)
-            if key <= entry.key:
-                return made
-            undo(*self.tree, typical_tokens, self._seqs[:1])
-            self.waiting[entry.seq] = entry
-            entry.key = key
-            self.note(SCORE, entry)
-
-    def plan_preempted(self, typical_key: float, ranking: bool) -> _Plan:
-        """The next one; one of lane 0 waits."""
-
-        def order(entry: Entry) -> tuple[float, int]:
-            return (typical_key if entry.key is None else entry.key) if ranking else 0.0, entry.seq
-
-        return _Plan(self, [self.preempted.pop(min(self.preempted.values(), key=order).seq)], [0])
-
-    def put_back_planned(self, entries: list[Entry], typical_tokens: float, now: Moment) -> None:
-        """The last ones of a plan are not to be admitted in this step.
-
-        What has been noted is newer than the plan, but for one of all that wait.
-        """
-        if entries[0].lane == 0:
-            self.preempted.update((entry.seq, entry) for entry in entries)
-            return
-        self.waiting.update((entry.seq, entry) for entry in entries)
-        if self.untouched:
-            self.do_what_was_noted()
-        undo(*self.tree, typical_tokens, np.array([entry.seq for entry in entries]))
-        if self.watch is not None:
-            for entry in entries:
-                self.watch.rejoin(entry, now)

@@ -10,10 +10,11 @@ import torch
 
 from pars_fast.calibration import TokenMap
 from pars_fast.guards import OvertakingBudget
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.policies import POLICIES, prompt_work
+from pars_fast.priority_class import Entry
 from pars_fast.slot_table import MAX_BATCH, SlotTable
 from pars_fast.tokenization import PackedBatch, pack
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from pars_fast.arrival_index import ArrivalIndex
-from pars_fast.host_index import Entry
+from pars_fast.priority_class import Entry
 
 
 def test_order_is_that_of_arrival_within_priority_and_lane() -> None:

@@ -22,8 +22,9 @@ from pars_fast.guards import (
     guard_text,
     parse_guard,
 )
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 
 SEEDS = st.integers(0, 2**32 - 1)
 TYPICAL = 128.0

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from pars_fast import waiting_tree
 from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget, PassingLimit
-from pars_fast.host_index import MAX_EXPECTED_TOKENS, Entry, HostIndex, RunningMedian, warm_up
+from pars_fast.host_index import MAX_EXPECTED_TOKENS, HostIndex, RunningMedian, warm_up
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 from pars_fast.waiting_tree import MIN_CAPACITY
 
 NO_GUARD = OvertakingBudget(beta=0.0, floor_tokens=math.inf)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from pars_fast.guards import PassingLimit
 from pars_fast.guards.passing_limit import GROWTH_FROM, MAX_GROWTH
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 from pars_fast.waiting_tree import MIN_CAPACITY
 
 SEEDS = st.integers(0, 2**32 - 1)

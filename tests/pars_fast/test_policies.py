@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from pars_fast.distribution import LengthDistribution
 from pars_fast.guards import OvertakingBudget
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES, Policy, with_lengths
 from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.policies.tabulated import LONGEST
 from pars_fast.policies.tie import BETA
+from pars_fast.priority_class import Entry
 
 pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams

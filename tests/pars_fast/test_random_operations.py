@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pars_fast.guards import OvertakingBudget
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES
+from pars_fast.priority_class import Entry
 
 BETA, FLOOR = 0.125, 100.0
 INITIAL = 128.0

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pars_fast.errors import DataError, SettingsError
-from pars_fast.host_index import Entry, HostIndex
+from pars_fast.host_index import HostIndex
 from pars_fast.policies import Policy
 from pars_fast.policies.applications import Application, application_of
 from pars_fast.policies.demand import (
@@ -24,6 +24,7 @@ from pars_fast.policies.demand import (
 )
 from pars_fast.policies.justitia import Justitia
 from pars_fast.policies.vtc import VirtualTokenCounter
+from pars_fast.priority_class import Entry
 from pars_fast.settings import Settings
 
 pytest.importorskip("vllm")

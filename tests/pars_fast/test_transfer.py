@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,18 @@ def test_the_command(
     paths = [
         str(write_lengths(rows(seed, longer_is_longer=True), f"lengths_{seed}.jsonl")) for seed in (0, 1)
     ]
+    times = "".join(f"{time}.0,5,5\n" for time in range(3000))
+    (tmp_path / "trace_x.csv").write_text("arrival_s,prompt_tokens,output_tokens\n" + times)
     result = tmp_path / "transfer.json"
-    assert main(["transfer", "--data", *paths, "--encoder", str(tiny_encoder), "--json", str(result)]) == 0
+    options = ["--encoder", str(tiny_encoder), "--traces", str(tmp_path), "--json", str(result)]
+    assert main(["transfer", "--data", *paths, *options]) == 0
     printed = capsys.readouterr().out
     assert "all the others" in printed
     assert "from all but it" in printed
-    assert '"own_tau"' in result.read_text()
+    assert "arrival order" in printed
+    cells = json.loads(result.read_text())["models"]["0"]
+    assert [cells["latency"]["e2e"][i][i] for i in range(3)] == pytest.approx([1, 1, 1])
+    assert len(cells["own_tau"]) == 3
+    (tmp_path / "trace_x.csv").unlink()
+    assert main(["transfer", "--data", *paths, *options]) == 2
+    assert "no trace_" in capsys.readouterr().err
