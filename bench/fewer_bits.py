@@ -9,6 +9,7 @@ a format that falls short here needs none.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +72,19 @@ def scores_of(model: nn.Module, ids: list[list[int]]) -> np.ndarray[tuple[int], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of lengths_*.jsonl[.gz]")
+    parser.add_argument("--max-prompts-per-file", type=int, help="of the held-out ones; all of them")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    prompts = [row.prompt for file in read_length_files(arguments.data) for row in held_out_rows(file)[0]]
+    most = arguments.max_prompts_per_file
+    held_out = [held_out_rows(file)[0][:most] for file in read_length_files(arguments.data)]
+    prompts = [row.prompt for rows in held_out for row in rows]
     rows = []
     for name in RANKERS:
         ranker = Ranker.from_pretrained(name, device="cpu")
         ids = encode(ranker.tokenizer, prompts, ranker.max_tokens)
         exact = scores_of(ranker.model, ids)
         for form, rounded in FORMATS.items():
-            model = with_linears(ranker.model, lambda linear, of=rounded: RoundedLinear(linear, of))
+            model = with_linears(ranker.model, partial(RoundedLinear, rounded=rounded))
             scores = scores_of(model, ids)
             row = {
                 "ranker": name,

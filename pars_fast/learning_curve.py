@@ -66,7 +66,6 @@ def learning_curve(
     *,
     init: str = "minilm",
     exclude: Sequence[LengthFile] = (),
-    budget: Recipe = BUDGET,
     seeds: Sequence[int] = (0, 1, 2),
     layer_seeds: Sequence[int] = (0,),
     on_run: Callable[[str], None] = lambda line: None,
@@ -78,11 +77,11 @@ def learning_curve(
     """
     for point in points(seeds, layer_seeds):
         recipe = replace(
-            budget,
+            BUDGET,
             max_prompts_per_file=point.prompts,
             layers=point.layers,
             seed=point.seed,
-            epochs=budget.epochs * max(1, _STEPS_WORTH // (point.prompts or _STEPS_WORTH)),
+            epochs=BUDGET.epochs * max(1, _STEPS_WORTH // (point.prompts or _STEPS_WORTH)),
         )
         files = [answered_by(file, point.models, point.seed) for file in training]
         run = trained_once(out / point.name, files, init, recipe, exclude=exclude, on_run=on_run)

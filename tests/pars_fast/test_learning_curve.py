@@ -70,8 +70,10 @@ def test_each_point_is_trained_once_and_measured(
     started: list[str] = []
 
     def curve() -> list[dict[str, object]]:
-        options = {"init": str(tiny_encoder), "budget": QUICK, "on_run": started.append}
-        return list(learning_curve(files, files, tmp_path / "runs", seeds=(0, 1), **options))
+        runs = learning_curve(
+            files, files, tmp_path / "runs", init=str(tiny_encoder), seeds=(0, 1), on_run=started.append
+        )
+        return list(runs)
 
     rows = curve()
     assert len(rows) == len(set(started)) == 7
