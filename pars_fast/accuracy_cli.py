@@ -1,6 +1,7 @@
 """`pars-fast transfer`, `losses` and `learning-curve`: heavy imports inside the commands."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,16 @@ def _transfer(arguments: argparse.Namespace) -> None:
             table.add_row(one.name, *(f"{tau:.3f}" for tau in (one.own, one.all_files, one.all_but_this)))
         console.print(table)
     if arguments.json:
-        write_json(arguments.json, result)
+        write_json(arguments.json, _without_nan(result))
+
+
+def _without_nan(value: Any) -> Any:
+    """None for a tau that does not exist: of a model whose answers are all of one length."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _serving(folder: Path) -> "Callable[[ModelTransfer], TransferLatency]":

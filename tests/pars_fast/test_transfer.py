@@ -103,3 +103,16 @@ def test_the_command(
     (tmp_path / "trace_x.csv").unlink()
     assert main(["transfer", "--data", *paths, *options]) == 2
     assert "no trace_" in capsys.readouterr().err
+
+
+def test_a_model_of_constant_answers_has_no_tau_and_loses_nothing(
+    write_lengths: WriteLengths, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    constant = [(s, p, n | {"same": 7}) for s, p, n in rows(0, longer_is_longer=True)]
+    result = tmp_path / "transfer.json"
+    options = ["--encoder", str(tiny_encoder), "--json", str(result)]
+    assert main(["transfer", "--data", str(write_lengths(constant)), *options]) == 0
+    cells = json.loads(result.read_text())["models"]["toy"]
+    same = cells["models"].index("same")
+    assert [row[same] for row in cells["own_tau"]] == [None] * len(cells["models"])
+    assert cells["tau"][0][0] > 0.5
