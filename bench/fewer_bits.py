@@ -22,7 +22,7 @@ from pars_fast.bf16_products import with_linears
 from pars_fast.metrics import kendall_tau
 from pars_fast.output import write_csv
 from pars_fast.ranker import CPU_BATCH_TOKENS, Ranker
-from pars_fast.tokenization import encode, pack
+from pars_fast.tokenization import batches, encode
 
 RESULTS = Path(__file__).parent / "results" / "fewer_bits.csv"
 RANKERS = ("default", "small")
@@ -56,17 +56,9 @@ class RoundedLinear(nn.Module):
 
 @torch.inference_mode()
 def scores_of(model: nn.Module, ids: list[list[int]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Scores by `model`, in its own arithmetic; batches as the ranker makes them."""
-    parts, start = [], 0
-    while start < len(ids):
-        end, tokens = start, 0
-        while end < len(ids) and (end == start or tokens + len(ids[end]) <= CPU_BATCH_TOKENS):
-            tokens += len(ids[end])
-            end += 1
-        batch = pack(ids[start:end])
-        parts.append(model(batch.input_ids, batch.cu_seqlens))
-        start = end
-    return torch.cat(parts).double().numpy()
+    """(B,) scores by `model`, in its own arithmetic."""
+    scores = [model(batch.input_ids, batch.cu_seqlens) for batch in batches(ids, CPU_BATCH_TOKENS)]
+    return torch.cat(scores).double().numpy()
 
 
 def main() -> None:

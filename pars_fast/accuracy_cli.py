@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pars_fast.errors import ParsFastError, make_writable, require_extra
+from pars_fast.errors import make_writable, require_extra
 from pars_fast.output import write_csv, write_json
 
 if TYPE_CHECKING:
@@ -79,18 +79,14 @@ def _without_nan(value: Any) -> Any:
 
 
 def _serving(folder: Path) -> "Callable[[ModelTransfer], TransferLatency]":
-    """Raises: MissingExtraError, ParsFastError: before anything is trained."""
+    """Raises: MissingExtraError, DataError: before anything is trained."""
     require_extra("numba", "simulate")
     from functools import partial
 
-    from pars_fast.simulation.study import find_traces
+    from pars_fast.simulation.study import read_timed_traces
     from pars_fast.simulation.transfer_latency import transfer_latency
-    from pars_fast.simulation.workload import read_trace
 
-    traces = [trace for trace in map(read_trace, find_traces(folder)) if trace.arrival_s[-1] > 0]
-    if not traces:
-        raise ParsFastError(f"{folder}: no trace_*.csv[.gz] with arrival times there")
-    return partial(transfer_latency, traces=traces)
+    return partial(transfer_latency, traces=read_timed_traces(folder))
 
 
 def _print_cells(

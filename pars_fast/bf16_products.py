@@ -23,7 +23,8 @@ def native_bf16() -> bool:
 
 
 class Bf16Linear(nn.Module):
-    """fp32 in, fp32 out; `weight` and `bias` are the original's, for who computes with them otherwise."""
+    """(..., K) fp32 -> (..., N) fp32; `weight` (N, K) and `bias` are the original's, for who computes with
+    them otherwise."""
 
     def __init__(self, exact: nn.Linear) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from pars_fast.errors import CheckpointError, PromptError
 from pars_fast.model import Pooling, ScoreModel
 from pars_fast.packaged import checkpoint_directory
 from pars_fast.packed_weights import ACTIVATION, PackedWeights
-from pars_fast.tokenization import PackedBatch, encode, pack
+from pars_fast.tokenization import PackedBatch, batches, encode
 
 Knots = TypeVar("Knots", TokenMap, LengthDistribution)
 MAX_TOKENS = 128  # PARS's window
@@ -158,15 +158,7 @@ class Ranker:
             raise PromptError("prompts must be a list of strings, got one string; wrap it in a list")
         ids = encode(self.tokenizer, prompts, self.max_tokens)
         batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS)
-        chunks: list[list[list[int]]] = [[]]
-        tokens = 0
-        for prompt in ids:
-            if chunks[-1] and tokens + len(prompt) > batch_tokens:
-                chunks.append([])
-                tokens = 0
-            chunks[-1].append(prompt)
-            tokens += len(prompt)
-        return torch.cat([self.score_ids(pack(chunk)).cpu() for chunk in chunks])
+        return torch.cat([self.score_ids(batch).cpu() for batch in batches(ids, batch_tokens)])
 
     @torch.inference_mode()
     def score_ids(self, batch: PackedBatch) -> Tensor:

@@ -1,6 +1,6 @@
 """Prompt text to a packed batch of WordPiece ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,22 @@ def pack(ids: Sequence[Sequence[int]]) -> PackedBatch:
     torch.cumsum(lengths, dim=0, out=cu_seqlens[1:])
     flat = torch.tensor([token for prompt in ids for token in prompt], dtype=torch.int32)
     return PackedBatch(flat, cu_seqlens)
+
+
+def batches(ids: Sequence[Sequence[int]], max_tokens: int) -> Iterator[PackedBatch]:
+    """All prompts in their order, in batches of at most so many tokens; one longer than that is a batch.
+
+    Raises: PromptError: as `pack`.
+    """
+    chunk: list[Sequence[int]] = []
+    tokens = 0
+    for prompt in ids:
+        if chunk and tokens + len(prompt) > max_tokens:
+            yield pack(chunk)
+            chunk, tokens = [], 0
+        chunk.append(prompt)
+        tokens += len(prompt)
+    yield pack(chunk)
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:

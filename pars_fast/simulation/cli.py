@@ -131,12 +131,9 @@ def _serving_gain(arguments: argparse.Namespace) -> None:
     from pars_fast.baselines import load_predictor
     from pars_fast.benchmark import read_length_files
     from pars_fast.simulation.serving_gain import print_gains, serving_gain
-    from pars_fast.simulation.study import find_traces, write_table
-    from pars_fast.simulation.workload import read_trace
+    from pars_fast.simulation.study import read_timed_traces, write_table
 
-    traces = [trace for trace in map(read_trace, find_traces(arguments.traces)) if trace.arrival_s[-1] > 0]
-    if not traces:
-        raise ParsFastError(f"{arguments.traces}: no trace_*.csv[.gz] with arrival times there")
+    traces = read_timed_traces(arguments.traces)
     predictors = {}
     for text in arguments.ranker:
         name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)

@@ -89,6 +89,17 @@ def find_traces(folder: Path) -> list[Path]:
     return sorted([*folder.glob("trace_*.csv"), *folder.glob("trace_*.csv.gz")])
 
 
+def read_timed_traces(folder: Path) -> list[Workload]:
+    """The traces of a folder that have times of arrival.
+
+    Raises: DataError: if there is none, or one cannot be read.
+    """
+    traces = [trace for trace in map(read_trace, find_traces(folder)) if trace.arrival_s[-1] > 0]
+    if not traces:
+        raise DataError(f"{folder}: no trace_*.csv[.gz] with arrival times there")
+    return traces
+
+
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV, each with what one needs to repeat it."""
     make_writable(path.parent)
