@@ -844,7 +844,7 @@ def _light_chart(data: _Data) -> _Markup:
 
     def draw(width: int, variant: str) -> _Markup:
         x = _Axis(1 - reach, 1 + reach, 14.0, width - 14.0)
-        ticks = x.ticks(4)
+        ticks = x.ticks(5)  # with fewer there may be one alone, at 1
         digits = max(2, -math.floor(math.log10(ticks[1] - ticks[0])))
         return _svg("light-ratio", variant, width, 104, "Ratio of mean time to first token at light load",
                     _light_ratio_text(data), _x_axis(x, 30.0, 80.0, ticks, lambda tick: f"{tick:.{digits}f}"),

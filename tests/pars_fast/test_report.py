@@ -11,6 +11,7 @@ import pytest
 
 from pars_fast.demo.records import Load, Run, ServedRequest
 from pars_fast.demo.report import render_report, write_report
+from pars_fast.page import Axis
 
 POLICIES = ("fcfs", "pars_fast", "oracle")
 NUM_REQUESTS = 40
@@ -227,3 +228,9 @@ def test_burst_is_named() -> None:
                   for k, request in enumerate(run.requests[20:]))
     assert "burst: " not in page_of([run])
     assert "burst: " in page_of([replace(run, requests=run.requests + burst)])
+
+
+@pytest.mark.parametrize("reach", [0.027, 0.041, 0.049, 0.0501, 0.11, 0.2001, 0.245, 0.41, 0.9])
+def test_an_axis_around_one_has_two_ticks_at_least(reach: float) -> None:
+    """The page of a demo takes its digits from their distance."""
+    assert len(Axis(1 - reach, 1 + reach, 14.0, 400.0).ticks(5)) >= 2
