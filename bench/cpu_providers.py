@@ -19,7 +19,6 @@ from torch import Tensor
 from bench.onnx_export import PaddedRanker, export_onnx, load_session
 from pars_fast.bench_results import all_threads
 from pars_fast.ranker import Ranker
-from pars_fast.tokenization import encode
 
 ONNX_BATCH = 8
 Score = Callable[[Sequence[str]], Tensor]
@@ -38,7 +37,7 @@ def padded_score(ranker: Ranker, forward: Forward) -> Score:
     """All prompts in one batch, padded to the longest."""
 
     def score(prompts: Sequence[str]) -> Tensor:
-        return forward(*pad(encode(ranker.tokenizer, prompts, ranker.max_tokens)))
+        return forward(*pad(ranker.encode(prompts)))
 
     return score
 
@@ -47,7 +46,7 @@ def length_sorted_score(ranker: Ranker, forward: Forward, batch: int) -> Score:
     """Batches of prompts of like length, each padded to its longest."""
 
     def score(prompts: Sequence[str]) -> Tensor:
-        ids = encode(ranker.tokenizer, prompts, ranker.max_tokens)
+        ids = ranker.encode(prompts)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         scores = torch.empty(len(ids))
         for start in range(0, len(order), batch):

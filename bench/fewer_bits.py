@@ -22,7 +22,7 @@ from pars_fast.bf16_products import with_linears
 from pars_fast.metrics import kendall_tau
 from pars_fast.output import write_csv
 from pars_fast.ranker import CPU_BATCH_TOKENS, Ranker
-from pars_fast.tokenization import batches, encode
+from pars_fast.tokenization import batches
 
 RESULTS = Path(__file__).parent / "results" / "fewer_bits.csv"
 RANKERS = ("default", "small")
@@ -73,7 +73,7 @@ def main() -> None:
     rows = []
     for name in RANKERS:
         ranker = Ranker.from_pretrained(name, device="cpu")
-        ids = encode(ranker.tokenizer, prompts, ranker.max_tokens)
+        ids = ranker.encode(prompts)
         exact = scores_of(ranker.model, ids)
         for form, rounded in FORMATS.items():
             model = with_linears(ranker.model, partial(RoundedLinear, rounded=rounded))

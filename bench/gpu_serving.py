@@ -73,7 +73,7 @@ def _decode_step() -> Call:
 
 def _decode_step_beside(max_programs: int) -> Call:
     ranker = Ranker.from_pretrained(device="cuda")
-    ids = encode(ranker.tokenizer, take_prompts(PROMPTS_BESIDE), ranker.max_tokens)
+    ids = ranker.encode(take_prompts(PROMPTS_BESIDE))
     score = pars_fast(ranker, ids, max_programs=max_programs)
     stream = torch.cuda.Stream()
 

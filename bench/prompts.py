@@ -9,7 +9,6 @@ import torch
 from pars_fast.demo.sample import load_sample
 from pars_fast.packaged import checkpoint_directory
 from pars_fast.ranker import Ranker
-from pars_fast.tokenization import encode
 
 
 @cache
@@ -30,4 +29,4 @@ def take_prompts(count: int) -> list[str]:
 
 def token_lengths(ranker: Ranker, prompts: list[str]) -> list[int]:
     """WordPiece tokens of each prompt within the ranker's window."""
-    return [len(ids) for ids in encode(ranker.tokenizer, prompts, ranker.max_tokens)]
+    return [len(ids) for ids in ranker.encode(prompts)]

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pars_fast.integration.calibration import LiveCalibration
 from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.prompt_window import PromptWindow
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, Prompt, RankerRuntime
+from pars_fast.integration.runtime import READY, Prompt, RankerRuntime
 from pars_fast.policies import prompt_work
 from pars_fast.priority_class import Entry
 
@@ -54,6 +55,7 @@ class RankingLoop:
         self._stale_after_s, self._shadow = stale_after_s, shadow
         self._in_flight: dict[int, tuple[Entry, float]] = {}  # with the moment of the hand-over
         self._known: set[int] = set()  # seqs that the ranker has scored and not been told to forget
+        self._window = PromptWindow()
         self._passed_over: deque[Entry] = deque()  # not wanted while ranking is off
         self._ready = False
         self._heard_at = 0.0
@@ -116,7 +118,7 @@ class RankingLoop:
                 self._counters["pars_fallback_prompt"] += 1
         if not batch:
             return
-        if self._runtime.submit([_prompt(entry) for entry in batch]):
+        if self._runtime.submit([self._prompt(entry) for entry in batch]):
             now = self._clock()
             if not self._in_flight:
                 self._heard_at = now
@@ -132,7 +134,7 @@ class RankingLoop:
         if not entries or not self._ready:
             return
         prompts = [
-            _prompt(e, e.payload.output_token_ids)
+            self._prompt(e, e.payload.output_token_ids)
             for e in entries
             if e.payload.prompt_token_ids and e.seq not in self._in_flight
         ]
@@ -214,10 +216,7 @@ class RankingLoop:
         if self.ranking != self._queue.index.ranking:
             self._queue.set_ranking(self.ranking)
 
-
-def _prompt(entry: Entry, made: Sequence[int] = ()) -> Prompt:
-    """What the ranker gets of a request, with the answer so far of one that runs."""
-    request = entry.payload
-    return Prompt(
-        entry.seq, [*request.prompt_token_ids[:MAX_PROMPT_IDS], *made], request.num_prompt_tokens
-    )
+    def _prompt(self, entry: Entry, made: Sequence[int] = ()) -> Prompt:
+        """What the ranker gets of a request, with the answer so far of one that runs."""
+        request = entry.payload
+        return Prompt(entry.seq, [*self._window(request.prompt_token_ids), *made], request.num_prompt_tokens)

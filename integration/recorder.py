@@ -1,8 +1,8 @@
 """`PARS_RECORD=path`: finished requests in the form that `pars-fast train --data` reads.
 
 One JSON object a line, appended; nothing is kept of the answers but their length. Runs in a background
-thread of EngineCore: it decodes the prompt's first ids, as much as the ranker sees, with the served model's
-tokenizer. Whatever stops it, serving goes on: it is said once, and what is not kept is counted.
+thread of EngineCore: with the served model's tokenizer it decodes as much of the prompt as the ranker gets.
+Whatever stops it, serving goes on: it is said once, and what is not kept is counted.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from pars_fast.data import split_of
 from pars_fast.errors import OutputError
 from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
-from pars_fast.integration.runtime import MAX_PROMPT_IDS
+from pars_fast.integration.prompt_window import PromptWindow
 from pars_fast.live_calibration import Ending
 from pars_fast.text import HASHED_PROMPT, hashed, is_text
 
@@ -53,6 +53,7 @@ class Recorder:
         self._path, self._plain, self._model = path, prompts == "plain", model
         self._counters, self._counting = counters.values, threading.Lock()
         self._load_decode = load_decode
+        self._window = PromptWindow()
         self._ended = False
         self._background = Background("recording", max_jobs=MAX_WAITING)
         self._background.submit(self._begin)
@@ -61,7 +62,7 @@ class Recorder:
         """Note a finished request; one without ids or answer is left out."""
         if output_tokens < 1 or not prompt_token_ids:
             return
-        ids, count = prompt_token_ids[:MAX_PROMPT_IDS], len(prompt_token_ids)
+        ids, count = self._window(prompt_token_ids), len(prompt_token_ids)
         if self._ended or not self._background.submit(lambda: self._write(ids, count, output_tokens, ending)):
             self._count("pars_record_dropped")
 

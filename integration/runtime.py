@@ -21,14 +21,13 @@ import zmq
 
 Scored = tuple[int, float]  # (seq, expected output tokens; NaN if the prompt could not be scored)
 READY: Scored = (-1, 0.0)
-MAX_PROMPT_IDS = 512  # ids handed over; a prompt of 100k tokens costs no more than its head
 
 
 class Prompt(NamedTuple):
     """What is to be scored. msgpack has it as an array."""
 
     seq: int
-    ids: list[int]  # of the served model: at most MAX_PROMPT_IDS of the prompt, and the answer so far
+    ids: list[int]  # of the served model: what `PromptWindow` leaves of the prompt, and the answer so far
     num_tokens: int  # of the whole prompt, which the key weighs
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.prompt_text import PromptText
 from pars_fast.integration.recorder import Decode, Recorder
 from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, Scorer, ThreadRuntime
 from pars_fast.packaged import serving_ranker
@@ -53,10 +54,7 @@ def make_recorder(settings: Settings, vllm_config: Any, counters: CounterFile) -
     model = vllm_config.model_config
 
     def load_decode() -> Decode:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, revision=model.tokenizer_revision)
-        return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+        return PromptText(model.tokenizer, model.tokenizer_revision)
 
     name = model.served_model_name
     column = str(name[0] if isinstance(name, list) else name or model.model)

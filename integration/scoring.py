@@ -1,18 +1,17 @@
 """From the served model's token ids to expected output tokens, one batch at a time.
 
-Scoring gets only ids: the text is recovered with the engine's own tokenizer and tokenised again for the
-ranker. Runs in the ranker's process or thread, never on the scheduling thread.
+Scoring gets only ids: the text is recovered (`prompt_text`) and tokenised again for the ranker. Runs in the
+ranker's process or thread, never on the scheduling thread.
 """
 
 import math
 from collections.abc import Sequence
 
-from transformers import AutoTokenizer
-
 from pars_fast.errors import CheckpointError
+from pars_fast.integration.prompt_text import PromptText
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.ranker import Ranker
-from pars_fast.tokenization import PackedBatch, encode, pack
+from pars_fast.tokenization import PackedBatch, pack
 
 
 class PromptScorer:
@@ -26,7 +25,7 @@ class PromptScorer:
             raise CheckpointError("the ranker has no score-to-token map; train it with `pars-fast train`")
         self._ranker = ranker
         self.token_map = ranker.token_map
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
+        self._text = PromptText(tokenizer, revision)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
         try:
@@ -38,10 +37,10 @@ class PromptScorer:
 
     def pack(self, prompts: Sequence[Prompt]) -> PackedBatch:
         """The ranker's batch of these prompts. Raises: PromptError: if one is empty or no text."""
-        return pack(encode(self._ranker.tokenizer, self._texts(prompts), self._ranker.max_tokens))
+        return pack(self._ranker.encode(self._texts(prompts)))
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        return [self._tokenizer.decode(ids, skip_special_tokens=True) for _, ids, _ in prompts]
+        return [self._text(prompt.ids) for prompt in prompts]
 
     def _score(self, prompts: Sequence[Prompt]) -> list[Scored]:
         expected = self.token_map(self._ranker.score(self._texts(prompts)).numpy())

@@ -94,7 +94,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
     add("--loss", default=DEFAULT, help="margin (PARS), margin_unfiltered, listmle (LTR) or huber")
     add("--pooling", default=DEFAULT, choices=["cls", "mean"])
-    for name in ("epochs", "batch-prompts", "max-prompts-per-file", "max-tokens", "layers", "seed"):
+    whole = ("epochs", "batch-prompts", "max-prompts-per-file", "max-tokens", "tail-tokens", "layers", "seed")
+    for name in whole:
         add(f"--{name}", type=int, default=DEFAULT)
     for name in ("learning-rate", "dropout"):
         add(f"--{name}", type=float, default=DEFAULT)

@@ -29,6 +29,7 @@ from pars_fast.tokenization import PackedBatch, batches, encode
 
 Knots = TypeVar("Knots", TokenMap, LengthDistribution)
 MAX_TOKENS = 128  # PARS's window
+WINDOW = {"max_tokens": MAX_TOKENS, "tail_tokens": 0}
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024  # of a forward; on a CPU more would not fit its caches
 SUPPORTED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
@@ -38,8 +39,9 @@ class Ranker:
 
     Attributes:
         model: the network, in eval mode on `device`.
-        tokenizer: WordPiece tokenizer, truncating to `max_tokens`.
+        tokenizer: WordPiece tokenizer, which does not truncate; `encode` does.
         max_tokens: prompt window in WordPiece tokens, [CLS] and [SEP] included.
+        tail_tokens: how many of them come from the end of a prompt that does not fit.
         token_map: isotonic map from score to expected output tokens, None for an uncalibrated ranker.
         distribution: from scores to mu and sigma of log output tokens, None where it was not fitted.
     """
@@ -51,6 +53,7 @@ class Ranker:
         tokenizer: Tokenizer,
         *,
         max_tokens: int = MAX_TOKENS,
+        tail_tokens: int = 0,
         token_map: TokenMap | None = None,
         distribution: LengthDistribution | None = None,
     ) -> None:
@@ -58,15 +61,18 @@ class Ranker:
             raise CheckpointError(
                 f"max_tokens must be in 3..{config.max_position_embeddings}, got {max_tokens}"
             )
+        if not 0 <= tail_tokens <= max_tokens - 2:
+            raise CheckpointError(f"tail_tokens must be in 0..{max_tokens - 2}, got {tail_tokens}")
         self.model = model.eval()
         self.config = config
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.tail_tokens = tail_tokens
         self.token_map = token_map
         self.distribution = distribution
         self._packed: PackedWeights | None = None
         self._rounded: Bf16Products | None = None
-        tokenizer.enable_truncation(max_tokens)
+        tokenizer.no_truncation()
         tokenizer.no_padding()
 
     @property
@@ -108,9 +114,10 @@ class Ranker:
                 f"{directory}: config.json has no pars_fast section with a pooling, so this is an encoder "
                 "without a score head; make a ranker of it with `pars-fast train --init`"
             )
-        max_tokens = section.get("max_tokens", MAX_TOKENS)
-        if not isinstance(max_tokens, int):
-            raise CheckpointError(f"{directory}: max_tokens must be a whole number, got {max_tokens!r}")
+        window = {name: section.get(name, value) for name, value in WINDOW.items()}
+        for name, value in window.items():
+            if not isinstance(value, int):
+                raise CheckpointError(f"{directory}: {name} must be a whole number, got {value!r}")
         token_map = _knots(directory, section, "token_map", TokenMap)
         distribution = _knots(directory, section, "distribution", LengthDistribution)
         model, config = _build(directory, settings, section["pooling"])
@@ -120,13 +127,15 @@ class Ranker:
             model.to(target, torch.float16 if target.type == "cuda" else torch.float32),
             config,
             _read_tokenizer(directory, config),
-            max_tokens=max_tokens,
+            **window,
             token_map=token_map,
             distribution=distribution,
         )
 
     @classmethod
-    def from_encoder(cls, path: str | Path, *, pooling: Pooling, max_tokens: int = MAX_TOKENS) -> "Ranker":
+    def from_encoder(
+        cls, path: str | Path, *, pooling: Pooling, max_tokens: int = MAX_TOKENS, tail_tokens: int = 0
+    ) -> "Ranker":
         """A ranker with an untrained score head on a BERT-family encoder (directory), in float32 on the CPU.
 
         Raises: CheckpointError: as `from_pretrained`.
@@ -134,7 +143,8 @@ class Ranker:
         directory = Path(path)
         model, config = _build(directory, read_config(directory), pooling)
         _load_weights(directory, model, new_head=True)
-        return cls(model, config, _read_tokenizer(directory, config), max_tokens=max_tokens)
+        tokenizer = _read_tokenizer(directory, config)
+        return cls(model, config, tokenizer, max_tokens=max_tokens, tail_tokens=tail_tokens)
 
     def keep_layers(self, count: int) -> None:
         """Drop all but the first `count` layers of the encoder, as a start for training a faster ranker.
@@ -149,16 +159,20 @@ class Ranker:
     def score(self, prompts: Sequence[str], *, batch_tokens: int | None = None) -> Tensor:
         """Score prompts: (B,) float32 on the CPU, in the order given; larger = longer expected answer.
 
-        Prompts longer than the window are cut to its head. `batch_tokens` bounds the tokens of one forward;
-        None takes what suits the device.
+        Of a prompt longer than the window its head and tail are read. `batch_tokens` bounds the tokens of one
+        forward; None takes what suits the device.
 
         Raises: PromptError: if there is no prompt, or one is empty or no text; names its position.
         """
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list of strings, got one string; wrap it in a list")
-        ids = encode(self.tokenizer, prompts, self.max_tokens)
+        ids = self.encode(prompts)
         batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS)
         return torch.cat([self.score_ids(batch).cpu() for batch in batches(ids, batch_tokens)])
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """WordPiece ids of each prompt, as much as the window holds. Raises: PromptError: as `score`."""
+        return encode(self.tokenizer, prompts, self.max_tokens, self.tail_tokens)
 
     @torch.inference_mode()
     def score_ids(self, batch: PackedBatch) -> Tensor:
@@ -209,7 +223,11 @@ class Ranker:
         """
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
-        section: dict[str, Any] = {"pooling": self.model.pooling, "max_tokens": self.max_tokens}
+        section: dict[str, Any] = {
+            "pooling": self.model.pooling,
+            "max_tokens": self.max_tokens,
+            "tail_tokens": self.tail_tokens,
+        }
         if self.token_map is not None:
             section["token_map"] = asdict(self.token_map)
         if self.distribution is not None:

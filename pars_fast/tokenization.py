@@ -10,7 +10,7 @@ from torch import Tensor
 from pars_fast.errors import PromptError
 from pars_fast.text import is_text
 
-# A WordPiece token rarely spans more characters than this; text past the window is not even read, so a
+# A WordPiece token rarely spans more characters than this; text outside the window is not even read, so a
 # prompt of a million characters costs no more than one that fills the window.
 MAX_CHARS_PER_TOKEN = 16
 
@@ -64,8 +64,11 @@ def batches(ids: Sequence[Sequence[int]], max_tokens: int) -> Iterator[PackedBat
     yield pack(chunk)
 
 
-def encode(tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """WordPiece ids of each prompt with [CLS] and [SEP], cut to `max_tokens`.
+def encode(
+    tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int, tail_tokens: int = 0
+) -> list[list[int]]:
+    """WordPiece ids of each prompt with [CLS] and [SEP], at most `max_tokens`, the last `tail_tokens` of them
+    before [SEP] from the end of a prompt that is longer.
 
     Raises: PromptError: if a prompt is not a string, is empty, or holds code points that are no text.
     """
@@ -74,9 +77,22 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> lis
             raise PromptError(f"prompt {index} must be a string, got {type(prompt).__name__}")
         if not prompt.strip():
             raise PromptError(f"prompt {index} is empty")
-    windows = [prompt[: max_tokens * MAX_CHARS_PER_TOKEN] for prompt in prompts]
+    windows = [_window(prompt, max_tokens, tail_tokens) for prompt in prompts]
+    head = max_tokens - tail_tokens - 1  # with [CLS], without [SEP]
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(windows)]
+        encoded = (encoding.ids for encoding in tokenizer.encode_batch_fast(windows))
+        return [ids if len(ids) <= max_tokens else ids[:head] + ids[-tail_tokens - 1 :] for ids in encoded]
     except (UnicodeEncodeError, TypeError) as error:
         bad = next((i for i, window in enumerate(windows) if not is_text(window)), None)
         raise PromptError(f"prompt {bad} holds code points that are no text (lone surrogates)") from error
+
+
+def _window(prompt: str, max_tokens: int, tail_tokens: int) -> str:
+    """As much of the prompt's text as its window can hold."""
+    head_chars, tail_chars = (
+        (max_tokens - tail_tokens) * MAX_CHARS_PER_TOKEN,
+        tail_tokens * MAX_CHARS_PER_TOKEN,
+    )
+    if len(prompt) <= head_chars + tail_chars:
+        return prompt
+    return f"{prompt[:head_chars]} {prompt[-tail_chars:]}" if tail_tokens else prompt[:head_chars]

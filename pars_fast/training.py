@@ -32,7 +32,7 @@ from pars_fast.metrics import pair_accuracies
 from pars_fast.model import Pooling
 from pars_fast.packaged import PACKAGED, checkpoint_directory
 from pars_fast.ranker import MAX_TOKENS, Ranker, is_ranker
-from pars_fast.tokenization import encode, pack
+from pars_fast.tokenization import pack
 
 CHECKPOINT_EVERY_S = 240.0
 
@@ -43,10 +43,11 @@ class Recipe:
 
     `pooling` is the starting ranker's own if None, of a mere encoder `cls` (PARS).
     `batch_prompts` 16 gives 120 pairs a step (PARS: 128); a pointwise loss may want more. `max_tokens` is
-    the prompt window in WordPiece tokens. `max_prompts_per_file` keeps one large file from drowning the
-    others; None takes all. `layers` keeps only the first so many of the starting encoder. With a `teacher`
-    (`default` or a ranker directory trained to the same scale) the label is the mean of the recorded log
-    length and the teacher's score: one recorded answer is a noisy label, the teacher has seen many.
+    the prompt window in WordPiece tokens, of which `tail_tokens` are of the end of a longer prompt.
+    `max_prompts_per_file` keeps one large file from drowning the others; None takes all. `layers` keeps only
+    the first so many of the starting encoder. With a `teacher` (`default` or a ranker directory trained to
+    the same scale) the label is the mean of the recorded log length and the teacher's score: one recorded
+    answer is a noisy label, the teacher has seen many.
     """
 
     loss: str = "margin"
@@ -61,6 +62,7 @@ class Recipe:
     dropout: float = 0.1
     max_prompts_per_file: int | None = None
     max_tokens: int = MAX_TOKENS
+    tail_tokens: int = 0
     layers: int | None = None
     teacher: str | None = None
     seed: int = 42
@@ -159,12 +161,13 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     """The ranker to train: a trained one goes on, an encoder gets a head that starts at the mean label."""
     torch.manual_seed(recipe.seed)
     directory = checkpoint_directory(init) if init in PACKAGED else resolve_encoder(init)
+    window = {"max_tokens": recipe.max_tokens, "tail_tokens": recipe.tail_tokens}
     if is_ranker(directory):
         ranker = Ranker.from_pretrained(directory, device="cpu")
-        ranker = Ranker(ranker.model, ranker.config, ranker.tokenizer, max_tokens=recipe.max_tokens)
+        ranker = Ranker(ranker.model, ranker.config, ranker.tokenizer, **window)
         ranker.model.pooling = recipe.pooling or ranker.model.pooling
     else:
-        ranker = Ranker.from_encoder(directory, pooling=recipe.pooling or "cls", max_tokens=recipe.max_tokens)
+        ranker = Ranker.from_encoder(directory, pooling=recipe.pooling or "cls", **window)
         torch.nn.init.constant_(ranker.model.score_head.bias, mean_log_length)
     if recipe.layers is not None:
         ranker.keep_layers(recipe.layers)
@@ -192,7 +195,7 @@ class _Run:
     ) -> None:
         self.accelerator, self.ranker, self.recipe, self.out = accelerator, ranker, recipe, out
         self.training, self.validation = training, validation
-        self.ids = encode(ranker.tokenizer, training.prompts, recipe.max_tokens)
+        self.ids = ranker.encode(training.prompts)
         share = recipe.batch_prompts * accelerator.num_processes
         self.steps_per_epoch = max(1, len(self.ids) // share)
         self.total_steps = self.steps_per_epoch * recipe.epochs

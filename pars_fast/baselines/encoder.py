@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from pars_fast.ranker import MAX_TOKENS, Ranker, read_config
-from pars_fast.tokenization import encode, pack
+from pars_fast.tokenization import pack
 from pars_fast.training import resolve_encoder
 
 BATCH_PROMPTS = 32
@@ -39,7 +39,7 @@ class FrozenEncoder:
         """
         if self._last is not None and self._last[0] == list(prompts):
             return self._last[1]
-        ids = encode(self.ranker.tokenizer, prompts, self.ranker.max_tokens)
+        ids = self.ranker.encode(prompts)
         embedded = [
             self.ranker.model.embed(batch.input_ids, batch.cu_seqlens)
             for start in range(0, max(1, len(ids)), BATCH_PROMPTS)

@@ -15,9 +15,10 @@ from pars_fast.integration.background import Background
 from pars_fast.integration.calibration import SHADOW_SHARE, LiveCalibration, in_shadow_share
 from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.prompt_window import MAX_IDS
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import MAX_RESTART_DELAY_S, START_DEADLINE_S, RankingLoop
-from pars_fast.integration.runtime import MAX_PROMPT_IDS, Prompt
+from pars_fast.integration.runtime import Prompt
 from pars_fast.live_calibration import TokenScale
 from pars_fast.policies import POLICIES
 
@@ -165,10 +166,10 @@ def test_a_prompt_without_ids_is_counted(bench: Bench, ids: list[int] | None) ->
     assert len(bench.queue) == 2
 
 
-def test_of_a_prompt_of_100k_tokens_only_the_head_is_handed_over(bench: Bench) -> None:
+def test_of_a_prompt_of_100k_tokens_only_the_ends_are_handed_over(bench: Bench) -> None:
     bench.add(prompt_token_ids=list(range(100_000)))
     bench.step()
-    assert bench.runtime.submitted == [Prompt(0, list(range(MAX_PROMPT_IDS)), 100_000)]
+    assert bench.runtime.submitted == [Prompt(0, [*range(256), *range(99_744, 100_000)], 100_000)]
 
 
 def test_an_abort_with_a_score_in_flight_does_not_touch_the_next_request_of_that_id(bench: Bench) -> None:
@@ -470,7 +471,7 @@ def test_a_new_device_order_does_not_part_what_is_shown_from_what_is_popped(benc
 def test_a_length_is_predicted_again_from_prompt_and_answer(bench: Bench) -> None:
     bench.runtime.answer = lambda prompt: float(len(prompt.ids))
     (request,) = bench.add(num_prompt_tokens=10)
-    (longer,) = bench.add(num_prompt_tokens=MAX_PROMPT_IDS + 5)
+    (longer,) = bench.add(num_prompt_tokens=MAX_IDS + 5)
     bench.step()  # the ranker is ready
     bench.step()
     request.append_output_token_ids([1] * 50)
@@ -480,13 +481,13 @@ def test_a_length_is_predicted_again_from_prompt_and_answer(bench: Bench) -> Non
     bench.loop.predict_again(entries)
     bench.loop.predict_again(entries)  # it is asked already
     asked = [Prompt(0, [*request.prompt_token_ids, *[1] * 50], request.num_prompt_tokens)]
-    head = longer.prompt_token_ids[:MAX_PROMPT_IDS]
-    asked.append(Prompt(1, [*head, *[1] * 50], longer.num_prompt_tokens))
+    ends = [*longer.prompt_token_ids[:256], *longer.prompt_token_ids[-256:]]
+    asked.append(Prompt(1, [*ends, *[1] * 50], longer.num_prompt_tokens))
     assert bench.runtime.submitted[2:] == asked
     assert bench.expected(request) == 10
     bench.runtime.answer = lambda prompt: float(len(prompt.ids))
     bench.step()
-    assert (bench.expected(request), bench.expected(longer)) == (60, MAX_PROMPT_IDS + 50)
+    assert (bench.expected(request), bench.expected(longer)) == (60, MAX_IDS + 50)
 
 
 def test_close_ends_the_ranker(bench: Bench) -> None:

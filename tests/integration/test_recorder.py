@@ -13,8 +13,8 @@ from pars_fast.errors import DataError
 from pars_fast.integration import recorder as recorder_module
 from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.prompt_window import MAX_IDS
 from pars_fast.integration.recorder import Recorder
-from pars_fast.integration.runtime import MAX_PROMPT_IDS
 from pars_fast.live_calibration import Ending
 
 
@@ -76,7 +76,7 @@ def test_of_a_long_prompt_as_much_is_kept_as_the_ranker_sees(tmp_path: Path) -> 
     recorder.add(list(range(100_000)), 5, Ending.COMPLETE)
     assert recorder.flush(20.0)
     (row,) = rows(path)
-    assert (len(row["prompt"].split()), row["prompt_tokens"]) == (MAX_PROMPT_IDS, 100_000)
+    assert (len(row["prompt"].split()), row["prompt_tokens"]) == (MAX_IDS, 100_000)
 
 
 def test_a_line_that_a_kill_tore_is_cut_off_and_the_rest_stays(tmp_path: Path) -> None:

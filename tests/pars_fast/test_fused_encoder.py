@@ -16,7 +16,7 @@ from pars_fast.kernels import linear, linear_layer_norm
 from pars_fast.model import Pooling, ScoreModel
 from pars_fast.packaged import checkpoint_directory
 from pars_fast.packed_weights import PackedWeights
-from pars_fast.tokenization import PackedBatch, encode, pack
+from pars_fast.tokenization import PackedBatch, pack
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -68,7 +68,7 @@ def test_default_ranker_in_fp16_is_as_exact_as_torch_and_orders_the_same() -> No
     default = Ranker.from_pretrained(device=DEVICE)
     ranker = Ranker(default.model.half(), default.config, default.tokenizer, max_tokens=8)
     prompts = [sample.prompt for sample in load_sample()][:8]
-    assert_as_good_as_torch(ranker, pack(encode(ranker.tokenizer, prompts, ranker.max_tokens)))
+    assert_as_good_as_torch(ranker, pack(ranker.encode(prompts)))
 
 
 @pytest.mark.gpu
@@ -78,7 +78,7 @@ def test_default_ranker_on_every_prompt_of_the_demo(dtype: torch.dtype) -> None:
     ranker = Ranker.from_pretrained(device=DEVICE)
     ranker.model.to(dtype)
     prompts = [sample.prompt for sample in load_sample()]
-    batch = pack(encode(ranker.tokenizer, prompts, ranker.max_tokens))
+    batch = pack(ranker.encode(prompts))
     expected = torch_scores(copy.deepcopy(ranker.model).float(), batch)
     scores = ranker.score_ids(batch).cpu()
     assert rms(scores - expected) <= 1.5 * rms(torch_scores(ranker.model, batch) - expected)

@@ -100,6 +100,15 @@ class TestSaving:
         loaded.save_pretrained(tmp_path / "b")
         assert torch.equal(Ranker.from_pretrained(tmp_path / "b", device="cpu").score(PROMPTS), after)
 
+    def test_the_window_is_kept(self, tiny_encoder: Path, tmp_path: Path) -> None:
+        ranker = Ranker.from_encoder(tiny_encoder, pooling="mean", max_tokens=32, tail_tokens=8)
+        ranker.save_pretrained(tmp_path)
+        loaded = Ranker.from_pretrained(tmp_path, device="cpu")
+        assert (loaded.max_tokens, loaded.tail_tokens) == (32, 8)
+        long = "write a story " * 100
+        ends = [long, long + "no", long + "list a story no", "no " + long + "no"]
+        assert len({tuple(ids) for ids in loaded.encode(ends)}) == 4
+
     def test_a_saved_ranker_opens_in_transformers(self, checkpoint: Path) -> None:
         model, report = BertModel.from_pretrained(
             checkpoint, add_pooling_layer=False, output_loading_info=True, dtype=torch.float32
@@ -195,6 +204,9 @@ class TestDamagedCheckpoints:
             ({"section": {"max_tokens": "all"}}, "max_tokens must be a whole number, got 'all'"),
             ({"section": {"max_tokens": 65}}, r"max_tokens must be in 3\.\.64, got 65"),
             ({"section": {"max_tokens": 2}}, r"max_tokens must be in 3\.\.64, got 2"),
+            ({"section": {"tail_tokens": 1.5}}, r"tail_tokens must be a whole number, got 1\.5"),
+            ({"section": {"tail_tokens": 31}}, r"tail_tokens must be in 0\.\.30, got 31"),
+            ({"section": {"tail_tokens": -1}}, r"tail_tokens must be in 0\.\.30, got -1"),
             ({"section": {"token_map": {"scores": [1]}}}, "damaged token_map"),
             ({"section": {"token_map": {"scores": ["a"], "tokens": ["b"]}}}, "damaged token_map"),
             ({"section": {"token_map": {"scores": [2, 1], "tokens": [1, 2]}}}, "damaged token_map"),

@@ -61,3 +61,24 @@ def test_a_prompt_of_a_hundred_thousand_tokens_is_not_read_to_its_end(tiny_ranke
 def test_odd_text_is_text(tiny_ranker: Ranker, prompt: str) -> None:
     (ids,) = encode(tiny_ranker.tokenizer, [prompt], tiny_ranker.max_tokens)
     assert 2 <= len(ids) <= tiny_ranker.max_tokens
+
+
+def test_of_a_prompt_longer_than_the_window_head_and_tail_are_read(tiny_ranker: Ranker) -> None:
+    token = tiny_ranker.tokenizer.token_to_id
+    words = ["a"] * 500 + ["no"] * 500
+    for text in (" ".join(words), " ".join(words) * 40):  # the second is not even read to its end
+        (ids,) = encode(tiny_ranker.tokenizer, [text], 32, 8)
+        assert ids == [token("[CLS]"), *[token("a")] * 22, *[token("no")] * 8, token("[SEP]")]
+    (short,) = encode(tiny_ranker.tokenizer, [" ".join(words[485:515])], 32, 8)
+    assert short == [token("[CLS]"), *[token("a")] * 15, *[token("no")] * 15, token("[SEP]")]
+
+
+def test_a_window_may_be_all_tail(tiny_ranker: Ranker) -> None:
+    (ids,) = encode(tiny_ranker.tokenizer, ["a " * 50 + "no " * 50], 32, 30)
+    no = tiny_ranker.tokenizer.token_to_id("no")
+    assert ids[1:-1] == [no] * 30
+
+
+def test_bad_text_in_the_tail_is_found(tiny_ranker: Ranker) -> None:
+    with pytest.raises(PromptError, match="prompt 0 holds code points"):
+        encode(tiny_ranker.tokenizer, ["a " * 10_000 + "\udce9"], 32, 8)

@@ -1,0 +1,72 @@
+"""Which ids of a prompt the ranker gets: not a long beginning that other prompts share with it.
+
+A ranker reads a hundred or two of a prompt's tokens. Where an application's requests begin with the same
+system prompt, that would fill its window, and even a short one drowns what differs
+(`bench/system_prompts.py`).
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+MAX_IDS = 512  # of a prompt; one of 100k tokens costs no more than its two ends
+SHORT_BEGINNING = 32  # ids; an instruction of so many is left, it tells one kind of prompt from another
+LEAST_IDS = 16  # are always left
+_CHUNK = 16  # ids compared at a time
+_RECENT, _SHARING = 8, 2  # a beginning is shared if two of the last eight that begin alike have it
+_MAX_APPLICATIONS = 16
+_MAX_SHARED_IDS = 8192
+
+
+class PromptWindow:
+    """Cuts prompts, and remembers how the last ones began. One thread's.
+
+    The work on a prompt does not grow with its length beyond `_MAX_SHARED_IDS`.
+    """
+
+    def __init__(self) -> None:
+        # By their first ids, so that a busy application does not crowd the others out.
+        self._recent: OrderedDict[tuple[int, ...], deque[list[int]]] = OrderedDict()
+
+    def __call__(self, ids: Sequence[int]) -> list[int]:
+        """At most `MAX_IDS` ids: a prompt without a shared beginning longer than `SHORT_BEGINNING`, and of
+        what is still too long both ends."""
+        start = min(self._shared(ids), len(ids) - LEAST_IDS)
+        if start <= SHORT_BEGINNING:
+            start = 0
+        if len(ids) - start <= MAX_IDS:
+            return list(ids[start:])
+        half = MAX_IDS // 2
+        return [*ids[start : start + half], *ids[-half:]]
+
+    def _shared(self, ids: Sequence[int]) -> int:
+        """How many of its first ids at least `_SHARING` recent prompts have in common with this one."""
+        if len(ids) <= SHORT_BEGINNING:
+            return 0
+        head = list(ids[:_MAX_SHARED_IDS])
+        beginning = tuple(head[:SHORT_BEGINNING])
+        recent = self._recent.setdefault(beginning, deque(maxlen=_RECENT))
+        self._recent.move_to_end(beginning)
+        if len(self._recent) > _MAX_APPLICATIONS:
+            self._recent.popitem(last=False)
+        common = [_common_ids(head, other) for other in recent if other != head]
+        if len(common) == len(recent):  # else it was sent again, which says nothing about others
+            recent.append(head)
+        return sorted(common)[-_SHARING] if len(common) >= _SHARING else 0
+
+
+def _common_ids(ids: list[int], other: list[int]) -> int:
+    """Length of the common beginning, by bisection.
+
+    Only the chunk in question is compared, not all before it: prompts that differ and then agree again at the
+    same places can mislead it, and what that costs is a worse window.
+    """
+    same, chunks = 0, -(-min(len(ids), len(other)) // _CHUNK)
+    while same < chunks:
+        middle = (same + chunks) // 2
+        start = middle * _CHUNK
+        if ids[start : start + _CHUNK] == other[start : start + _CHUNK]:
+            same = middle + 1
+        else:
+            chunks = middle
+    start, shorter = same * _CHUNK, min(len(ids), len(other))
+    return next((i for i in range(start, min(start + _CHUNK, shorter)) if ids[i] != other[i]), shorter)

@@ -1,0 +1,124 @@
+"""Ids back to what was said: chat templates of the kinds in use, and none."""
+
+import datetime
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from pars_fast.integration.prompt_text import PromptText
+
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "[INST]"]
+SPECIALS += ["[/INST]"]
+CHATML = """\
+{%- if messages[0].role != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+DATED = """\
+<s><|start|>system<|end|>
+
+Cutting Knowledge Date: December 2023
+Today Date: {{ strftime_now('%d %b %Y') }}
+
+{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}
+{#- #}<|eot|>
+{%- for m in messages %}<|start|>{{ m.role }}<|end|>
+
+{{ m.content | trim }}<|eot|>{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant<|end|>
+
+{% endif %}"""
+NO_SYSTEM = """\
+<s>{% for m in messages %}
+{%- if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+{%- if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}
+{%- endfor %}"""
+WORDS = """\
+A chat between a user and an assistant. {% for m in messages %}
+{%- if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}USER: {{ m.content }} {% else -%}
+ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}ASSISTANT:"""
+TEMPLATES = {"chatml": CHATML, "dated": DATED, "no system": NO_SYSTEM, "words": WORDS}
+
+
+def make_tokenizer(template: str | None, directory: Path) -> PreTrainedTokenizerFast:
+    """Of bytes, as those of the models in use are at heart."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_alone = Tokenizer(BPE(vocab=alphabet, merges=[]))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone, additional_special_tokens=SPECIALS, chat_template=template
+    )
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerFast, *turns: tuple[str, str]) -> list[int]:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_of_one_message_only_what_was_written_is_left(template: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template, tmp_path)
+    text = PromptText(str(tmp_path), None)
+    for said in ("Why is the sky blue?", "Translate: user\nassistant\n", "日本語 🙂", "a"):
+        assert text(chat_ids(tokenizer, ("user", said))) == said.strip()
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_turns_stand_on_lines_of_their_own(template: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template, tmp_path)
+    ids = chat_ids(tokenizer, ("user", "Name a fruit."), ("assistant", "Apple."), ("user", "Another."))
+    lines = [line.strip() for line in PromptText(str(tmp_path), None)(ids).splitlines() if line.strip()]
+    assert lines == ["Name a fruit.", "Apple.", "Another."]
+
+
+@pytest.mark.parametrize("name", ["chatml", "dated", "words"])
+def test_a_system_prompt_of_ones_own_is_text(name: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(TEMPLATES[name], tmp_path)
+    ids = chat_ids(tokenizer, ("system", "Be brief."), ("user", "Why?"))
+    assert PromptText(str(tmp_path), None)(ids).split() == ["Be", "brief.", "Why?"]
+
+
+def test_a_prompt_without_the_template_stays_as_it_is(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(CHATML, tmp_path)
+    said = "def f(user):\n    return user"
+    assert PromptText(str(tmp_path), None)(tokenizer.encode(said)) == said
+
+
+def test_special_tokens_that_are_left_are_no_text(tmp_path: Path) -> None:
+    """A beginning that was cut away takes half of the template with it."""
+    tokenizer = make_tokenizer(CHATML, tmp_path)
+    ids = chat_ids(tokenizer, ("user", "Why is the sky blue?"))[12:]
+    got = PromptText(str(tmp_path), None)(ids)
+    assert got.endswith("Why is the sky blue?")
+    assert "<|" not in got
+
+
+def test_a_tokenizer_without_a_template_just_decodes(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(None, tmp_path)
+    assert PromptText(str(tmp_path), None)(tokenizer.encode("<s>Why?</s>")) == "Why?"
+
+
+def test_a_template_that_cannot_be_rendered_takes_nothing_away(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("{{ raise_exception('broken') }}", tmp_path)
+    assert PromptText(str(tmp_path), None)(tokenizer.encode("Why?")) == "Why?"
+
+
+def test_a_date_in_the_template_moves_on(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(DATED, tmp_path)
+    text = PromptText(str(tmp_path), None)
+    ids = chat_ids(tokenizer, ("user", "Why?"))
+    text._starts = ["of yesterday"]
+    assert text(ids) != "Why?"
+    text._day = datetime.date.min  # a server that ran past midnight
+    assert text(ids) == "Why?"
