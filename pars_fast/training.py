@@ -161,13 +161,17 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     """The ranker to train: a trained one goes on, an encoder gets a head that starts at the mean label."""
     torch.manual_seed(recipe.seed)
     directory = checkpoint_directory(init) if init in PACKAGED else resolve_encoder(init)
-    window = {"max_tokens": recipe.max_tokens, "tail_tokens": recipe.tail_tokens}
+    max_tokens, tail_tokens = recipe.max_tokens, recipe.tail_tokens
     if is_ranker(directory):
         ranker = Ranker.from_pretrained(directory, device="cpu")
-        ranker = Ranker(ranker.model, ranker.config, ranker.tokenizer, **window)
+        ranker = Ranker(
+            ranker.model, ranker.config, ranker.tokenizer, max_tokens=max_tokens, tail_tokens=tail_tokens
+        )
         ranker.model.pooling = recipe.pooling or ranker.model.pooling
     else:
-        ranker = Ranker.from_encoder(directory, pooling=recipe.pooling or "cls", **window)
+        ranker = Ranker.from_encoder(
+            directory, pooling=recipe.pooling or "cls", max_tokens=max_tokens, tail_tokens=tail_tokens
+        )
         torch.nn.init.constant_(ranker.model.score_head.bias, mean_log_length)
     if recipe.layers is not None:
         ranker.keep_layers(recipe.layers)

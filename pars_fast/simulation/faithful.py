@@ -36,7 +36,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
-from pars_fast.integration.runtime import MAX_PROMPT_IDS, READY, ProcessRuntime, Prompt, Scored
+from pars_fast.integration.prompt_window import MAX_IDS
+from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES, Policy
 from pars_fast.settings import Settings
@@ -132,10 +133,10 @@ class DelayedRanker:
         return True
 
     def _tokens(self, ids: Sequence[int]) -> float:
-        """Expected tokens of the whole answer; `ids` are the prompt's head, and the answer so far."""
+        """Expected tokens of the whole answer; `ids` are the prompt's ends, and the answer so far."""
         workload, number = self._workload, ids[0]
         expected, real = float(workload.expected_tokens[number]), int(workload.output_tokens[number])
-        made = len(ids) - min(MAX_PROMPT_IDS, int(workload.prompt_tokens[number]))
+        made = len(ids) - min(MAX_IDS, int(workload.prompt_tokens[number]))
         return made + (real - made) * expected / real
 
     def poll(self) -> list[Scored]:
