@@ -12,7 +12,7 @@ MAX_IDS = 512  # of a prompt; one of 100k tokens costs no more than its two ends
 SHORT_BEGINNING = 32  # ids; an instruction of so many is left, it tells one kind of prompt from another
 LEAST_IDS = 16  # are always left
 _CHUNK = 16  # ids compared at a time
-_RECENT, _SHARING = 8, 2  # a beginning is shared if two of the last eight that begin alike have it
+_RECENT, _LEAST_SHARING = 8, 2  # of the last eight that begin alike half must share it, and two at least
 _MAX_APPLICATIONS = 16
 _MAX_SHARED_IDS = 8192
 
@@ -39,7 +39,7 @@ class PromptWindow:
         return [*ids[start : start + half], *ids[-half:]]
 
     def _shared(self, ids: Sequence[int]) -> int:
-        """How many of its first ids at least `_SHARING` recent prompts have in common with this one."""
+        """How many of its first ids this one has in common with half of the recent ones that begin alike."""
         if len(ids) <= SHORT_BEGINNING:
             return 0
         head = list(ids[:_MAX_SHARED_IDS])
@@ -51,7 +51,8 @@ class PromptWindow:
         common = [_common_ids(head, other) for other in recent if other != head]
         if len(common) == len(recent):  # else it was sent again, which says nothing about others
             recent.append(head)
-        return sorted(common)[-_SHARING] if len(common) >= _SHARING else 0
+        sharing = max(_LEAST_SHARING, -(-len(common) // 2))
+        return sorted(common)[-sharing] if sharing <= len(common) else 0
 
 
 def _common_ids(ids: list[int], other: list[int]) -> int:

@@ -33,6 +33,12 @@ from pars_fast.integration.runtime import READY, Prompt, Scored
 
 BLOCK_SIZE = 32  # the CPU platform warns of others
 WORDS = ("tell", "me", "a", "story", "about", "the", "sea", "yes", "or", "no", "list", "all", "primes", "why")
+CHAT_TEMPLATE = """\
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +61,10 @@ def make_prompts() -> Callable[[int], list[str]]:
 
 @pytest.fixture(scope="session")
 def served_model(tmp_path_factory: pytest.TempPathFactory, make_prompts: Callable[[int], list[str]]) -> Path:
-    """The demo's random Qwen2, with a tokenizer trained on the tests' prompts."""
+    """The demo's random Qwen2, with a tokenizer trained on the tests' prompts and a chat template."""
     directory = tmp_path_factory.mktemp("served_model")
     make_tiny_model(directory, make_prompts(50))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return directory
 
 

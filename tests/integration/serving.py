@@ -90,9 +90,16 @@ class Client:
             "temperature": 0,
         }
 
-    def _complete(self, body: dict[str, Any]) -> int:
+    def chat(self, system: str, user: str, max_tokens: int) -> int:
+        """One answer in a chat; the number of its tokens."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        body = self._body("", max_tokens) | {"messages": messages}
+        del body["prompt"]
+        return self._complete(body, "chat/completions")
+
+    def _complete(self, body: dict[str, Any], kind: str = "completions") -> int:
         request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self.url}/v1/{kind}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             return int(json.load(response)["usage"]["completion_tokens"])

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -251,3 +252,20 @@ def test_what_was_served_can_be_trained_on(server: FaultyServer, prompts: list[s
     recorded = {row.prompt: row.output_tokens for row in file.rows if row.prompt in length_of}
     assert recorded == {prompt: {server.model: length_of[prompt]} for prompt in prompts}
     assert {row.split for row in file.rows} == {"train", "val", "test"}
+
+
+def test_of_a_chat_the_ranker_gets_what_its_user_wrote(server: FaultyServer) -> None:
+    """Not the system prompt that others have, too, and not the chat template, which tell it nothing."""
+    system = "You sell garden tools. " + " ".join(f"Rule {i}: be polite." for i in range(12))
+    asked = [
+        f"{which} spade should I take for heavy soil?" for which in ("Which", "What", "Any", "No", "Both")
+    ]
+    assert [server.chat(system, user, 5) for user in asked] == [5] * len(asked)
+
+    def recorded() -> set[str]:
+        return {row.prompt for row in read_length_file(server.recorded()).rows}
+
+    deadline = time.monotonic() + 60
+    while not set(asked[2:]) <= recorded():
+        assert time.monotonic() < deadline, recorded()
+        server.wave([asked[0]])  # endings are taken in by a step

@@ -82,6 +82,16 @@ def test_a_conversation_of_two_turns_is_seen_from_its_beginning() -> None:
     assert window(second) == second
 
 
+def test_words_that_only_some_users_begin_with_stay() -> None:
+    window = PromptWindow()
+    write = [7, 8, 9]  # "write a story"
+    for seed in range(40):
+        own = [*write, *fresh(40, seed)] if seed % 3 == 0 else fresh(50, seed)
+        got = window([*SYSTEM, *own])
+        if seed >= 20:
+            assert got == own
+
+
 def test_memory_is_bounded() -> None:
     window = PromptWindow()
     for seed in range(100):
