@@ -29,7 +29,10 @@ class ScoreModel(PackedBertEncoder):
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T,) int32 ids and (B + 1,) int32 offsets -> (B,) float32 scores."""
-        return self.score_head(self.embed(input_ids, cu_seqlens))[:, 0].float()
+        pooled = self.embed(input_ids, cu_seqlens)
+        # A bf16 of 5 is one of 4.97, 5 and 5.03: while training, too, that is no way to order prompts.
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.score_head(pooled.to(self.score_head.weight.dtype))[:, 0].float()
 
     def embed(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(T,) int32 ids and (B + 1,) int32 offsets -> (B, H): the last hidden state of each prompt's first
