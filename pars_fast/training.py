@@ -121,7 +121,7 @@ def train(
     Raises: DataError, CheckpointError, MissingExtraError, OutputError; ParsFastError: if `out` holds a run of
         other starting weights, recipe or data, or training diverges.
     """
-    accelerator = require_extra("accelerate", "train").Accelerator(mixed_precision=_mixed_precision())
+    accelerator = require_extra("accelerate", "train").Accelerator()
     make_writable(out)
     training, validation = split_prompts(files, recipe.model_column, exclude)
     training = training.at_most(recipe.max_prompts_per_file, recipe.seed)
@@ -179,10 +179,14 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     return ranker
 
 
-def _mixed_precision() -> str | None:
-    """bf16 on a CPU that multiplies it natively, and is faster by it; else what accelerate is told."""
-    told = "ACCELERATE_MIXED_PRECISION" in os.environ or torch.cuda.is_available()
-    return "bf16" if native_bf16() and not told else None
+def _autocast(device: torch.device) -> torch.autocast:
+    """bf16 on a CPU that multiplies it natively, and is faster by it; else what accelerate is told.
+
+    Around training steps alone: accelerate's own would round what validation sees, too.
+    """
+    told = "ACCELERATE_MIXED_PRECISION" in os.environ
+    enabled = device.type == "cpu" and native_bf16() and not told
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
 class _Run:
@@ -214,6 +218,7 @@ class _Run:
             fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(ranker.model, optimizer)
+        self.autocast = _autocast(accelerator.device)
         self.progression = Progression()
         self.fingerprint = _fingerprint(recipe, ranker, share, training, validation)
 
@@ -253,7 +258,8 @@ class _Run:
         self.model.train()
         batch = pack([self.ids[i] for i in indices]).to(self.accelerator.device)
         labels = torch.tensor(self.training.log_length[indices], dtype=torch.float32)
-        scores = self.model(batch.input_ids, batch.cu_seqlens)
+        with self.autocast:
+            scores = self.model(batch.input_ids, batch.cu_seqlens)
         loss = LOSSES[recipe.loss](scores, labels.to(scores.device))
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)

@@ -59,6 +59,20 @@ def test_a_learnable_order_is_learnt(
     assert expected[0] < expected[1]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_validation_sees_what_will_score(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    """Steps in bf16 do not round its scores."""
+    monkeypatch.setattr(training, "native_bf16", lambda: bf16)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(training, "fit_token_map", lambda scores, lengths: seen.append(scores))
+    recipe = Recipe(loss="huber", epochs=1, batch_prompts=16, learning_rate=3e-3, max_tokens=32)
+    ranker = train([toy], str(tiny_encoder), recipe, tmp_path / "out")
+    scores = ranker.score([row.prompt for row in toy.select("val").rows])
+    torch.testing.assert_close(torch.as_tensor(seen[-1]), scores, atol=8e-3, rtol=0)  # saved in float16
+
+
 def test_a_student_keeps_fewer_layers_and_learns_from_its_teacher_too(
     tiny_encoder: Path, toy: LengthFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
