@@ -83,10 +83,12 @@ def test_turns_stand_on_lines_of_their_own(template: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["chatml", "dated", "words"])
-def test_a_system_prompt_of_ones_own_is_text(name: str, tmp_path: Path) -> None:
+def test_a_system_prompt_is_left_out(name: str, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name], tmp_path)
-    ids = chat_ids(tokenizer, ("system", "Be brief."), ("user", "Why?"))
-    assert PromptText(str(tmp_path), None)(ids).split() == ["Be", "brief.", "Why?"]
+    text = PromptText(str(tmp_path), None)
+    assert text(chat_ids(tokenizer, ("system", "You sell tools."), ("user", "Why?"))) == "Why?"
+    turns = [("system", "You sell tools."), ("user", "Why?"), ("assistant", "So."), ("user", "Really?")]
+    assert text(chat_ids(tokenizer, *turns)).split() == ["Why?", "So.", "Really?"]
 
 
 def test_a_prompt_without_the_template_stays_as_it_is(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_a_date_in_the_template_moves_on(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(DATED, tmp_path)
     text = PromptText(str(tmp_path), None)
     ids = chat_ids(tokenizer, ("user", "Why?"))
-    text._starts = ["of yesterday"]
+    text._start, text._system = "of yesterday", ("of yesterday", text._system[1])
     assert text(ids) != "Why?"
     text._day = datetime.date.min  # a server that ran past midnight
     assert text(ids) == "Why?"
