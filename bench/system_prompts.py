@@ -11,6 +11,7 @@ import argparse
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,12 +67,12 @@ def mean_tau(scores: Sequence[float], labels: Sequence[float], groups: Sequence[
     return float(np.mean([kendall_tau(s[g == group], y[g == group]) for group in np.unique(g)]))
 
 
-def measure(files: Sequence[LengthFile], ranker: Ranker, most: int | None) -> list[dict[str, object]]:
+def measure(files: Sequence[LengthFile], ranker: Ranker, most: int | None) -> list[dict[str, Any]]:
     """A row for each length of system prompt and each way to cut."""
     prompts, labels, groups = _held_out(files, most)
     order = random.Random(SEED).sample(range(len(prompts)), len(prompts))
     applications = random.Random(SEED + 1).choices(range(len(APPLICATIONS)), k=len(prompts))
-    rows: list[dict[str, object]] = [
+    rows: list[dict[str, Any]] = [
         {"system_prompt_tokens": 0, "cut": "none", **_taus(ranker.score(prompts).tolist(), labels, groups)}
     ]
     for rules in RULES_PER_PROMPT:

@@ -29,7 +29,7 @@ from pars_fast.tokenization import PackedBatch, batches, encode
 
 Knots = TypeVar("Knots", TokenMap, LengthDistribution)
 MAX_TOKENS = 128  # PARS's window
-WINDOW = {"max_tokens": MAX_TOKENS, "tail_tokens": 0}
+WINDOW = {"max_tokens": MAX_TOKENS, "tail_tokens": 0}  # of a checkpoint that says nothing else
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024  # of a forward; on a CPU more would not fit its caches
 SUPPORTED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
