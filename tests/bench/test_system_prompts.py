@@ -6,7 +6,7 @@ from bench.system_prompts import RULES_PER_PROMPT, measure, system_prompt
 from pars_fast import Ranker
 from pars_fast.data import LengthFile, LengthRow
 
-THINGS = ["rain", "snow", "bread", "wine", "gold", "iron", "paper", "glass", "salt", "wool", "silk", "tea", "rice", "corn", "oil", "coal"]
+THINGS = ("rain", "snow", "bread", "wine", "gold", "iron", "paper", "glass", "salt", "wool", "silk", "tea")
 
 
 def test_behind_a_system_prompt_the_window_keeps_the_order() -> None:
