@@ -2,12 +2,13 @@
 
     python -m bench.soak --minutes 20 --load 1.2 --json out/soak.json --csv bench/results/soak.csv
 
-A real server of the demo's tiny model with the ranker, recording and calibration on. Its capacity is measured
-first in a closed loop; then requests arrive at `load` times that for so long, in a Poisson process, and a
-share of the users hangs up after a moment. Every few seconds the resident memory of each process of the
-server is noted. Fails if a request that was not aborted lacks a token, or if the engine's or the ranker's
-memory grew by more than `--max-growth` from the third quarter of the time to the last. The CSV has a row for
-each process, and the machine.
+A real server of the demo's tiny model, as deep as in the demo, with the ranker, recording and calibration on.
+Its capacity is measured first in a closed loop; then requests arrive at `load` times that for so long, in a
+Poisson process, and a share of the users hangs up after a moment. The queue grows all the time, and
+`ulimit -n` bounds how many can wait. Every few seconds the resident memory of each process of the server is
+noted. Fails if a request that was not aborted lacks a token, or if the engine's or the ranker's memory grew
+by more than `--max-growth` from the third quarter of the time to the last. The CSV has a row for each
+process, and the machine.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import numpy as np
 
 from pars_fast.bench_results import all_threads, machine
 from pars_fast.demo.client import closed_loop_capacity
-from pars_fast.demo.model import make_tiny_model
+from pars_fast.demo.model import layers_for_this_machine, make_tiny_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.server import read_metrics, vllm_server
 from pars_fast.errors import make_writable
@@ -50,6 +52,7 @@ class Tally:
     completed: int = 0
     aborted: int = 0
     wrong: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # of the wrong ones, by their kind
     memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
 
@@ -119,7 +122,7 @@ def of_process(memory: list[tuple[float, dict[str, float]]], process: str) -> di
 
 
 def _soak(folder: Path, sample: list[SamplePrompt], arguments: argparse.Namespace) -> dict[str, Any]:
-    make_tiny_model(folder / "model", [prompt.prompt for prompt in sample])
+    make_tiny_model(folder / "model", [prompt.prompt for prompt in sample], layers_for_this_machine())
     variables = {"PARS_ENABLE": "1", "PARS_RECORD": str(folder / "lengths.jsonl"), "HF_HUB_OFFLINE": "1",
                  "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     model = str(folder / "model")
@@ -140,6 +143,7 @@ def _soak(folder: Path, sample: list[SamplePrompt], arguments: argparse.Namespac
         "completed": tally.completed,
         "aborted": tally.aborted,
         "wrong": tally.wrong,
+        "errors": "; ".join(f"{count} {error}" for error, count in tally.errors.items()),
         "recorded_bytes": None if not (folder / "lengths.jsonl").exists()
         else (folder / "lengths.jsonl").stat().st_size,
         "errors_logged": log.count("ERROR"),
@@ -191,8 +195,9 @@ async def _one(
     except TimeoutError:
         tally.aborted += patience_s is not None
         tally.wrong += patience_s is None
-    except (aiohttp.ClientError, KeyError):
+    except (aiohttp.ClientError, KeyError) as error:
         tally.wrong += 1
+        tally.errors[f"{type(error).__name__} {error}"] += 1
     else:
         tally.completed += made == prompt.output_tokens
         tally.wrong += made != prompt.output_tokens
