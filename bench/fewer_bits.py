@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from pars_fast.bench_results import all_threads, machine
 from pars_fast.benchmark import held_out_rows, read_length_files
 from pars_fast.bf16_products import with_linears
 from pars_fast.metrics import kendall_tau
@@ -70,7 +71,7 @@ def main() -> None:
     most = arguments.max_prompts_per_file
     held_out = [held_out_rows(file)[0][:most] for file in read_length_files(arguments.data)]
     prompts = [row.prompt for rows in held_out for row in rows]
-    rows = []
+    rows, made = [], machine(all_threads())
     for name in RANKERS:
         ranker = Ranker.from_pretrained(name, device="cpu")
         ids = ranker.encode(prompts)
@@ -86,7 +87,7 @@ def main() -> None:
                 "largest_error": round(float(np.abs(scores - exact).max()), 5),
             }
             print(row, flush=True)
-            rows.append(row)
+            rows.append({**row, **made})
     write_csv(arguments.csv, rows)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pars_fast.bench_results import all_threads, machine
 from pars_fast.benchmark import held_out_rows, read_length_files
 from pars_fast.data import CONSENSUS, LengthFile, log_lengths
 from pars_fast.integration.prompt_window import MAX_IDS, PromptWindow
@@ -119,11 +120,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     files = read_length_files(arguments.data)
-    rows = []
+    rows, made = [], machine(all_threads())
     for name in arguments.ranker:
         ranker = Ranker.from_pretrained(name, device="cpu")
         for row in measure(files, ranker, arguments.max_prompts_per_file):
-            rows.append({"ranker": name, **row})
+            rows.append({"ranker": name, "seed": SEED, **row, **made})
             print(rows[-1], flush=True)
     write_csv(arguments.csv, rows)
 

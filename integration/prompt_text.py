@@ -18,9 +18,11 @@ _SYSTEM, _USER, _ANSWER, _AGAIN = "qsystemq", "quserq", "qanswerq", "qagainq"
 
 
 class PromptText:
-    """Decodes with the served model's tokenizer.
+    """Decodes with the served model's tokenizer, a folder or a hub name, of this revision.
 
     Prompts that were made with another template keep what it added.
+
+    Raises: OSError, ValueError: if the tokenizer cannot be loaded.
     """
 
     def __init__(self, tokenizer: str, revision: str | None) -> None:

@@ -54,6 +54,12 @@ def percent(share: float | None) -> str:
     return DASH if share is None else f"{share * 100:.0f} %".replace("-", MINUS)
 
 
+def seconds(value: float | None, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{number(value * 1e3, digits)} ms" if abs(value) < 1 else f"{number(value, digits)} s"
+
+
 def as_float(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 

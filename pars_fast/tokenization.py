@@ -89,10 +89,8 @@ def encode(
 
 def _window(prompt: str, max_tokens: int, tail_tokens: int) -> str:
     """As much of the prompt's text as its window can hold."""
-    head_chars, tail_chars = (
-        (max_tokens - tail_tokens) * MAX_CHARS_PER_TOKEN,
-        tail_tokens * MAX_CHARS_PER_TOKEN,
-    )
+    head_chars = (max_tokens - tail_tokens) * MAX_CHARS_PER_TOKEN
+    tail_chars = tail_tokens * MAX_CHARS_PER_TOKEN
     if len(prompt) <= head_chars + tail_chars:
         return prompt
     return f"{prompt[:head_chars]} {prompt[-tail_chars:]}" if tail_tokens else prompt[:head_chars]
