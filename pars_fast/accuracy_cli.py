@@ -143,13 +143,15 @@ def _losses(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pars_fast.bench_results import all_threads, machine
     from pars_fast.loss_comparison import Comparison, compare_losses, standings
 
+    made = machine(all_threads())
     make_writable(arguments.csv.parent)
     training, exclude, measured = _length_files(arguments)
     comparison = Comparison(training, exclude, init=arguments.init, seeds=range(arguments.seeds))
     rows = compare_losses(comparison, measured, arguments.out, on_run=lambda name: print(name, flush=True))
-    write_csv(arguments.csv, rows)
+    write_csv(arguments.csv, [{**row, **made} for row in rows])
     names, losses = [file.name for file in measured], comparison.losses
     table = Table("file", *losses, title=f"Kendall tau-b, mean and 95 % interval of {arguments.seeds} seeds")
     for title, chosen in (*((name, [name]) for name in names), ("mean", names)):
@@ -176,8 +178,10 @@ def add_learning_curve(parser: argparse.ArgumentParser) -> None:
 
 
 def _learning_curve(arguments: argparse.Namespace) -> None:
+    from pars_fast.bench_results import all_threads, machine
     from pars_fast.learning_curve import learning_curve, print_curve
 
+    made = machine(all_threads())
     make_writable(arguments.csv.parent)
     training, exclude, measured = _length_files(arguments)
     rows = []
@@ -191,6 +195,6 @@ def _learning_curve(arguments: argparse.Namespace) -> None:
         layer_seeds=range(arguments.layer_seeds),
         on_run=lambda name: print(name, flush=True),
     ):
-        rows.append(row)
+        rows.append({**row, **made})
         write_csv(arguments.csv, rows)
     print_curve(rows)

@@ -55,6 +55,7 @@ _T = 2.365
 COMPARED = [name for name, policy in POLICIES.items()
             if name != "priority" and not issubclass(policy, SharingPolicy)]
 _POLICY_LOADS = (0.8, 1.0, 1.2)
+_POLICY_PIECES = 3  # of each trace, one behind the other, each with noise of its own
 _POLICY_COLUMNS = ("p99_latency_per_token_s", "mean_ttft_s", "p99_ttft_s", "mean_tpot_s", "p99_tpot_s",
                    "preemptions", "recomputed_tokens", "prefix_hit_tokens")
 _CLAIMING = ("fcfs", "pars", "ltr", "elis", "alise", "pars_fast")
@@ -257,17 +258,23 @@ def _agreement(study: Study) -> list[_Row]:
     return rows
 
 
-def _with_ltr_unguarded(policies: Sequence[str], loads: Sequence[float]) -> list[Case]:
+def _with_ltr_unguarded(policies: Sequence[str], loads: Sequence[float],
+                        seeds: Sequence[int] = (0,)) -> list[Case]:
     """Every policy under its own guard; LTR without it, too, since its paper has both."""
-    return grid(policies, None, loads, taus=[TAU]) + grid(["ltr"], [NoGuard()], loads, taus=[TAU])
+    return [case for names, guards in ((policies, None), (["ltr"], [NoGuard()]))
+            for case in grid(names, guards, loads, seeds=seeds, taus=[TAU])]
 
 
 def _policies(study: Study) -> list[_Row]:
-    """Every policy in the faithful simulator, all with the same noisy scores."""
-    cases = _with_ltr_unguarded(COMPARED, _POLICY_LOADS)
+    """Every policy in the faithful simulator, all with the same noisy scores.
+
+    On several pieces of each trace, of `study.requests` or what there is for each; its number is the seed.
+    """
+    cases = _with_ltr_unguarded(COMPARED, _POLICY_LOADS, range(_POLICY_PIECES))
     rows: list[_Row] = []
     for path in study.traces:
-        rows += _run(study, {0: _read(path, study.requests)}, cases, simulator="faithful")
+        most = None if study.requests is None else study.requests * _POLICY_PIECES
+        rows += _run(study, _pieces(_read(path, most), _POLICY_PIECES), cases, simulator="faithful")
     shown = [row | {"tau": TAU if POLICIES[row["policy"]].uses_ranker else None} for row in rows]
     return [_short(row, "load", "policy", "guard") | {name: row[name] for name in _POLICY_COLUMNS}
             for row in shown]

@@ -76,6 +76,19 @@ def test_simulators_are_compared_column_by_column(traces: Path, tmp_path: Path) 
     assert all(abs(row["error"]) < 0.05 for row in rows)
 
 
+def test_policies_are_compared_on_pieces_of_a_trace(traces: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm", reason="the faithful simulator drives vLLM's scheduler")
+    monkeypatch.setattr(study, "COMPARED", ["fcfs", "pars_fast"])
+    monkeypatch.setattr(study, "_POLICY_LOADS", (1.2,))
+    one = Study(find_traces(traces)[:1], tmp_path / "rows.jsonl", requests=40, workers=1)
+    rows = run_study("policies", one)
+    assert {row["seed"] for row in rows} == {0, 1, 2}
+    assert {row["requests"] for row in rows} == {40}
+    assert len({row["arrivals_sha256"] for row in rows}) == 3
+    assert len(rows) == 9  # ltr is there, too, without its guard
+
+
 def test_pairs_are_taken_by_piece() -> None:
     row = study._paired([1.0, 2.0, 3.0], [1.1, 2.1, 3.1])
     assert (row["fcfs"], row["change"], row["low"], row["high"]) == (2.0, 0.05, 0.05, 0.05)
