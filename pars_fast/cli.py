@@ -21,6 +21,7 @@ from pars_fast.simulation.cli import (
     add_study,
 )
 from pars_fast.simulation.fairness_cli import add_fairness
+from pars_fast.simulation.replay_cli import add_replay
 
 DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's own default
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add_live_check(
         commands.add_parser("live-check", help="compare the faithful simulator with a demo's real server")
     )
+    add_replay(commands.add_parser("replay", help="serve a trace by a real vLLM under each policy"))
     return parser
 
 

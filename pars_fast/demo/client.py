@@ -8,20 +8,30 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
 from pars_fast.demo.records import ServedRequest
-from pars_fast.demo.sample import SamplePrompt
 
 REQUEST_TIMEOUT_S = 300.0
 
 Progress = Callable[[], None]
+
+
+class Offered(Protocol):
+    """What is sent: text or token ids, and the length of its answer. `source` says where it is from."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def prompt(self) -> str | Sequence[int]: ...
+    @property
+    def output_tokens(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -39,17 +49,19 @@ class _Answer:
 
 
 def serve_arrivals(
-    url: str, model: str, sample: Sequence[SamplePrompt], arrivals: NDArray[np.float64], done: Progress
+    url: str, model: str, sample: Sequence[Offered], arrivals: NDArray[np.float64], done: Progress,
+    xargs: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[ServedRequest, ...]:
     """Send prompt i at `arrivals[i]` seconds from now, whatever became of the others (open loop).
 
-    `done` is called after each finished request. A request that fails is returned as not completed.
+    `done` is called after each finished request, `xargs[i]` goes as its `vllm_xargs`. A request that fails is
+    returned as not completed.
     """
-    return asyncio.run(_serve_arrivals(url, model, sample, arrivals, done))
+    return asyncio.run(_serve_arrivals(url, model, sample, arrivals, done, xargs or [{}] * len(sample)))
 
 
 def closed_loop_capacity(
-    url: str, model: str, sample: Iterable[SamplePrompt], clients: int, done: Progress
+    url: str, model: str, sample: Iterable[Offered], clients: int, done: Progress
 ) -> float:
     """Output tokens per second while `clients` clients each send their next prompt as one is answered.
 
@@ -59,7 +71,8 @@ def closed_loop_capacity(
 
 
 async def _serve_arrivals(
-    url: str, model: str, sample: Sequence[SamplePrompt], arrivals: NDArray[np.float64], done: Progress
+    url: str, model: str, sample: Sequence[Offered], arrivals: NDArray[np.float64], done: Progress,
+    xargs: Sequence[Mapping[str, Any]],
 ) -> tuple[ServedRequest, ...]:
     async with _session() as session:
         start = time.perf_counter() + 0.1
@@ -67,7 +80,7 @@ async def _serve_arrivals(
         async def serve(index: int) -> ServedRequest:
             due = float(arrivals[index])
             await asyncio.sleep(start + due - time.perf_counter())
-            answer = await _stream(session, url, model, sample[index])
+            answer = await _stream(session, url, model, sample[index], xargs[index])
             done()
             complete = answer.tokens == sample[index].output_tokens
             return ServedRequest(
@@ -85,7 +98,7 @@ async def _serve_arrivals(
 
 
 async def _closed_loop_capacity(
-    url: str, model: str, sample: Iterable[SamplePrompt], clients: int, done: Progress
+    url: str, model: str, sample: Iterable[Offered], clients: int, done: Progress
 ) -> float:
     prompts = iter(sample)
     tokens: list[tuple[float, int]] = []
@@ -96,7 +109,7 @@ async def _closed_loop_capacity(
             nonlocal last_sent
             for prompt in prompts:
                 last_sent = time.perf_counter()
-                tokens.extend((await _stream(session, url, model, prompt)).chunks)
+                tokens.extend((await _stream(session, url, model, prompt, {})).chunks)
                 done()
 
         await asyncio.gather(*(client() for _ in range(clients)))
@@ -109,7 +122,9 @@ def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S))
 
 
-async def _stream(session: aiohttp.ClientSession, url: str, model: str, prompt: SamplePrompt) -> _Answer:
+async def _stream(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: Offered, xargs: Mapping[str, Any]
+) -> _Answer:
     """What came back; of a request that failed, what came before."""
     body: dict[str, Any] = {
         "model": model,
@@ -119,6 +134,7 @@ async def _stream(session: aiohttp.ClientSession, url: str, model: str, prompt: 
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **({"vllm_xargs": xargs} if xargs else {}),
     }
     answer = _Answer()
     with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pars_fast import __version__
 from pars_fast.demo.arrivals import arrival_times, arrivals_hash
-from pars_fast.demo.client import closed_loop_capacity, serve_arrivals
+from pars_fast.demo.client import Offered, closed_loop_capacity, serve_arrivals
 from pars_fast.demo.display import Display
 from pars_fast.demo.model import MAX_MODEL_LEN, layers_for_this_machine, make_tiny_model
 from pars_fast.demo.records import Load, Run, gain_captured, mean_over_repeats, paired_ratio
@@ -129,13 +129,13 @@ def switchable_server(served: Served, ranker: str, folder: Path) -> Iterator[tup
         yield url, policy_file
 
 
-def warm_up(url: str, served: Served, sample: Sequence[SamplePrompt], display: Display) -> None:
+def warm_up(url: str, served: Served, sample: Sequence[Offered], display: Display) -> None:
     """Some requests whose times do not count."""
     with display.task("warm-up", WARM_UP_REQUESTS) as advance:
         closed_loop_capacity(url, served.model, sample[:WARM_UP_REQUESTS], MAX_NUM_SEQS, advance)
 
 
-def measure_capacity(url: str, served: Served, sample: Sequence[SamplePrompt], display: Display) -> float:
+def measure_capacity(url: str, served: Served, sample: Sequence[Offered], display: Display) -> float:
     """Output tokens per second of the sample in a closed loop, in arrival order: load 1."""
     with display.task("capacity (closed loop, fcfs)", len(sample)) as advance:
         return closed_loop_capacity(url, served.model, sample, CLOSED_LOOP_CLIENTS, advance)
@@ -180,14 +180,14 @@ def _stock_server(
 
 
 def serve_run(
-    url: str, served: Served, case: Run, prompts: Sequence[SamplePrompt], arrivals: NDArray[np.float64],
-    display: Display,
+    url: str, served: Served, case: Run, prompts: Sequence[Offered], arrivals: NDArray[np.float64],
+    display: Display, xargs: Sequence[Mapping[str, Any]] | None = None,
 ) -> Run:
-    """`case`, which names policy, load and repeat, with what became of its requests."""
+    """`case`, which names policy, load and repeat, with what became of its requests; as `serve_arrivals`."""
     before = read_metrics(url)
     description = f"load {case.load}, {case.policy}, repeat {case.repeat + 1}"
     with display.task(description, len(prompts)) as advance:
-        requests = serve_arrivals(url, served.model, prompts, arrivals, advance)
+        requests = serve_arrivals(url, served.model, prompts, arrivals, advance, xargs)
     after = read_metrics(url)
 
     def counted(name: str) -> float:

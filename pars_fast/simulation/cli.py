@@ -201,8 +201,8 @@ def _print_live_check(result: dict[str, Any]) -> None:
     from pars_fast.simulation.live_check import BASELINE, JUDGED
 
     ranked = [row for row in result["rows"] if row["policy"] != BASELINE]
-    _print_compared("Means, s", JUDGED, "", result["rows"], result["tolerance"])
-    _print_compared("Ratios to fcfs", JUDGED, "_ratio", ranked, result["tolerance"])
+    print_compared("Means, s", JUDGED, "", result["rows"], result["tolerance"])
+    print_compared("Ratios to fcfs", JUDGED, "_ratio", ranked, result["tolerance"])
     for column, judged in result["columns"].items():
         parts = (f"{judged[f'{kind}_within']} of {judged[f'{kind}_rows']} {kind}s within "
                  f"{result['tolerance']:.0%}, worst {_percent(judged[f'worst_{kind}_error'])}"
@@ -212,7 +212,7 @@ def _print_live_check(result: dict[str, Any]) -> None:
           f"{' and '.join(JUDGED)}")
 
 
-def _print_compared(title: str, columns: Sequence[str], suffix: str, rows: Sequence[dict[str, Any]],
+def print_compared(title: str, columns: Sequence[str], suffix: str, rows: Sequence[dict[str, Any]],
                     tolerance: float) -> None:
     """Live, simulated and error of each column; an error beyond the tolerance is marked."""
     from rich.table import Table

@@ -73,7 +73,7 @@ def live_check(
         served = simulate(workload, name, guard, engine, step_time,
                           ranker_delay_s=BATCH_DELAY_S if delay is None else delay)
         simulated.append(columns(workload, served))
-    rows = _compare(live, simulated)
+    rows = compare(live, simulated)
     summary = {column: _judge(rows, column) for column in COMPARED}
     agrees = all(summary[column][f"{kind}_within"] == summary[column][f"{kind}_rows"]
                  for column in JUDGED for kind in ("mean", "ratio"))
@@ -102,16 +102,20 @@ def _prompt_tokens(served: str, sample: Sequence[SamplePrompt]) -> list[int]:
         return [len(ids) for ids in tokenizer([prompt.prompt for prompt in sample])["input_ids"]]
 
 
-def _compare(
-    live: Sequence[Mapping[str, Any]], simulated: Sequence[Mapping[str, Any]]
+def compare(
+    live: Sequence[Mapping[str, Any]], simulated: Sequence[Mapping[str, Any]],
+    compared: Sequence[str] = COMPARED,
 ) -> list[dict[str, Any]]:
-    """A row for each load and policy of `live`, whose runs `simulated` has in the same order."""
+    """A row for each load and policy of `live`, whose runs `simulated` has in the same order.
+
+    Of each of the columns `compared` it has what `live_check` says of its rows.
+    """
     groups: dict[tuple[Any, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for real, model in zip(live, simulated, strict=True):
         groups.setdefault((real["load"], real["policy"]), []).append((real, model))
     means = {
         key: {column: tuple(_mean(run[side][column] for run in runs) for side in (0, 1))
-              for column in COMPARED}
+              for column in compared}
         for key, runs in groups.items()
     }
     rows = []

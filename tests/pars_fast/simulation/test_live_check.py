@@ -51,7 +51,7 @@ def as_if_served(cases: list[tuple[str, Any, int]], **given: Any) -> dict[str, A
         **given,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_compare", lambda live, simulated: [
+        patch.setattr(module, "compare", lambda live, simulated: [
             real.update({column: made[column] for column in COMPARED})
             for real, made in zip(live, simulated, strict=True)] and [])
         live_check(result, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)

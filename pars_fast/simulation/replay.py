@@ -1,0 +1,198 @@
+"""A trace served by a real server under each policy, and by the faithful simulator beside it.
+
+The words of the prompts are made up; all else is the trace's: times of arrival, stretched to a load, lengths,
+scores (sent as `pars_score`), and the application that a request belongs to (`pars_app`, `pars_app_type`).
+So an order can be tried on traffic of one's own, and those that share the engine among applications can be
+seen in a live engine.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pars_fast.bench_results import commit
+from pars_fast.demo.display import Display
+from pars_fast.demo.model import MAX_MODEL_LEN
+from pars_fast.demo.records import Run
+from pars_fast.demo.run import (
+    Served,
+    conditions,
+    measure_capacity,
+    rotated,
+    serve_run,
+    served_model,
+    switchable_server,
+    warm_up,
+)
+from pars_fast.demo.sample import load_sample
+from pars_fast.demo.scheduler_switch import parse_policy
+from pars_fast.errors import DataError
+from pars_fast.packaged import AUTO
+from pars_fast.policies import POLICIES
+from pars_fast.settings import Settings
+from pars_fast.simulation.columns import Served as Outcome
+from pars_fast.simulation.columns import columns
+from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.fairness import Applications
+from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.workload import Workload, at_load
+
+COMPLETION = ("mean_completion_s", "p99_completion_s")
+_WORDS = range(256, 512)  # ids that every vocabulary has and few special tokens are among
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What is served: a trace, at each load under each policy, so many times.
+
+    `demand` is a file of `pars-fast fairness demand`, for `justitia`.
+    Raises: DataError: if a request does not fit the served model, the policies need scores that the trace
+        lacks, or one is not for a live engine.
+    """
+
+    workload: Workload
+    policies: Sequence[str]
+    loads: Sequence[float]
+    repeats: int
+    demand: Path | None = None
+
+    def __post_init__(self) -> None:
+        tokens = self.workload.prompt_tokens + self.workload.output_tokens
+        if tokens.max() > MAX_MODEL_LEN:
+            raise DataError(f"{self.workload.name}: prompt and answer of request {int(tokens.argmax()) + 1} "
+                            f"are {tokens.max():,} tokens, the served model takes {MAX_MODEL_LEN:,}")
+        unscored = np.isnan(self.workload.expected_tokens).any()
+        for name in map(_name_of, self.policies):
+            if reason := POLICIES[name].not_live:
+                raise DataError(f"{name} is not for a live engine: {reason}")
+            if POLICIES[name].uses_ranker and unscored:
+                raise DataError(f"{self.workload.name}: {name} orders by scores, and not every request has "
+                                "one; give a column score, or noisy ones by --tau")
+
+
+@dataclass(frozen=True, slots=True)
+class TracePrompt:
+    """A prompt of made-up words."""
+
+    source: str
+    prompt: list[int]
+    output_tokens: int
+
+
+def replay(
+    plan: Replay, *, model: str | None, display: Display, on_row: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Serve every policy, load and repeat on one real server.
+
+    Args:
+        model: a model for vLLM to serve; None makes a tiny random one.
+        on_row: told each run as soon as it is done: `policy`, `load`, `repeat`, the columns of a simulation
+            and those of `COMPLETION`, None where the trace names no applications.
+
+    Returns: how it was measured, with the capacity (tokens/s in arrival order) that is load 1.
+    Raises: ServerError: if the server does not start.
+    """
+    workload, prompts = plan.workload, prompts_of(plan.workload)
+    with tempfile.TemporaryDirectory(prefix="pars-fast-replay-") as name:
+        served = _with_demand(served_model(model, Path(name), load_sample()), plan.demand)
+        display.say(f"starting vLLM with pars-fast, serving {served.description}")
+        with switchable_server(served, AUTO, Path(name)) as (url, policy_file):
+            warm_up(url, served, prompts, display)
+            capacity_tok_s = measure_capacity(url, served, prompts, display)
+            display.say(f"capacity {capacity_tok_s:.0f} tokens/s")
+            for repeat in range(plan.repeats):
+                for place, load in enumerate(plan.loads):
+                    offered = at_load(workload, load, capacity_tok_s)
+                    for policy in rotated(plan.policies, repeat + place):
+                        policy_file.write_text(policy)
+                        case = Run(policy, load, repeat, ())
+                        xargs = xargs_of(offered, POLICIES[_name_of(policy)].uses_ranker)
+                        run = serve_run(url, served, case, prompts, offered.arrival_s, display, xargs)
+                        on_row({"policy": policy, "load": load, "repeat": repeat,
+                                **_figures(offered, outcome_of(run))})
+    return {"workload": workload.name, "arrivals_sha256": workload.sha256(), "requests": len(workload),
+            "served_model": served.description, "capacity_tok_s": round(capacity_tok_s, 2),
+            "commit": commit(), **conditions()}
+
+
+def simulated(
+    plan: Replay, policy: str, load: float, capacity_tok_s: float, step_time: StepTime, engine: EngineSettings
+) -> dict[str, Any]:
+    """The figures that `replay` has of a run, from the faithful simulator; scores take no time."""
+    from pars_fast.simulation.faithful import simulate
+
+    name, guard = parse_policy(policy)
+    rules = Settings(policy=name, demand=plan.demand).make_policy()
+    offered = at_load(plan.workload, load, capacity_tok_s)
+    return _figures(offered, simulate(offered, rules, guard, engine, step_time))
+
+
+def prompts_of(workload: Workload) -> list[TracePrompt]:
+    """Prompts of the lengths of a trace, every one of other words, so that no prefix cache knows it."""
+    rng = np.random.default_rng(0)
+    return [
+        TracePrompt(workload.name, rng.integers(_WORDS.start, _WORDS.stop, prompt).tolist(), output)
+        for prompt, output in zip(
+            workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True
+        )
+    ]
+
+
+def xargs_of(workload: Workload, scored: bool) -> list[dict[str, Any]]:
+    """What each request says of itself: its application, and its score if the policy reads it."""
+    said: list[dict[str, Any]] = [{} for _ in range(len(workload))]
+    if workload.app is not None:
+        for request, app in zip(said, workload.app.tolist(), strict=True):
+            kind, slash, _ = app.partition("/")
+            request |= ({"pars_app": app} if app else {}) | ({"pars_app_type": kind} if slash else {})
+    if scored:
+        for request, score in zip(said, workload.expected_tokens.tolist(), strict=True):
+            request["pars_score"] = score
+    return said
+
+
+def outcome_of(run: Run) -> Outcome:
+    """A real run in the form of a simulated one. When a request was admitted, its client does not see."""
+    first, finished = (
+        np.array([value if request.completed and value is not None else math.nan
+                  for request in run.requests for value in (getattr(request, name),)])
+        for name in ("first_token_s", "finish_s")
+    )
+    admitted = np.full(len(run.requests), math.nan)
+    return Outcome(admitted, first, finished, run.preemptions, steps=0, refused=0)
+
+
+def _figures(workload: Workload, outcome: Outcome) -> dict[str, Any]:
+    row = columns(workload, outcome)
+    del row["steps"]  # which nobody counts on a live server
+    return {**row, **_completion(workload, outcome)}
+
+
+def _completion(workload: Workload, outcome: Outcome) -> dict[str, float | None]:
+    """How long applications took, from their first arrival to their last answer."""
+    if workload.app is None or not all(workload.app):
+        return dict.fromkeys(COMPLETION)
+    applications = Applications.of(workload)
+    took: NDArray[np.float64] = applications.finished_s(outcome) - applications.arrival_s
+    took = took[np.isfinite(took)]
+    if not len(took):
+        return dict.fromkeys(COMPLETION)
+    values = float(took.mean()), float(np.quantile(took, 0.99))
+    return {name: float(f"{value:.6g}") for name, value in zip(COMPLETION, values, strict=True)}
+
+
+def _with_demand(served: Served, demand: Path | None) -> Served:
+    variables: Mapping[str, str] = {"PARS_TRUST_CALLER": "1", "PARS_CALIBRATION": "0"}
+    if demand is not None:
+        variables = {**variables, "PARS_DEMAND": str(demand.resolve())}
+    return replace(served, environment={**served.environment, **variables})
+
+
+def _name_of(policy: str) -> str:
+    return parse_policy(policy)[0]

@@ -1,0 +1,104 @@
+"""`pars-fast replay`: heavy imports inside the command."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pars_fast.errors import ParsFastError, make_writable, require_extra
+from pars_fast.output import write_json
+
+if TYPE_CHECKING:
+    from pars_fast.simulation.replay import Replay
+
+_SHOWN = ("mean_e2e_s", "mean_latency_per_token_s", "mean_completion_s", "p99_completion_s")
+
+
+def add_replay(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    trace = "arrival_s,prompt_tokens,output_tokens[,score][,app], as of simulate"
+    add("--trace", type=Path, required=True, metavar="F", help=trace)
+    add("--requests", type=int, metavar="N", help="only the first N of the trace")
+    policies = "by comma; with a guard of its own as in pars_fast/none (%(default)s)"
+    add("--policies", default="fcfs,prompt_length,oracle", metavar="P,..", help=policies)
+    add("--load", default="1.2", metavar="X,..", help="offered over closed-loop tokens/s (%(default)s)")
+    add("--repeats", type=int, default=1, metavar="N", help="runs of each policy and load (%(default)s)")
+    add("--tau", type=float, metavar="T", help="noisy scores of this Kendall tau instead of the trace's own")
+    demand = "of justitia: file of `pars-fast fairness demand` (as PARS_DEMAND)"
+    add("--demand", type=Path, metavar="F", help=demand)
+    profile = "what `pars-fast profile --json F` wrote on this machine: simulate every run, too, and compare"
+    add("--profile", metavar="F", help=profile)
+    add("--model", help="model to serve; by default a tiny random one is made")
+    add("--json", type=Path, metavar="F", help="write all runs there, each as soon as it is done")
+    parser.set_defaults(run=_replay)
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for module, extra in (("vllm", "cpu"), ("numba", "simulate")):
+        require_extra(module, extra)
+    if arguments.json:
+        make_writable(arguments.json.parent)
+    from pars_fast.demo.display import Display
+    from pars_fast.simulation.replay import replay, simulated
+    from pars_fast.simulation.step_time import load_profile
+
+    plan = _plan(arguments)
+    profile = load_profile(arguments.profile) if arguments.profile else None
+    result: dict[str, Any] = {"runs": []}
+
+    def keep(row: dict[str, Any]) -> None:
+        result["runs"].append(row)
+        if arguments.json:
+            write_json(arguments.json, result)
+
+    with Display() as display:
+        result |= replay(plan, model=arguments.model, display=display, on_row=keep)
+    if profile is not None:
+        cases = {(row["policy"], row["load"]) for row in result["runs"]}
+        made = {case: simulated(plan, *case, result["capacity_tok_s"], *profile) for case in cases}
+        result["simulated"] = [{"policy": row["policy"], "load": row["load"],
+                                **made[row["policy"], row["load"]]} for row in result["runs"]]
+    if arguments.json:
+        write_json(arguments.json, result)
+    _print(result)
+
+
+def _plan(arguments: argparse.Namespace) -> "Replay":
+    import numpy as np
+
+    from pars_fast.demo.scheduler_switch import split_policies
+    from pars_fast.simulation.replay import Replay
+    from pars_fast.simulation.workload import read_trace, with_noisy_scores
+
+    try:
+        policies = split_policies(arguments.policies)
+        loads = [float(load) for load in arguments.load.split(",")]
+    except ValueError as error:
+        raise ParsFastError(str(error)) from None
+    if arguments.repeats < 1 or (arguments.requests is not None and arguments.requests < 1):
+        raise ParsFastError("--repeats and --requests must be at least 1")
+    workload = read_trace(arguments.trace)
+    if arguments.requests is not None:
+        workload = workload.take(np.arange(min(arguments.requests, len(workload))))
+    if arguments.tau is not None:
+        workload = with_noisy_scores(workload, arguments.tau, seed=0)
+    return Replay(workload, policies, loads, arguments.repeats, arguments.demand)
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    """Means over repeats and their ratios to arrival order, beside the simulated ones if there are any."""
+    from pars_fast.simulation.cli import print_compared
+    from pars_fast.simulation.live_check import BASELINE, TOLERANCE, compare
+
+    runs: Sequence[Mapping[str, Any]] = result["runs"]
+    shown = [name for name in _SHOWN if any(run[name] is not None for run in runs)]
+    beside = result.get("simulated", [dict.fromkeys(shown) for _ in runs])
+    rows = compare(runs, beside, shown)
+    ranked = [row for row in rows if row["policy"] != BASELINE]
+    print_compared("Means, s", shown, "", rows, TOLERANCE)
+    if len(ranked) < len(rows):
+        print_compared(f"Ratios to {BASELINE}", shown, "_ratio", ranked, TOLERANCE)
+    lost = sum(run["requests"] - run["completed"] for run in runs)
+    print(f"{lost} requests did not complete" if lost else "every request completed")

@@ -1,0 +1,113 @@
+"""A trace on a real server: what is sent, what is refused, and a whole run with applications."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="the faithful simulator is vLLM's scheduler")
+
+from pars_fast.cli import main
+from pars_fast.demo import run as demo_run
+from pars_fast.demo.records import Run, ServedRequest
+from pars_fast.errors import DataError
+from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.profile import Fit, Profile
+from pars_fast.simulation.replay import Replay, outcome_of, prompts_of, simulated, xargs_of
+from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.workload import Workload, make_workload
+
+STEP = StepTime(5e-3, 1e-5, 3e-4, 1e-8, "a test")
+ENGINE = EngineSettings(2, 8192, 100_000, 32, 8192)
+
+
+def workload(*apps: str, scores: list[float] | None = None) -> Workload:
+    """Requests half a second apart, one of each application given."""
+    count = len(apps)
+    return make_workload("made", np.arange(count) / 2, [9] * count, [20] * count, scores,
+                         list(apps) if any(apps) else None)
+
+
+def test_prompts_have_the_lengths_and_no_common_beginning() -> None:
+    prompts = prompts_of(make_workload("made", [0, 1], [40, 7], [3, 5]))
+    assert [len(prompt.prompt) for prompt in prompts] == [40, 7]
+    assert [prompt.output_tokens for prompt in prompts] == [3, 5]
+    assert prompts[0].prompt[:7] != prompts[1].prompt
+
+
+def test_a_request_says_whose_it_is_and_its_score_where_it_is_read() -> None:
+    made = workload("chat/1", "17", "", scores=[5.0, 6.0, 7.0])
+    assert xargs_of(made, scored=False) == [{"pars_app": "chat/1", "pars_app_type": "chat"},
+                                            {"pars_app": "17"}, {}]
+    assert [said["pars_score"] for said in xargs_of(made, scored=True)] == [5.0, 6.0, 7.0]
+    assert xargs_of(workload("", ""), scored=False) == [{}, {}]
+
+
+def test_what_did_not_complete_has_no_times() -> None:
+    whole = ServedRequest(0, "made", 9, 20, 20, arrival_s=0.0, first_token_s=1.0, finish_s=2.0)
+    cut = ServedRequest(1, "made", 9, 20, 3, arrival_s=0.5, first_token_s=1.0, finish_s=None)
+    outcome = outcome_of(Run("fcfs", 1.2, 0, (whole, cut), preemptions=4))
+    assert outcome.preemptions == 4
+    assert (outcome.first_token_s[0], outcome.finished_s[0]) == (1.0, 2.0)
+    assert np.isnan([outcome.first_token_s[1], outcome.finished_s[1]]).all()
+
+
+@pytest.mark.parametrize(
+    ("made", "policy", "message"),
+    [
+        (make_workload("made", [0, 1], [9, 9000], [3, 5]), "fcfs", "answer of request 2 are 9,005 tokens"),
+        (workload("", ""), "pars_fast/none", "pars_fast orders by scores.* --tau"),
+        (workload("", "", scores=[1.0, 2.0]), "perception_only", "perception_only is not for a live engine"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(made: Workload, policy: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Replay(made, ["fcfs", policy], [1.2], 1)
+
+
+def test_the_simulator_finishes_applications_as_a_policy_has_it() -> None:
+    """Ten requests of one application at once, then one of another: sharing serves that one early."""
+    apps = ["a/1"] * 10 + ["b/2", "c/3"]
+    made = make_workload("made", [*[0.0] * 10, 0.1, 0.2], [9] * 12, [20] * 12, app=apps)
+    plan = Replay(made, ["fcfs", "vtc"], [5.0], 1)
+    fcfs, vtc = (simulated(plan, policy, 5.0, 100.0, STEP, ENGINE) for policy in plan.policies)
+    assert vtc["mean_completion_s"] < fcfs["mean_completion_s"]
+    assert vtc["completed"] == fcfs["completed"] == 12
+
+
+def test_a_real_server_shares_itself_among_applications(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two heavy applications are there when small ones come: under justitia these are done sooner."""
+    monkeypatch.setattr(demo_run, "layers_for_this_machine", lambda: 1)
+    rows = [f"0,20,40,heavy/{i // 30}" for i in range(60)] + [f"0.1,20,40,light/{i}" for i in range(5)]
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens,app\n" + "\n".join([*rows, "1,20,40,light/9"]))
+    profile = Profile(STEP, ENGINE, Fit(1000, 0.01, 1e-3, 5e-4, 0.03, 0.98), "tiny", "CPU")
+    (tmp_path / "profile.json").write_text(json.dumps(profile.to_json()))
+    out = tmp_path / "out.json"
+    options = ["--policies", "fcfs,justitia,pars_fast", "--load", "3", "--tau", "0.5", "--json", str(out)]
+    assert main(["replay", "--trace", str(trace), "--profile", str(tmp_path / "profile.json"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "every request completed" in printed
+    assert "Ratios to fcfs" in printed
+    result = json.loads(out.read_text())
+    completion_s = {run["policy"]: run["mean_completion_s"] for run in result["runs"]}
+    assert {run["completed"] for run in result["runs"]} == {66}
+    assert completion_s["justitia"] < completion_s["fcfs"]
+    assert completion_s["pars_fast"] > 0
+    assert [run["policy"] for run in result["simulated"]] == [run["policy"] for run in result["runs"]]
+    assert result["capacity_tok_s"] > 0
+
+
+def test_bad_options_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,9,9\n")
+    for options, message in (
+        (["--policies", "fastest"], "a policy is one of"),
+        (["--load", "x"], "could not"),
+        (["--repeats", "0"], "must be at least 1"),
+    ):
+        assert main(["replay", "--trace", str(trace), *options]) == 2
+        assert message in capsys.readouterr().err
