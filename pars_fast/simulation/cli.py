@@ -208,6 +208,7 @@ def _print_live_check(result: dict[str, Any]) -> None:
                  f"{result['tolerance']:.0%}, worst {_percent(judged[f'worst_{kind}_error'])}"
                  for kind in ("mean", "ratio"))
         print(f"{column}: {'; '.join(parts)}")
+    print(f"step times are the profile's times {result['step_time_factor']:.3f}, from the measured capacity")
     print(f"the simulator {'agrees' if result['agrees'] else 'does not agree'} with the server on "
           f"{' and '.join(JUDGED)}")
 

@@ -2,12 +2,16 @@
 
 `pars-fast demo` and `pars-fast load` name capacity and seed in their JSON, and the arrivals follow from them,
 so the same requests arrive at the same times. The engine and its step time are this machine's (`pars-fast
-profile`), and the ranker's delay is the one that the server measured in each run.
+profile`), and the ranker's delay is the one that the server measured in each run. A machine does not have the
+same speed all day, and at the edge of saturation a few per cent of it decide whether there is a queue at all:
+so all times of the profile are stretched by one factor, which gives the simulated engine the capacity that
+the server was measured to have, and load 1 the same meaning in both.
 """
 
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,13 @@ from transformers import AutoTokenizer
 
 from pars_fast.demo.arrivals import LOADS, arrivals_hash, traffic
 from pars_fast.demo.model import TINY
-from pars_fast.demo.run import expected_tokens, served_model
+from pars_fast.demo.records import throughput_until
+from pars_fast.demo.run import CLOSED_LOOP_CLIENTS, expected_tokens, served_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import parse_policy
 from pars_fast.errors import DataError
+from pars_fast.guards import NoGuard
+from pars_fast.simulation import fast
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.faithful import simulate
@@ -48,7 +55,8 @@ def live_check(
         `COMPARED`, the live and the simulated mean over the repeats (`live_`, `simulated_`), the error of
         the latter as a ratio less 1, both ratios to `fcfs` (`_ratio`) and the error of the simulated one.
         `columns` has, by column, the largest error of a mean and of a ratio and how many rows are within
-        `TOLERANCE`. `agrees` says whether all rows of the `JUDGED` columns are, in both.
+        `TOLERANCE`. `agrees` says whether all rows of the `JUDGED` columns are, in both. `step_time_factor`
+        is what the profile's times were multiplied by.
     Raises: DataError: if the figures do not belong to the shipped sample.
     """
     sample = load_sample()
@@ -61,6 +69,10 @@ def live_check(
                              _prompt_tokens(result["served_model"], sample), strict=True))
     expected = dict(zip(prompt_tokens, expected_tokens(ranker, sample), strict=True))
     live = [row for row in result["runs"] if not row["stock"]]
+    closed_loop = make_workload("closed loop", np.zeros(len(sample)), list(prompt_tokens.values()),
+                                [prompt.output_tokens for prompt in sample])
+    factor = step_time_factor(closed_loop, engine, step_time, result["capacity_tok_s"])
+    step_time = step_time.scaled(factor)
     simulated = []
     for row in live:
         seed = result["seed"] + row["repeat"]
@@ -77,7 +89,25 @@ def live_check(
     summary = {column: _judge(rows, column) for column in COMPARED}
     agrees = all(summary[column][f"{kind}_within"] == summary[column][f"{kind}_rows"]
                  for column in JUDGED for kind in ("mean", "ratio"))
-    return {"rows": rows, "columns": summary, "tolerance": TOLERANCE, "agrees": agrees}
+    return {"rows": rows, "columns": summary, "tolerance": TOLERANCE, "agrees": agrees,
+            "step_time_factor": round(factor, 4)}
+
+
+def step_time_factor(
+    offered: Workload, engine: EngineSettings, step_time: StepTime, capacity_tok_s: float
+) -> float:
+    """What a step's time is to be multiplied by, for a closed loop to show the capacity that a server had.
+
+    Both count the tokens of `CLOSED_LOOP_CLIENTS` clients up to the last prompt that is sent, which is when
+    all but so many are answered. The clients are more than the seats, so the order of arrival, which is all
+    that is read of `offered`, is that of a queue which has them all from the start.
+    """
+    waiting = replace(offered, arrival_s=np.zeros(len(offered)))
+    served = fast.simulate(waiting, BASELINE, NoGuard(), engine, step_time)
+    last_sent_s = float(np.sort(served.finished_s)[max(0, len(offered) - CLOSED_LOOP_CLIENTS - 1)])
+    simulated = throughput_until(served.first_token_s, served.finished_s, offered.output_tokens, last_sent_s)
+    assert simulated is not None
+    return simulated / capacity_tok_s
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from pars_fast.simulation.columns import Served as Outcome
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fairness import Applications
+from pars_fast.simulation.live_check import step_time_factor
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.workload import Workload, at_load
 
@@ -124,12 +125,16 @@ def replay(
 def simulated(
     plan: Replay, policy: str, load: float, capacity_tok_s: float, step_time: StepTime, engine: EngineSettings
 ) -> dict[str, Any]:
-    """The figures that `replay` has of a run, from the faithful simulator; scores take no time."""
+    """The figures that `replay` has of a run, from the faithful simulator at the speed that the server had.
+
+    Scores take no time, since they come with the request.
+    """
     from pars_fast.simulation.faithful import simulate
 
     name, guard = parse_policy(policy)
     rules = Settings(policy=name, demand=plan.demand).make_policy()
     offered = at_load(plan.workload, load, capacity_tok_s)
+    step_time = step_time.scaled(step_time_factor(offered, engine, step_time, capacity_tok_s))
     return _figures(offered, simulate(offered, rules, guard, engine, step_time))
 
 
