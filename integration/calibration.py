@@ -1,17 +1,19 @@
 """Ranking is switched off while the ranker does not order what is served, and its scale is kept right.
 
-All of it but `in_tokens` and `wants` runs in the background thread, to which `Learning` hands scores and
-endings. `docs/operations.md` says what is concluded from them.
+All of it but `in_tokens`, `wants` and what they read runs in the background thread, to which `Learning` hands
+scores and endings. `docs/operations.md` says what is concluded from them.
 """
 
 import hashlib
 import logging
 from collections import deque
+from collections.abc import Hashable, Mapping
 
 # Used by the fit: imported by the background thread, half a second of Python would delay the steps meanwhile.
 import scipy.optimize  # noqa: F401
 from vllm.v1.request import Request, RequestStatus
 
+from pars_fast.application_factors import fit_application_factors
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.live_calibration import (
     COHORT_SIZE,
@@ -78,6 +80,7 @@ class LiveCalibration:
         self._recent: deque[list[Observation]] = deque(maxlen=WINDOW_COHORTS)
         self._served: deque[Observation] = deque(maxlen=SCALE_WINDOW)
         self._scale = TokenScale()
+        self._factors: Mapping[Hashable, float] = {}  # by application; replaced, never changed
 
     def wants(self, entry: Entry) -> bool:
         """Whether a waiting request is to be scored."""
@@ -86,18 +89,26 @@ class LiveCalibration:
     @property
     def scaled(self) -> bool:
         """Whether `in_tokens` changes anything."""
-        return bool(self._scale.expected)
+        return bool(self._scale.expected or self._factors)
 
-    def in_tokens(self, expected_tokens: float) -> float:
-        """What the ranker expects in tokens of the served model; on the scheduling thread."""
-        return self._scale(max(expected_tokens, 1.0))
+    @property
+    def reorders(self) -> bool:
+        """Whether `in_tokens` changes the order, too."""
+        return bool(self._factors)
+
+    def in_tokens(self, entry: Entry, expected_tokens: float) -> float:
+        """What the ranker expects of a request, in tokens of the served model and for its application; on the
+        scheduling thread."""
+        return self._scale(max(expected_tokens, 1.0) * self._factors.get(entry.application, 1.0))
 
     def scored(self, entry: Entry, expected_tokens: float) -> None:
         """Take in a score, as the ranker gave it; in the background thread, as all that follows."""
         if not self._enabled:
             return
         request = entry.payload
-        self._cohorts.add(entry.seq, max(expected_tokens, 1.0), request)
+        factor = self._factors.get(entry.application, 1.0)
+        scored = Observation(max(expected_tokens, 1.0), request, entry.application, factor)
+        self._cohorts.add(entry.seq, scored)
         if request.is_finished():  # before its score came: left out, it would be missed among the short
             self.finished(entry, ending_of(request))
 
@@ -120,6 +131,8 @@ class LiveCalibration:
             self._switch(False, tau)
         elif not self.ranking and tau.low > self._min_tau:
             self._switch(True, tau)
+        self._factors = fit_application_factors(self._served)
+        self._counters["pars_applications"] = len(self._factors)
         if not 1 / MAX_BIAS < bias(self._scale, self._served) < MAX_BIAS:
             self._scale = fit_token_scale(self._served) or self._scale
 

@@ -33,6 +33,7 @@ METRICS: tuple[tuple[str, str, str], ...] = (
     ("pars_kendall_tau", "gauge", "Kendall's tau-b of scores and answer lengths, NaN until known"),
     ("pars_kendall_tau_low", "gauge", "Lower end of the 95 % interval of pars_kendall_tau"),
     ("pars_kendall_tau_high", "gauge", "Upper end of the 95 % interval of pars_kendall_tau"),
+    ("pars_applications", "gauge", "Applications whose expected tokens are corrected by their answers"),
     ("pars_step_overhead_us_p50", "gauge", "Median time that ranking adds to a scheduling step, in us"),
 )
 NAMES = tuple(name for name, _, _ in METRICS)

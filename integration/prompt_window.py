@@ -6,7 +6,8 @@ system prompt, that would fill its window, and even a short one drowns what diff
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 MAX_IDS = 512  # of a prompt; one of 100k tokens costs no more than its two ends
 SHORT_BEGINNING = 32  # ids; an instruction of so many is left, it tells one kind of prompt from another
@@ -15,6 +16,16 @@ _CHUNK = 16  # ids compared at a time
 _RECENT, _LEAST_SHARING = 8, 2  # of the last eight that begin alike half must share it, and two at least
 _MAX_APPLICATIONS = 16
 _MAX_SHARED_IDS = 8192
+
+
+class Seen(NamedTuple):
+    """What the ranker gets of a prompt, and what stands for the beginning that is left out; None: for none.
+
+    It is the same for prompts of one application but for a few of them, whose words happen to agree, too.
+    """
+
+    ids: list[int]
+    application: Hashable
 
 
 class PromptWindow:
@@ -30,13 +41,19 @@ class PromptWindow:
     def __call__(self, ids: Sequence[int]) -> list[int]:
         """At most `MAX_IDS` ids: a prompt without a shared beginning longer than `SHORT_BEGINNING`, and of
         what is still too long both ends."""
+        return self.cut(ids).ids
+
+    def cut(self, ids: Sequence[int]) -> Seen:
+        """The same, and whose it is."""
         start = min(self._shared(ids), len(ids) - LEAST_IDS)
         if start <= SHORT_BEGINNING:
             start = 0
+        # In chunks, since the first words of what differs are sometimes the same.
+        application = hash(tuple(ids[: start // _CHUNK * _CHUNK])) if start else None
         if len(ids) - start <= MAX_IDS:
-            return list(ids[start:])
+            return Seen(list(ids[start:]), application)
         half = MAX_IDS // 2
-        return [*ids[start : start + half], *ids[-half:]]
+        return Seen([*ids[start : start + half], *ids[-half:]], application)
 
     def _shared(self, ids: Sequence[int]) -> int:
         """How many of its first ids this one has in common with half of the recent ones that begin alike."""

@@ -183,7 +183,7 @@ class RankingLoop:
                     self._queue.finished.append(seq)
                 if entry.expected_tokens is None:  # what is learnt is of first predictions
                     self._learning.scored(entry, expected_tokens)
-                self._queue.set_expected_tokens(entry, self._calibration.in_tokens(expected_tokens))
+                self._queue.set_expected_tokens(entry, self._calibration.in_tokens(entry, expected_tokens))
                 self._counters["pars_scored"] += 1
                 self._score_latency.observe(self._heard_at - handed_over_at)
             else:
@@ -207,7 +207,9 @@ class RankingLoop:
 
     def _device_order_holds(self) -> bool:
         """Its keys are of tokens as the ranker has them: on another scale only an order by the answer alone
-        stays the same."""
+        stays the same, and none where applications differ."""
+        if self._calibration.reorders:
+            return False
         return not self._calibration.scaled or prompt_work(type(self._queue.index.policy)) == 0
 
     def _order(self) -> None:
@@ -219,4 +221,6 @@ class RankingLoop:
     def _prompt(self, entry: Entry, made: Sequence[int] = ()) -> Prompt:
         """What the ranker gets of a request, with the answer so far of one that runs."""
         request = entry.payload
-        return Prompt(entry.seq, [*self._window(request.prompt_token_ids), *made], request.num_prompt_tokens)
+        seen = self._window.cut(request.prompt_token_ids)
+        entry.application = seen.application
+        return Prompt(entry.seq, [*seen.ids, *made], request.num_prompt_tokens)

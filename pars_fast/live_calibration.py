@@ -12,7 +12,7 @@ what was made. Tau counts the pairs whose order is known all the same (Brown, Ho
 import enum
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,12 +44,20 @@ class Answer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Observation:
-    """One scored request: the tokens that the ranker expected, and what came of it."""
+    """One scored request: the tokens that the ranker expected, what they were multiplied by for its
+    `application`, and what came of it."""
 
     expected_tokens: float
     answer: Answer | None
+    application: Hashable = None
+    factor: float = 1.0
     output_tokens: int = 0
     ending: Ending = Ending.CUT
+
+    @property
+    def ordered_by(self) -> float:
+        """The tokens that were expected of it in the end."""
+        return self.expected_tokens * self.factor
 
     def end(self, ending: Ending) -> None:
         if self.answer is not None:
@@ -72,13 +80,13 @@ class ArrivalCohorts:
         self._filling = _Cohort()
         self._of: dict[int, _Cohort] = {}  # by seq
 
-    def add(self, seq: int, expected_tokens: float, answer: Answer) -> None:
+    def add(self, seq: int, scored: Observation) -> None:
         """A request was scored."""
         if len(self._of) >= MAX_OPEN:
             return
         if len(self._filling.members) == self._size:
             self._filling = _Cohort()
-        self._filling.members[seq] = Observation(expected_tokens, answer)
+        self._filling.members[seq] = scored
         self._of[seq] = self._filling
 
     def end(self, seq: int, ending: Ending) -> list[Observation] | None:
@@ -134,7 +142,7 @@ def censored_tau(scores: ArrayLike, lengths: ArrayLike, complete: ArrayLike) -> 
 def tau_of(observations: Sequence[Observation]) -> TauInterval:
     """`censored_tau` of what was expected and what came."""
     return censored_tau(
-        [o.expected_tokens for o in observations],
+        [o.ordered_by for o in observations],
         [o.output_tokens for o in observations],
         [o.ending is Ending.COMPLETE for o in observations],
     )
@@ -183,12 +191,12 @@ def fit_token_scale(observations: Sequence[Observation]) -> TokenScale | None:
     served = [o for o in observations if o.ending is not Ending.CUT and o.output_tokens > 0]
     if len(served) < COHORT_SIZE:
         return None
-    fit = fit_token_map([o.expected_tokens for o in served], [o.output_tokens for o in served])
+    fit = fit_token_map([o.ordered_by for o in served], [o.output_tokens for o in served])
     return TokenScale(fit.scores, fit.tokens)
 
 
 def bias(scale: TokenScale, observations: Sequence[Observation]) -> float:
     """Tokens served over tokens that `scale` expected, in sum; 1 if it is right, or nothing is known."""
     served = [o for o in observations if o.ending is not Ending.CUT and o.output_tokens > 0]
-    expected = float(scale.each([o.expected_tokens for o in served]).sum())
+    expected = float(scale.each([o.ordered_by for o in served]).sum())
     return sum(o.output_tokens for o in served) / expected if expected else 1.0

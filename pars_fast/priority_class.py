@@ -5,6 +5,7 @@ them done when a plan is asked for, in two calls.
 """
 
 from array import array
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,7 +46,8 @@ class Entry:
     `expected_tokens` and `key` are None until a score comes. `charged_to` is the class that knows of its
     admission, None while it has not been admitted, and `charged_tokens` what that cost the requests it
     passed, if the guard counts tokens. Stamps are monotonic seconds. `waiting` is the queue's to write.
-    `predictions` counts those that were made anew while it ran.
+    `predictions` counts those that were made anew while it ran, `application` stands for what its prompt
+    begins with like others (`PromptWindow`).
     """
 
     seq: int
@@ -60,6 +62,7 @@ class Entry:
     charged_tokens: float = 0.0
     charged_to: "PriorityClass | None" = None
     predictions: int = 0
+    application: Hashable = None
     waiting: bool = False
 
 

@@ -101,7 +101,7 @@ def replay(
     """
     workload, prompts = plan.workload, prompts_of(plan.workload)
     with tempfile.TemporaryDirectory(prefix="pars-fast-replay-") as name:
-        served = _with_demand(served_model(model, Path(name), load_sample()), plan.demand)
+        served = _with_settings(served_model(model, Path(name), load_sample()), plan.demand)
         display.say(f"starting vLLM with pars-fast, serving {served.description}")
         with switchable_server(served, AUTO, Path(name)) as (url, policy_file):
             warm_up(url, served, prompts, display)
@@ -192,7 +192,7 @@ def _completion(workload: Workload, outcome: Outcome) -> dict[str, float | None]
     return {name: float(f"{value:.6g}") for name, value in zip(COMPLETION, values, strict=True)}
 
 
-def _with_demand(served: Served, demand: Path | None) -> Served:
+def _with_settings(served: Served, demand: Path | None) -> Served:
     variables: Mapping[str, str] = {"PARS_TRUST_CALLER": "1", "PARS_CALIBRATION": "0"}
     if demand is not None:
         variables = {**variables, "PARS_DEMAND": str(demand.resolve())}

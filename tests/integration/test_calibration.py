@@ -22,19 +22,24 @@ from tests.integration.test_scheduler import Engine
 
 
 class Server:
-    """A saturated engine: 20 requests wait before every step; `lengths` by order of arrival."""
+    """A saturated engine: 20 requests wait before every step; `lengths` by order of arrival.
+
+    `fields_of` gives more of a request by the length of its answer.
+    """
 
     def __init__(self, engine: Engine, make_request: Callable[..., Request]) -> None:
         self.engine, self.make_request = engine, make_request
         self.rng = random.Random(3)
         self.lengths: list[int] = []
         self.values = engine.scheduler._counters.values
+        self.fields_of: Callable[[int], dict[str, Any]] = lambda length: {}
 
     def serve_until(self, done: Callable[[], bool], max_steps: int = 30_000) -> None:
         for _ in range(max_steps):
             while len(self.engine.scheduler.waiting) < 20:
                 self.lengths.append(self.rng.choice((1, 2, 4, 8, 16)))
-                self.engine.add([self.make_request(str(len(self.lengths) - 1), max_tokens=self.lengths[-1])])
+                name, length = str(len(self.lengths) - 1), self.lengths[-1]
+                self.engine.add([self.make_request(name, max_tokens=length, **self.fields_of(length))])
             self.engine.step()
             self.engine.scheduler._background.drain(10.0)  # else a fast test outruns the thread
             if done():
@@ -100,6 +105,25 @@ def test_expected_tokens_follow_a_model_that_talks_more(server: Server, fake_run
     }
     assert expected
     assert all(0.5 * length <= tokens <= 5 + 2 * length for tokens, length in expected.items())
+
+
+def test_applications_whose_answers_differ_are_told_apart(server: Server, fake_runtime: Any) -> None:
+    """Behind one system prompt answers are short, behind another long; the ranker, which gets neither,
+    expects the same of all."""
+    rng = random.Random(5)
+    short, long = list(range(100, 148)), list(range(200, 264))
+
+    def of_an_application(length: int) -> dict[str, Any]:
+        return {"prompt_token_ids": [*(short if length <= 2 else long), *rng.choices(range(300, 900), k=20)]}
+
+    server.fields_of = of_an_application
+    fake_runtime.answer = lambda prompt: 10.0
+    server.serve_until(lambda: server.values["pars_kendall_tau_low"] > 0.5)
+    expected: dict[bool, set[float]] = {True: set(), False: set()}
+    for entry in server.engine.scheduler.waiting.entries.values():
+        if entry.expected_tokens is not None and entry.seq > len(server.lengths) - 15:
+            expected[server.lengths[entry.seq] <= 2].add(entry.expected_tokens)
+    assert max(expected[True]) < min(expected[False])
 
 
 def test_without_calibration_nobody_looks(

@@ -36,6 +36,17 @@ def test_a_system_prompt_is_left_out_once_two_others_have_had_it(own: int) -> No
     assert [window(prompt) for prompt in prompts[2:]] == [prompt[200:] for prompt in prompts[2:]]
 
 
+def test_what_is_left_out_stands_for_the_application() -> None:
+    window = PromptWindow()
+    systems = [SYSTEM[:200], OTHER_SYSTEM] * 6
+    seen = [window.cut([*system, *fresh(60, seed)]) for seed, system in enumerate(systems)]
+    assert {each.application for each in seen[:4]} == {None}
+    one, other = ({each.application for each in seen[first::2]} for first in (4, 5))
+    assert len(one) == len(other) == 1
+    assert one != other
+    assert window.cut(fresh(60, 99)).application is None
+
+
 def test_a_short_beginning_stays() -> None:
     window = PromptWindow()
     prompts = [[*SYSTEM[:SHORT_BEGINNING], *fresh(60, seed)] for seed in range(4)]

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from typing import Any
 
@@ -506,6 +506,22 @@ def test_a_device_order_of_prompts_and_answers_is_dropped_on_another_scale(
     bench.runtime.device_order = [1, 0]
     for scale, kept in ((TokenScale(), True), (TokenScale((1.0, 2.0), (3.0, 9.0)), holds)):
         bench.calibration._scale = scale
+        bench.add(2)
+        bench.step()
+        bench.step()
+        assert index._hint.tolist() == ([1, 0] if kept else [])
+
+
+@pytest.mark.parametrize("policy", ["pars", "pars_fast"])
+def test_a_device_order_is_dropped_where_applications_differ(bench: Bench, policy: str) -> None:
+    index = bench.queue.index
+    assert isinstance(index, HostIndex)
+    index.set_policy(POLICIES[policy]())
+    bench.runtime.answer = lambda prompt: 10.0
+    bench.runtime.device_order = [1, 0]
+    apart: dict[Hashable, float] = {None: 0.5, 7: 2.0}
+    for factors, kept in (({}, True), (apart, False)):
+        bench.calibration._factors = factors
         bench.add(2)
         bench.step()
         bench.step()

@@ -86,7 +86,7 @@ def test_a_cohort_is_consecutive_and_waits_for_its_long_answers() -> None:
     cohorts = ArrivalCohorts(size=20)
     answers = [Answer() for _ in range(60)]
     for seq, answer in enumerate(answers):
-        cohorts.add(seq, float(seq), answer)
+        cohorts.add(seq, Observation(float(seq), answer))
     for seq in range(20, 60):  # those that came later end first: a running figure would take them
         answers[seq].num_output_tokens = seq
         ready = cohorts.end(seq, Ending.COMPLETE)
@@ -112,7 +112,7 @@ def test_endings_of_unscored_requests_are_passed_over() -> None:
 def test_what_is_followed_at_once_is_bounded() -> None:
     cohorts = ArrivalCohorts()
     for seq in range(2 * MAX_OPEN):
-        cohorts.add(seq, 1.0, Answer())
+        cohorts.add(seq, Observation(1.0, Answer()))
     assert len(cohorts._of) == MAX_OPEN
 
 

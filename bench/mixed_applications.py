@@ -1,0 +1,130 @@
+"""What a server that learns how long each application's answers are adds to a ranker's order.
+
+    python -m bench.mixed_applications --data DIR [--ranker default small] [--csv F]
+
+Every file is an application, with the answers of one of its models, and their held-out prompts come in random
+order. After every `COHORT_SIZE` requests the factors are fitted to what has ended, as in the serving path, of
+which the newest cohort never has. Beside it the order by the applications' factors alone, the same for all
+prompts of one. `system_prompt` is one file with a model's answers to its prompts as they are, and behind a
+system prompt that asks for thinking step by step: two applications whose prompts do not differ.
+"""
+
+import argparse
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pars_fast.application_factors import fit_application_factors
+from pars_fast.bench_results import all_threads, machine
+from pars_fast.benchmark import held_out_rows, read_length_files
+from pars_fast.data import LengthFile
+from pars_fast.integration.calibration import SCALE_WINDOW
+from pars_fast.live_calibration import COHORT_SIZE, Ending, Observation
+from pars_fast.metrics import kendall_tau
+from pars_fast.output import write_csv
+from pars_fast.ranker import Ranker
+
+RESULTS = Path(__file__).parent / "results" / "mixed_applications.csv"
+REQUESTS = 3000
+SEEDS = range(5)
+WITH_SYSTEM_PROMPT = "-sys"  # columns of farel_reasoning
+
+
+class Served(NamedTuple):
+    """(n,) each, in order of arrival."""
+
+    expected_tokens: NDArray[np.float64]
+    output_tokens: NDArray[np.float64]
+    application: NDArray[np.int64]
+
+
+Application = Sequence[tuple[float, int]]  # expected and real tokens of its requests
+
+
+def mixed(applications: Sequence[Application], seed: int) -> Served:
+    """Requests of applications in equal shares."""
+    rng = np.random.default_rng(seed)
+    which = rng.integers(len(applications), size=REQUESTS)
+    drawn = [applications[i][int(rng.integers(len(applications[i])))] for i in which.tolist()]
+    expected, real = zip(*drawn, strict=True)
+    return Served(np.array(expected), np.array(real, dtype=np.float64), which)
+
+
+def learnt_factors(served: Served) -> NDArray[np.float64]:
+    """(n,) what each request's expected tokens are multiplied by, from those that ended before it came."""
+    window: deque[Observation] = deque(maxlen=SCALE_WINDOW)
+    under_way: list[Observation] = []
+    factors = np.ones(len(served.expected_tokens))
+    for start in range(0, len(factors), COHORT_SIZE):
+        known = fit_application_factors(window)
+        window.extend(under_way)
+        cohort = slice(start, start + COHORT_SIZE)
+        factors[cohort] = [known.get(application, 1.0) for application in served.application[cohort].tolist()]
+        under_way = [
+            Observation(expected, None, application, output_tokens=int(tokens), ending=Ending.COMPLETE)
+            for expected, tokens, application in zip(*(each[cohort].tolist() for each in served), strict=True)
+        ]
+    return factors
+
+
+def taus(served: Served) -> dict[str, float]:
+    """tau-b over all requests that came after the first window was full."""
+    late = slice(SCALE_WINDOW + COHORT_SIZE, None)
+    alone = Served(np.full_like(served.expected_tokens, 100.0), served.output_tokens, served.application)
+    orders = {
+        "ranker": served.expected_tokens,
+        "ranker_and_factors": served.expected_tokens * learnt_factors(served),
+        "factors": learnt_factors(alone),
+    }
+    real = served.output_tokens[late]
+    return {f"tau_{name}": round(kendall_tau(order[late], real), 4) for name, order in orders.items()}
+
+
+def measure(files: Sequence[LengthFile], ranker: Ranker, most: int | None) -> Iterator[dict[str, Any]]:
+    """A row for each seed, which chooses models and arrivals, and what is mixed."""
+    prompts = {file.name: [row for row in held_out_rows(file)[0][:most] if row.output_tokens]
+               for file in files}
+    assert ranker.token_map is not None
+    expected = {name: ranker.token_map(ranker.score([row.prompt for row in rows]).numpy()).tolist()
+                for name, rows in prompts.items()}
+
+    def application(file: LengthFile, model: str) -> Application:
+        return [(tokens, row.output_tokens[model])
+                for tokens, row in zip(expected[file.name], prompts[file.name], strict=True)
+                if model in row.output_tokens]
+
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        each = [application(file, str(rng.choice(file.models))) for file in files]
+        yield {"mixed": "files", "seed": seed, **taus(mixed([known for known in each if known], seed))}
+        for file in files:
+            both = [name for name in file.models if name + WITH_SYSTEM_PROMPT in file.models]
+            if both:
+                model = str(rng.choice(both))
+                pair = [application(file, name) for name in (model, model + WITH_SYSTEM_PROMPT)]
+                yield {"mixed": "system_prompt", "seed": seed, **taus(mixed(pair, seed))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of lengths_*.jsonl[.gz]")
+    parser.add_argument("--ranker", nargs="+", default=["default", "small"], metavar="NAME")
+    parser.add_argument("--max-prompts-per-file", type=int, help="of the held-out ones; all of them")
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    files = read_length_files(arguments.data)
+    rows, made = [], machine(all_threads())
+    for name in arguments.ranker:
+        ranker = Ranker.from_pretrained(name, device="cpu")
+        for row in measure(files, ranker, arguments.max_prompts_per_file):
+            rows.append({"ranker": name, **row, **made})
+            print(rows[-1], flush=True)
+    write_csv(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
