@@ -19,6 +19,7 @@ from pars_fast.live_calibration import (
     bias,
     censored_tau,
     fit_token_scale,
+    tau_of,
 )
 
 
@@ -136,6 +137,16 @@ def test_a_model_that_talks_five_times_as_much_is_learnt() -> None:
     assert scale is not None
     assert [scale(tokens) for tokens in (4.0, 30.0, 200.0)] == pytest.approx([20.0, 150.0, 1000.0], rel=0.05)
     assert bias(scale, seen) == pytest.approx(1.0, rel=0.01)
+
+
+def test_the_order_that_was_served_is_judged() -> None:
+    """The ranker alone would have had the two the wrong way round, and expected half of what came."""
+    seen = [
+        Observation(expected, None, factor=factor, output_tokens=tokens, ending=Ending.COMPLETE)
+        for expected, factor, tokens in ((10.0, 4.0, 40), (20.0, 1.0, 20))
+    ]
+    assert tau_of(seen).tau == 1.0
+    assert bias(TokenScale(), seen) == 1.0
 
 
 def test_too_few_or_cut_answers_teach_no_scale() -> None:
