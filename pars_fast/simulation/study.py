@@ -18,7 +18,7 @@ import numpy as np
 from pars_fast import __version__
 from pars_fast.bench_results import commit
 from pars_fast.errors import DataError, make_writable
-from pars_fast.guards import NoGuard
+from pars_fast.guards import NoGuard, PassingLimit
 from pars_fast.policies import POLICIES, SharingPolicy
 from pars_fast.simulation.fleet import ROUTERS
 from pars_fast.simulation.step_time import load_profile
@@ -266,11 +266,13 @@ def _with_ltr_unguarded(policies: Sequence[str], loads: Sequence[float],
 
 
 def _policies(study: Study) -> list[_Row]:
-    """Every policy in the faithful simulator, all with the same noisy scores.
+    """Every policy in the faithful simulator, all with the same noisy scores; PARS's under our guard, too.
 
     On several pieces of each trace, of `study.requests` or what there is for each; its number is the seed.
     """
-    cases = _with_ltr_unguarded(COMPARED, _POLICY_LOADS, range(_POLICY_PIECES))
+    pieces = range(_POLICY_PIECES)
+    cases = _with_ltr_unguarded(COMPARED, _POLICY_LOADS, pieces)
+    cases += grid(["pars"], [PassingLimit()], _POLICY_LOADS, seeds=pieces, taus=[TAU])
     rows: list[_Row] = []
     for path in study.traces:
         most = None if study.requests is None else study.requests * _POLICY_PIECES

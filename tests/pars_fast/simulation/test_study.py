@@ -86,7 +86,7 @@ def test_policies_are_compared_on_pieces_of_a_trace(traces: Path, tmp_path: Path
     assert {row["seed"] for row in rows} == {0, 1, 2}
     assert {row["requests"] for row in rows} == {40}
     assert len({row["arrivals_sha256"] for row in rows if row["policy"] == "fcfs"}) == 3
-    assert len(rows) == 9  # ltr is there, too, without its guard
+    assert len(rows) == 12  # ltr is there, too, without its guard, and pars under ours
 
 
 def test_pairs_are_taken_by_piece() -> None:
