@@ -5,17 +5,20 @@ it: shared by all prompts of an application, it would drown what differs between
 length shows in the answers. An application's requests have a mean of log real over expected tokens, and its
 distance from the mean of all is believed as far as applications differ by more than their own requests do:
 one-way random effects by the method of moments (Searle, Casella and McCulloch 1992, "Variance Components",
-3.6), so where applications do not differ nothing changes, and one with few requests is moved a little.
+3.6), so one with few requests is moved a little. Where an F test does not find that they differ, nothing is
+changed at all: a factor that is noise would part the order on the host from one that a GPU keeps.
 """
 
 import math
 from collections.abc import Hashable, Iterable
 
 import numpy as np
+from scipy.special import fdtri
 
 from pars_fast.live_calibration import Ending, Observation
 
 LEAST_OBSERVATIONS = 64
+SURE = 0.99  # of the F test; it is made once a cohort
 
 
 def fit_application_factors(observations: Iterable[Observation]) -> dict[Hashable, float]:
@@ -37,9 +40,9 @@ def fit_application_factors(observations: Iterable[Observation]) -> dict[Hashabl
     apart = mean - log_ratio.mean()
     within = float(((log_ratio - mean[group]) ** 2).sum()) / (total - groups)
     between = float((size * apart**2).sum()) / (groups - 1)
+    if not between > max(1.0, fdtri(groups - 1, total - groups, SURE)) * within:
+        return {}
     typical_size = (total - float((size**2).sum()) / total) / (groups - 1)
     variance = (between - within) / typical_size
-    if variance <= 0:
-        return {}
     believed = size * variance / (size * variance + within)
     return {name: math.exp(offset) for name, offset in zip(names, (believed * apart).tolist(), strict=True)}

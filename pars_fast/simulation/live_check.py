@@ -69,8 +69,9 @@ def live_check(
                              _prompt_tokens(result["served_model"], sample), strict=True))
     expected = dict(zip(prompt_tokens, expected_tokens(ranker, sample), strict=True))
     live = [row for row in result["runs"] if not row["stock"]]
-    closed_loop = make_workload("closed loop", np.zeros(len(sample)), list(prompt_tokens.values()),
-                                [prompt.output_tokens for prompt in sample])
+    closed_loop = make_workload(
+        "closed loop", np.zeros(len(sample)), [prompt_tokens[prompt.prompt] for prompt in sample],
+        [prompt.output_tokens for prompt in sample])
     factor = step_time_factor(closed_loop, engine, step_time, result["capacity_tok_s"])
     step_time = step_time.scaled(factor)
     simulated = []

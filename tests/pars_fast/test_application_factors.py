@@ -32,14 +32,10 @@ def test_what_a_system_prompt_does_is_found() -> None:
     assert fitted["one word"] / fitted["plain"] == pytest.approx(0.05, rel=0.25)
 
 
-def test_where_applications_are_alike_little_is_changed() -> None:
-    """Over many draws of the same noise, the middle one of the largest factors found."""
+def test_where_applications_are_alike_nothing_is_changed() -> None:
     alike = {f"{i}": 1.0 for i in range(8)}
-    largest = []
-    for seed in range(40):
-        fitted = fit_application_factors(observations(alike, 40, seed=seed))
-        largest.append(max(map(abs, map(math.log, fitted.values())), default=0.0))
-    assert np.median(largest) < 0.08
+    found = [fit_application_factors(observations(alike, 40, seed=seed)) for seed in range(40)]
+    assert sum(map(bool, found)) <= 2
 
 
 def test_one_with_few_requests_is_moved_less() -> None:
@@ -51,8 +47,8 @@ def test_one_with_few_requests_is_moved_less() -> None:
 
 
 def test_a_common_factor_is_the_scales_and_not_theirs() -> None:
-    fitted = fit_application_factors(observations({"a": 5.0, "b": 5.0}, 200, spread=0.1))
-    assert all(value == pytest.approx(1.0, abs=0.02) for value in fitted.values())
+    fitted = fit_application_factors(observations({"a": 5.0, "b": 10.0, "c": 20.0}, 100, spread=0.1))
+    assert fitted["b"] == pytest.approx(1.0, abs=0.03)
 
 
 @pytest.mark.parametrize(
