@@ -11,7 +11,6 @@ arrival order towards an oracle without a guard, in the fast simulator at load 1
 `pars_fast` with its own guard.
 """
 
-import argparse
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,16 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.by_ranker import run
 from pars_fast.application_factors import fit_application_factors
-from pars_fast.bench_results import all_threads, machine
-from pars_fast.benchmark import held_out_rows, read_length_files
+from pars_fast.benchmark import held_out_rows
 from pars_fast.data import LengthFile
 from pars_fast.demo.records import gain_captured
 from pars_fast.guards import Guard, NoGuard
 from pars_fast.integration.calibration import SCALE_WINDOW
 from pars_fast.live_calibration import COHORT_SIZE, Ending, Observation
 from pars_fast.metrics import kendall_tau
-from pars_fast.output import write_csv
 from pars_fast.ranker import Ranker
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.fast import capacity_tok_s, simulate
@@ -142,22 +140,5 @@ def measure(files: Sequence[LengthFile], ranker: Ranker, most: int | None) -> It
                 yield {"mixed": "system_prompt", "seed": seed, **figures(mixed(pair, seed), seed)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of lengths_*.jsonl[.gz]")
-    parser.add_argument("--ranker", nargs="+", default=["default", "small"], metavar="NAME")
-    parser.add_argument("--max-prompts-per-file", type=int, help="of the held-out ones; all of them")
-    parser.add_argument("--csv", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    files = read_length_files(arguments.data)
-    rows, made = [], machine(all_threads())
-    for name in arguments.ranker:
-        ranker = Ranker.from_pretrained(name, device="cpu")
-        for row in measure(files, ranker, arguments.max_prompts_per_file):
-            rows.append({"ranker": name, **row, **made})
-            print(rows[-1], flush=True)
-    write_csv(arguments.csv, rows)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, RESULTS)

@@ -7,7 +7,6 @@ serving path in random order, as ids of the ranker's own tokenizer in place of a
 is what a ranker sees that is simply given the first 512.
 """
 
-import argparse
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pars_fast.bench_results import all_threads, machine
-from pars_fast.benchmark import held_out_rows, read_length_files
+from bench.by_ranker import run
+from pars_fast.benchmark import held_out_rows
 from pars_fast.data import CONSENSUS, LengthFile, log_lengths
 from pars_fast.integration.prompt_window import MAX_IDS, PromptWindow
 from pars_fast.metrics import kendall_tau
-from pars_fast.output import write_csv
 from pars_fast.ranker import Ranker
 
 RESULTS = Path(__file__).parent / "results" / "system_prompts.csv"
@@ -74,7 +72,12 @@ def measure(files: Sequence[LengthFile], ranker: Ranker, most: int | None) -> li
     order = random.Random(SEED).sample(range(len(prompts)), len(prompts))
     applications = random.Random(SEED + 1).choices(range(len(APPLICATIONS)), k=len(prompts))
     rows: list[dict[str, Any]] = [
-        {"system_prompt_tokens": 0, "cut": "none", **_taus(ranker.score(prompts).tolist(), labels, groups)}
+        {
+            "seed": SEED,
+            "system_prompt_tokens": 0,
+            "cut": "none",
+            **_taus(ranker.score(prompts).tolist(), labels, groups),
+        }
     ]
     for rules in RULES_PER_PROMPT:
         texts = [system_prompt(a, rules) + p for a, p in zip(applications, prompts, strict=True)]
@@ -88,7 +91,7 @@ def measure(files: Sequence[LengthFile], ranker: Ranker, most: int | None) -> li
         for name, cut in cuts.items():
             seen = {i: ranker.tokenizer.decode(cut(ids[i])) for i in order}
             scores = ranker.score([seen[i] for i in range(len(prompts))]).tolist()
-            row = {"system_prompt_tokens": round(float(np.mean(tokens))), "cut": name}
+            row = {"seed": SEED, "system_prompt_tokens": round(float(np.mean(tokens))), "cut": name}
             rows.append({**row, **_taus(scores, labels, groups)})
     return rows
 
@@ -112,22 +115,5 @@ def _held_out(files: Sequence[LengthFile], most: int | None) -> tuple[list[str],
     return prompts, labels, groups
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of lengths_*.jsonl[.gz]")
-    parser.add_argument("--ranker", nargs="+", default=["default", "small"], metavar="NAME")
-    parser.add_argument("--max-prompts-per-file", type=int, help="of the held-out ones; all of them")
-    parser.add_argument("--csv", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    files = read_length_files(arguments.data)
-    rows, made = [], machine(all_threads())
-    for name in arguments.ranker:
-        ranker = Ranker.from_pretrained(name, device="cpu")
-        for row in measure(files, ranker, arguments.max_prompts_per_file):
-            rows.append({"ranker": name, "seed": SEED, **row, **made})
-            print(rows[-1], flush=True)
-    write_csv(arguments.csv, rows)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, RESULTS)

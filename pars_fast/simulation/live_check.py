@@ -102,6 +102,10 @@ def step_time_factor(
     Both count the tokens of `CLOSED_LOOP_CLIENTS` clients up to the last prompt that is sent, which is when
     all but so many are answered. The clients are more than the seats, so the order of arrival, which is all
     that is read of `offered`, is that of a queue which has them all from the start.
+
+    Args:
+        offered: what the clients sent, in their order.
+        capacity_tok_s: output tokens/s of the server.
     """
     waiting = replace(offered, arrival_s=np.zeros(len(offered)))
     served = fast.simulate(waiting, BASELINE, NoGuard(), engine, step_time)
