@@ -30,7 +30,7 @@ import numpy as np
 
 from pars_fast.bench_results import all_threads, machine
 from pars_fast.demo.client import closed_loop_capacity
-from pars_fast.demo.model import layers_for_this_machine, make_tiny_model
+from pars_fast.demo.model import NUM_LAYERS, make_tiny_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.server import read_metrics, vllm_server
 from pars_fast.errors import make_writable
@@ -122,7 +122,7 @@ def of_process(memory: list[tuple[float, dict[str, float]]], process: str) -> di
 
 
 def _soak(folder: Path, sample: list[SamplePrompt], arguments: argparse.Namespace) -> dict[str, Any]:
-    make_tiny_model(folder / "model", [prompt.prompt for prompt in sample], layers_for_this_machine())
+    make_tiny_model(folder / "model", [prompt.prompt for prompt in sample], NUM_LAYERS)
     variables = {"PARS_ENABLE": "1", "PARS_RECORD": str(folder / "lengths.jsonl"), "HF_HUB_OFFLINE": "1",
                  "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     model = str(folder / "model")

@@ -20,7 +20,7 @@ from pars_fast import __version__
 from pars_fast.demo.arrivals import arrival_times, arrivals_hash
 from pars_fast.demo.client import Offered, closed_loop_capacity, serve_arrivals
 from pars_fast.demo.display import Display
-from pars_fast.demo.model import MAX_MODEL_LEN, layers_for_this_machine, make_tiny_model
+from pars_fast.demo.model import MAX_MODEL_LEN, NUM_LAYERS, make_tiny_model
 from pars_fast.demo.records import Load, Run, gain_captured, mean_over_repeats, paired_ratio
 from pars_fast.demo.sample import SOURCES, SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
@@ -103,9 +103,7 @@ def served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt]
                  "--uvicorn-log-level", "warning")
     if model is not None:
         return Served(model, model, arguments, {})
-    description = make_tiny_model(
-        folder / "model", [prompt.prompt for prompt in sample], layers_for_this_machine()
-    )
+    description = make_tiny_model(folder / "model", [prompt.prompt for prompt in sample], NUM_LAYERS)
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     for_cpu = ("--enforce-eager", "--dtype", "float32")
     return Served(str(folder / "model"), description, (*arguments, *for_cpu), environment)

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from pars_fast.demo.arrivals import BURST_SHARE, LOADS, arrival_times, arrivals_hash
 from pars_fast.demo.client import closed_loop_capacity, serve_arrivals
-from pars_fast.demo.model import TINY, layers_for_this_machine, make_tiny_model
+from pars_fast.demo.model import TINY, make_tiny_model
 from pars_fast.demo.records import Run, ServedRequest, gain_captured
 from pars_fast.demo.sample import MAX_OUTPUT_TOKENS, REQUESTS, SOURCES, SamplePrompt, load_sample
 
@@ -106,14 +106,6 @@ def test_client_counts_tokens_and_keeps_failures(server: str) -> None:
 def test_closed_loop_capacity_is_a_rate(server: str) -> None:
     sample = [SamplePrompt("a", "m", f"hello {i}", 8) for i in range(40)]
     assert closed_loop_capacity(server, "m", sample, 4, lambda: None) > 0
-
-
-@pytest.mark.parametrize(("layer_s", "layers"), [(2e-3, 1), (9e-4, 1), (6e-4, 4), (2.8e-4, 16), (1e-6, 16)])
-def test_a_fast_machine_gets_a_deeper_model(
-    layer_s: float, layers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pars_fast.demo.model._seconds_of_a_forward", lambda depth: (depth + 1) * layer_s)
-    assert layers_for_this_machine() == layers
 
 
 def test_the_tiny_model_has_the_layers_it_says(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_real_server_shares_itself_among_applications(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two heavy applications are there when small ones come: under justitia these are done sooner."""
-    monkeypatch.setattr(demo_run, "layers_for_this_machine", lambda: 1)
+    monkeypatch.setattr(demo_run, "NUM_LAYERS", 1)
     rows = [f"0,20,40,heavy/{i // 30}" for i in range(60)] + [f"0.1,20,40,light/{i}" for i in range(5)]
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens,app\n" + "\n".join([*rows, "1,20,40,light/9"]))
