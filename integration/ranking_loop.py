@@ -223,4 +223,5 @@ class RankingLoop:
         request = entry.payload
         seen = self._window.cut(request.prompt_token_ids)
         entry.application = seen.application
-        return Prompt(entry.seq, [*seen.ids, *made], request.num_prompt_tokens)
+        to_compute = self._queue.index.policy.uncached_tokens(request)
+        return Prompt(entry.seq, [*seen.ids, *made], to_compute)

@@ -28,7 +28,7 @@ class Prompt(NamedTuple):
 
     seq: int
     ids: list[int]  # of the served model: what `PromptWindow` leaves of the prompt, and the answer so far
-    num_tokens: int  # of the whole prompt, which the key weighs
+    num_tokens: int  # of the prompt that are to be computed, which the key weighs
 
 
 class RankerRuntime(Protocol):

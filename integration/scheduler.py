@@ -28,6 +28,7 @@ from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.overhead import OverheadMedian
 from pars_fast.integration.preemption import Preemption
+from pars_fast.integration.prefix_cache import PrefixCache
 from pars_fast.integration.queue import RankedRequestQueue
 from pars_fast.integration.ranking_loop import RankingLoop
 from pars_fast.integration.runtime import RankerRuntime
@@ -65,7 +66,7 @@ class RankingMixin:
         policy = self._make_policy(settings)
         guard = settings.guard_of(policy)
         self.waiting = RankedRequestQueue(
-            HostIndex(policy, guard),
+            HostIndex(policy, guard, cached_tokens=self._prefix_cache()),
             trust_caller=settings.trust_caller,
             clock=self.clock,
             on_failure=self._fall_back,
@@ -121,6 +122,9 @@ class RankingMixin:
 
     def _make_runtime(self, settings: Settings) -> RankerRuntime:
         return make_runtime(settings, self.vllm_config)  # type: ignore[attr-defined]
+
+    def _prefix_cache(self) -> PrefixCache:
+        return PrefixCache(self.kv_cache_manager, self.block_size)  # type: ignore[attr-defined]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self._failed:

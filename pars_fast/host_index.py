@@ -14,13 +14,14 @@ takes from a list. What comes meanwhile is noted and waits for the next plan.
 import functools
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 
 from pars_fast.guards import Guard, Moment, PassingLimit
 from pars_fast.guards.base import TOKENS
 from pars_fast.policies import POLICIES, Policy, SharingPolicy, prompt_work
+from pars_fast.policies.base import QueuedRequest
 from pars_fast.priority_class import MAX_PLANNED, NO_HINT, Entry, Plan, PriorityClass
 from pars_fast.waiting_tree import (
     ARRIVE,
@@ -62,6 +63,8 @@ class RunningMedian:
 class HostIndex:
     """All waiting requests. `ranking` False gives arrival order at once, and keeps scores for later.
 
+    `cached_tokens` is for whatever policy orders; see `Policy`.
+
     Attributes:
         promotions: admissions that the guard decided.
         overtakes: admissions ahead of an older waiting request.
@@ -79,7 +82,9 @@ class HostIndex:
         *,
         initial_expected_tokens: float = 128.0,
         device_order_min_waiting: int = DEVICE_ORDER_MIN_WAITING,
+        cached_tokens: Callable[[QueuedRequest], int] | None = None,
     ) -> None:
+        self._cached_tokens = cached_tokens
         self._ranking = True
         self.promotions = 0
         self.overtakes = 0
@@ -103,6 +108,8 @@ class HostIndex:
         if len(self):
             raise ValueError("the policy can change only while nothing waits")
         self.policy = policy
+        if self._cached_tokens is not None:
+            policy.cached_tokens = self._cached_tokens
         self.sharing = policy if isinstance(policy, SharingPolicy) else None
         self.guard = guard or policy.default_guard
         self.needs_endings = self.sharing is not None or self.guard.limit().kind == TOKENS

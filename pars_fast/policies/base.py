@@ -1,6 +1,7 @@
 """What a policy decides: the key of a request, waiting or running."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from pars_fast.guards import Guard, NoGuard
@@ -16,6 +17,10 @@ class QueuedRequest(Protocol):
 
     @property
     def num_output_tokens(self) -> int: ...
+
+
+def _nothing(request: QueuedRequest) -> int:
+    return 0
 
 
 class Policy(ABC):
@@ -34,6 +39,7 @@ class Policy(ABC):
             simulation; a live engine does so if it has a KV offloading connector.
         asks_model: whether the served model itself is asked for the length of its answer first.
         not_live: why a live engine refuses the policy, None if it does not.
+        cached_tokens: how much of a waiting prompt the engine's prefix cache holds; set by who has one.
     """
 
     uses_ranker: ClassVar[bool] = False
@@ -45,6 +51,7 @@ class Policy(ABC):
     swaps_kv: ClassVar[bool] = False
     asks_model: ClassVar[bool] = False
     not_live: ClassVar[str | None] = None
+    cached_tokens: Callable[[QueuedRequest], int] = staticmethod(_nothing)
 
     @abstractmethod
     def key_on_arrival(self, request: QueuedRequest) -> float | None:
@@ -58,3 +65,7 @@ class Policy(ABC):
             request: None for a typical request, whose key those without a score share.
         """
         return expected_tokens
+
+    def uncached_tokens(self, request: QueuedRequest) -> int:
+        """Of a waiting request's prompt, what is to be computed as the prefix cache is now."""
+        return request.num_prompt_tokens - self.cached_tokens(request)

@@ -7,7 +7,7 @@ that has begun, what is left is counted.
 
 What is filled here: the weights. `PROMPT_WORK` says where its own comes from; of the same engine the roofline
 profile has 0.039 us a KV token read.
-Prompt tokens that are in the prefix cache count like others: a waiting request does not know of them.
+Prompt tokens that are in the prefix cache when the score comes are held, but not computed.
 """
 
 from pars_fast.policies.base import QueuedRequest
@@ -28,9 +28,10 @@ class CostAware(Tabulated):
         self._typical_prompt.meet(request.num_prompt_tokens)
 
     def key(self, expected_tokens: float, request: QueuedRequest | None = None) -> float:
-        made, prompt = 0, self._typical_prompt.tokens
+        made, prompt, cached = 0, self._typical_prompt.tokens, 0
         if request is not None:
             made, prompt = request.num_output_tokens, request.num_prompt_tokens
+            cached = self.cached_tokens(request)
         mean, square = (self.look_up(table, expected_tokens) for table in (self._mean, self._square))
         held = prompt * mean + square / 2 - made * (prompt + made / 2)
-        return PROMPT_WORK * (prompt + made) + max(mean - made, 1.0) + KV * max(held, prompt + made)
+        return PROMPT_WORK * (prompt - cached + made) + max(mean - made, 1.0) + KV * max(held, prompt + made)

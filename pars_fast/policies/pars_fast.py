@@ -7,7 +7,8 @@ completion times the best order on one machine is that of work over weight (Smit
 
 What is filled here: an engine is no single machine, so the rule is a guide and no theorem; simulated on five
 traces it keeps the gain per token and adds one end to end, whatever between 0.3 and 3 output tokens a prompt
-token is said to cost (`docs/policies.md`).
+token is said to cost (`docs/policies.md`). What the prefix cache holds of a prompt when its score comes is no
+work.
 """
 
 import math
@@ -30,5 +31,5 @@ class ParsFast(Ranked):
         self._typical_prompt.meet(request.num_prompt_tokens)
 
     def key(self, expected_tokens: float, request: QueuedRequest | None = None) -> float:
-        prompt = self._typical_prompt.tokens if request is None else request.num_prompt_tokens
+        prompt = self._typical_prompt.tokens if request is None else self.uncached_tokens(request)
         return math.sqrt(expected_tokens * (expected_tokens + PROMPT_WORK * prompt))

@@ -22,7 +22,8 @@ def _whole_numbers(text: str) -> list[int]:
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    trace = "arrival_s,prompt_tokens,output_tokens[,score][,app]; with --lengths only its times"
+    trace = ("arrival_s,prompt_tokens,output_tokens[,score][,app], or a .jsonl of Mooncake's, whose prompts "
+             "share prefixes; with --lengths only its times")
     add("--trace", "--arrivals", type=Path, metavar="F", help=trace)
     lengths = "length file: real prompts, which a ranker scores, at Poisson times or those of --trace"
     add("--lengths", type=Path, metavar="F", help=lengths)

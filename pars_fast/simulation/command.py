@@ -50,6 +50,8 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
                                 if hasattr(arguments, field.name)})
     workloads = {seed: make_workload(arguments, seed) for seed in arguments.seed}
     first = workloads[arguments.seed[0]]
+    if first.hash_ids is not None and arguments.engine == "fast":
+        raise ParsFastError(f"{first.name} says what its prompts share: only --engine faithful has that")
     has_scores = arguments.tau is not None or not np.isnan(first.expected_tokens).all()
     if arguments.policies == "all":
         policies = allowed_policies(arguments.engine, has_scores=has_scores)

@@ -4,8 +4,9 @@ Real: vLLM's `Scheduler` with its KV block manager, chunked prefill, preemption 
 this project's integration inside it: `RankedRequestQueue`, `RankingMixin`, `RankingLoop`, policy and guard.
 Made up: what the model says (every answer has its recorded length), how long a step takes (`StepTime`), and
 the ranker, which gives `Workload.expected_tokens` after `ranker_delay_s`. A request that arrives during a
-step is seen after it, as by EngineCore. No two prompts share a prefix, so the prefix cache serves only
-preempted requests. It is the synchronous scheduler; AsyncScheduler, which GPUs use, plans one step ahead.
+step is seen after it, as by EngineCore. Prompts share what the `hash_ids` of the trace say, else nothing:
+then the prefix cache serves only preempted requests. It is the synchronous scheduler; AsyncScheduler, which
+GPUs use, plans one step ahead.
 
 Three policies ask for more. A length that is predicted again (`repredict_tokens`) has the relative error of
 the first prediction, on what really remains. A model that is asked (`asks_model`) first serves the prompt
@@ -18,7 +19,7 @@ Source: vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
 import functools
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from pars_fast.settings import Settings
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.step_time import StepTime, step_work
-from pars_fast.simulation.workload import Workload
+from pars_fast.simulation.workload import HASHED_TOKENS, Workload
 
 _TOKEN = 0  # what the model says
 QUESTION_TOKENS, ESTIMATE_TOKENS = 40, 6  # an instruction of two sentences; a number and its end
@@ -307,7 +308,7 @@ def _request(workload: Workload, number: int, block_size: int, *, estimated: boo
         sampling_params=sampling_params,
         pooling_params=None,
         arrival_time=float(workload.arrival_s[number]),
-        block_hasher=functools.partial(_new_block_hashes, block_size),
+        block_hasher=_block_hasher(workload, number, block_size),
     )
 
 
@@ -322,7 +323,7 @@ def _question(workload: Workload, number: int, block_size: int) -> Request:
         sampling_params=sampling_params,
         pooling_params=None,
         arrival_time=float(workload.arrival_s[number]),
-        block_hasher=functools.partial(_new_block_hashes, block_size),
+        block_hasher=_block_hasher(workload, number, block_size),
     )
 
 
@@ -337,19 +338,32 @@ def _application(workload: Workload, number: int) -> dict[str, str | float]:
     return {"pars_app": app, "pars_app_type": app.partition("/")[0] if "/" in app else ""}
 
 
-def _new_block_hashes(block_size: int, request: Request) -> list[BlockHash]:
+def _block_hasher(
+    workload: Workload, number: int, block_size: int
+) -> Callable[[Request], list[BlockHash]]:
+    hash_ids = () if workload.hash_ids is None else workload.hash_ids[number]
+    return functools.partial(_new_block_hashes, block_size, hash_ids)
+
+
+def _new_block_hashes(block_size: int, hash_ids: Sequence[int], request: Request) -> list[BlockHash]:
     """Names of the blocks that have become full: prompt and place say what is in them.
 
-    A question's blocks are its request's as far as the prompt goes.
+    Of the prompt, a block has the name of the hashed tokens that it ends in, if there are `hash_ids`. A
+    question's blocks are its request's as far as the prompt goes.
     """
-    name, prompt_blocks = request.request_id, 0
+    name, prompt_tokens = request.request_id, request.num_prompt_tokens
     if _is_question(name):
-        prompt_blocks = (request.num_prompt_tokens - QUESTION_TOKENS) // block_size
+        prompt_tokens -= QUESTION_TOKENS
     number = name.removeprefix("question ")
-    blocks = range(len(request.block_hashes), request.num_tokens // block_size)
-    return [
-        BlockHash(f"{number if block < prompt_blocks else name}:{block}".encode()) for block in blocks
-    ]
+    names = []
+    for block in range(len(request.block_hashes), request.num_tokens // block_size):
+        last = (block + 1) * block_size - 1
+        if last >= prompt_tokens:
+            owner = name
+        else:
+            owner = f"shared {hash_ids[last // HASHED_TOKENS]}" if hash_ids else number
+        names.append(BlockHash(f"{owner}:{block}".encode()))
+    return names
 
 
 def make_scheduler(scheduler_cls: type[Scheduler], engine: EngineSettings) -> Any:

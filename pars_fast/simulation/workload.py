@@ -4,15 +4,17 @@ Load is offered tokens/s over the closed-loop FCFS tokens/s of the same mix (`do
 a pure function of its input and a seed.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
+import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,8 +25,10 @@ from pars_fast.errors import DataError
 MAX_TOKENS = 10_000_000  # a longer prompt or answer is a damaged file
 CHARS_PER_TOKEN = 4  # for the prompts of a length file, which have no token count there
 _TAU_SAMPLE = 50_000  # requests on which the noise is calibrated
+HASHED_TOKENS = 512  # of a prompt, for each of its `hash_ids`
 _REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 _OPTIONAL = ("score", "app")
+_MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class Workload:
         expected_tokens: (N,) float64, what a ranker expects of each answer; NaN = not scored.
         app: (N,) str, the application of each request, as `type/number` or without a type; "" for a request
             that is its own; None if no request names one.
+        hash_ids: of each request, what names its prompt's blocks of `HASHED_TOKENS` tokens, the last one
+            maybe shorter: prompts are alike as far as their ids are. None if no two prompts share a prefix.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Workload:
     output_tokens: NDArray[np.int64]
     expected_tokens: NDArray[np.float64]
     app: NDArray[np.str_] | None = None
+    hash_ids: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.arrival_s)
@@ -60,6 +67,10 @@ class Workload:
             raise DataError(f"{self.name}: arrivals must ascend from 0 or later")
         if min(self.prompt_tokens.min(), self.output_tokens.min()) < 1:
             raise DataError(f"{self.name}: prompts and answers have at least one token")
+        if self.hash_ids is not None:
+            blocks = -(-self.prompt_tokens // HASHED_TOKENS)
+            if [len(ids) for ids in self.hash_ids] != blocks.tolist():
+                raise DataError(f"{self.name}: a prompt has one hash id for every {HASHED_TOKENS} tokens")
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -69,7 +80,8 @@ class Workload:
         picked = np.asarray(index)
         return Workload(self.name, self.arrival_s[picked], self.prompt_tokens[picked],
                         self.output_tokens[picked], self.expected_tokens[picked],
-                        None if self.app is None else self.app[picked])
+                        None if self.app is None else self.app[picked],
+                        None if self.hash_ids is None else tuple(self.hash_ids[i] for i in picked))
 
     def sha256(self) -> str:
         """Of arrivals, lengths and scores, to tell whether two results saw the same requests."""
@@ -78,11 +90,14 @@ class Workload:
             digest.update(np.ascontiguousarray(column).tobytes())
         if self.app is not None:
             digest.update("\n".join(self.app).encode())
+        if self.hash_ids is not None:
+            digest.update(repr(self.hash_ids).encode())
         return digest.hexdigest()
 
 
 def make_workload(name: str, arrival_s: ArrayLike, prompt_tokens: ArrayLike, output_tokens: ArrayLike,
-                  expected_tokens: ArrayLike | None = None, app: ArrayLike | None = None) -> Workload:
+                  expected_tokens: ArrayLike | None = None, app: ArrayLike | None = None,
+                  hash_ids: Sequence[Sequence[int]] | None = None) -> Workload:
     """A workload of anything array-like, sorted by arrival (stable); not scored if no scores are given.
 
     Raises: DataError: if the columns differ in length, or a value is out of range.
@@ -94,10 +109,12 @@ def make_workload(name: str, arrival_s: ArrayLike, prompt_tokens: ArrayLike, out
     apps = None if app is None else np.asarray(app, np.str_)
     order = np.argsort(arrivals, kind="stable")
     if not prompts.shape == outputs.shape == scores.shape == arrivals.shape or (
-            apps is not None and apps.shape != arrivals.shape):
+            apps is not None and apps.shape != arrivals.shape) or (
+            hash_ids is not None and len(hash_ids) != len(arrivals)):
         raise DataError(f"{name}: a workload needs columns of one length")
     return Workload(name, arrivals[order], prompts[order], outputs[order], scores[order],
-                    None if apps is None else apps[order])
+                    None if apps is None else apps[order],
+                    None if hash_ids is None else tuple(tuple(hash_ids[i]) for i in order))
 
 
 # --- Traces -------------------------------------------------------------------------------------------------
@@ -108,13 +125,17 @@ def read_trace(path: str | Path) -> Workload:
 
     `score` is in expected output tokens, empty for a request without one. `app` names the application that
     sent a request, as `type/number` or without a type, empty for a request that is its own; `justitia` and
-    `vtc` share the engine among them.
+    `vtc` share the engine among them. A file named .jsonl[.gz] is a trace as Mooncake publishes them, which
+    says what prompts share (arXiv 2407.00079): `timestamp` in ms, `input_length`, `output_length`,
+    `hash_ids`, an object a line.
 
     Raises: DataError: names file and line of what is wrong: a column missing or unknown, a time that is
         negative or earlier than the line before, a length below 1 or above 10,000,000, a score that is not
         positive, no request at all.
     """
     path = Path(path)
+    if ".jsonl" in path.suffixes:
+        return _read_mooncake(path)
     lines = _lines(path)
     _, header = next(lines, (1, []))
     missing = [name for name in _REQUIRED if name not in header]
@@ -141,22 +162,60 @@ def read_trace(path: str | Path) -> Workload:
         apps.append("" if app is None else row[app])
     if not arrivals:
         raise DataError(f"{path}: the file has no requests")
-    name = path.name.removesuffix(".gz").removesuffix(".csv").removeprefix("trace_")
-    return make_workload(name, arrivals, prompts, outputs, scores, apps if any(apps) else None)
+    return make_workload(_name(path), arrivals, prompts, outputs, scores, apps if any(apps) else None)
+
+
+def _read_mooncake(path: Path) -> Workload:
+    arrivals: list[float] = []
+    prompts: list[int] = []
+    outputs: list[int] = []
+    hash_ids: list[list[int]] = []
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+                time, prompt, output, ids = (row[name] for name in _MOONCAKE)
+                ids = [int(name) for name in ids]
+            except (ValueError, TypeError, KeyError) as error:
+                fields = ", ".join(_MOONCAKE)
+                raise DataError(f"{where}: expected an object with {fields} ({error!r})") from error
+            arrivals.append(_time(where, str(time), 1000 * arrivals[-1] if arrivals else 0.0) / 1000)
+            prompts.append(_length(where, "input_length", str(prompt)))
+            outputs.append(_length(where, "output_length", str(output)))
+            if len(ids) != -(-prompts[-1] // HASHED_TOKENS):
+                raise DataError(f"{where}: {len(ids)} hash_ids for {prompt} tokens; there is one for every "
+                                f"{HASHED_TOKENS}")
+            hash_ids.append(ids)
+    if not arrivals:
+        raise DataError(f"{path}: the file has no requests")
+    return make_workload(_name(path), arrivals, prompts, outputs, hash_ids=hash_ids)
+
+
+def _name(path: Path) -> str:
+    name = path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
+    return name.removeprefix("trace_").removesuffix("_trace")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    with _opened(path) as file:
+        reader = csv.reader(file)
+        for row in reader:
+            if row:
+                yield reader.line_num, [field.strip() for field in row]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
         with open_text(path, "rt", encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            for row in reader:
-                if row:
-                    yield reader.line_num, [field.strip() for field in row]
+            yield file
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected CSV, gzipped if named .gz") from error
+        kind = "JSON lines" if ".jsonl" in path.suffixes else "CSV"
+        raise DataError(f"{path}: cannot be read ({error}); expected {kind}, gzipped if named .gz") from error
 
 
 def _time(where: str, text: str, previous: float) -> float:
@@ -259,7 +318,7 @@ def with_burst(workload: Workload, share: float, *, at: float = 0.5, seed: int) 
     times = workload.arrival_s.copy()
     times[moved] = times[0] + at * (times[-1] - times[0])
     return make_workload(workload.name, times, workload.prompt_tokens, workload.output_tokens,
-                         workload.expected_tokens, workload.app)
+                         workload.expected_tokens, workload.app, workload.hash_ids)
 
 
 def at_load(workload: Workload, load: float, capacity_tok_s: float) -> Workload:
