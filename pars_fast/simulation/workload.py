@@ -155,7 +155,7 @@ def read_trace(path: str | Path) -> Workload:
         where = f"{path}:{number}"
         if len(row) != len(header):
             raise DataError(f"{where}: {len(row)} fields, the header has {len(header)}")
-        arrivals.append(_time(where, row[time], arrivals[-1] if arrivals else 0.0))
+        arrivals.append(_time(where, "arrival_s", row[time], arrivals[-1] if arrivals else 0.0))
         prompts.append(_length(where, "prompt_tokens", row[prompt]))
         outputs.append(_length(where, "output_tokens", row[output]))
         scores.append(math.nan if score is None else _score(where, row[score]))
@@ -170,6 +170,7 @@ def _read_mooncake(path: Path) -> Workload:
     prompts: list[int] = []
     outputs: list[int] = []
     hash_ids: list[list[int]] = []
+    milliseconds = 0.0
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
@@ -180,7 +181,8 @@ def _read_mooncake(path: Path) -> Workload:
             except (ValueError, TypeError, KeyError) as error:
                 fields = ", ".join(_MOONCAKE)
                 raise DataError(f"{where}: expected an object with {fields} ({error!r})") from error
-            arrivals.append(_time(where, str(time), 1000 * arrivals[-1] if arrivals else 0.0) / 1000)
+            milliseconds = _time(where, "timestamp", str(time), milliseconds)
+            arrivals.append(milliseconds / 1000)
             prompts.append(_length(where, "input_length", str(prompt)))
             outputs.append(_length(where, "output_length", str(output)))
             if len(ids) != -(-prompts[-1] // HASHED_TOKENS):
@@ -218,15 +220,15 @@ def _opened(path: Path) -> Iterator[IO[str]]:
         raise DataError(f"{path}: cannot be read ({error}); expected {kind}, gzipped if named .gz") from error
 
 
-def _time(where: str, text: str, previous: float) -> float:
+def _time(where: str, column: str, text: str, previous: float) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise DataError(f"{where}: arrival_s must be a number of seconds, got {text!r}") from None
+        raise DataError(f"{where}: {column} must be a number, got {text!r}") from None
     if not 0 <= value < math.inf:
-        raise DataError(f"{where}: arrival_s must be finite and not negative, got {text}")
+        raise DataError(f"{where}: {column} must be finite and not negative, got {text}")
     if value < previous:
-        raise DataError(f"{where}: arrival_s {text} is earlier than the line before; sort by it")
+        raise DataError(f"{where}: {column} {text} is earlier than the line before; sort by it")
     return value
 
 

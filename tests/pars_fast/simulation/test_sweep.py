@@ -200,3 +200,19 @@ def test_command_says_what_is_wrong(trace: Path, capsys: pytest.CaptureFixture[s
                                     message: str) -> None:
     assert cli.main(["simulate", "--trace", str(trace), "--workers", "1", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_prompts_share_is_for_the_faithful_simulator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Second turns of one conversation: the prefix cache holds the first 512 tokens of them."""
+    rows = [{"timestamp": 1000 * turn, "input_length": 700, "output_length": 9, "hash_ids": [0, turn + 1]}
+            for turn in range(3)]
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    trace.write_text("\n".join(json.dumps(row) for row in rows))
+    command = ["simulate", "--trace", str(trace), "--policies", "fcfs,pars_fast", "--tau", "1",
+               "--load", "0.1", "--workers", "1", "--json", str(out)]
+    assert cli.main(command) == 2
+    assert "only --engine faithful has that" in capsys.readouterr().err
+    assert cli.main([*command, "--engine", "faithful"]) == 0
+    assert [row["prefix_hit_tokens"] for row in json.loads(out.read_text())["runs"]] == [1024, 1024]

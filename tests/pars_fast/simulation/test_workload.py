@@ -56,7 +56,7 @@ def test_trace_is_read(tmp_path: Path, name: str) -> None:
     ([f"{HEADER},colour", "0,1,1,red"], r":1: the header has colour"),
     ([HEADER, "0,1,1", "-1,1,1"], r":3: arrival_s must be finite and not negative"),
     ([HEADER, "nan,1,1"], r":2: arrival_s must be finite"),
-    ([HEADER, "soon,1,1"], r":2: arrival_s must be a number of seconds, got 'soon'"),
+    ([HEADER, "soon,1,1"], r":2: arrival_s must be a number, got 'soon'"),
     ([HEADER, "2,1,1", "1,1,1"], r":3: arrival_s 1 is earlier than the line before"),
     ([HEADER, "0,0,1"], r":2: prompt_tokens must be from 1 to 10,000,000, got 0"),
     ([HEADER, "0,1,99999999"], r":2: output_tokens must be from 1"),
@@ -69,6 +69,49 @@ def test_trace_is_read(tmp_path: Path, name: str) -> None:
 def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_trace(write(tmp_path / "trace.csv", *lines))
+
+
+MOONCAKE = '{"timestamp": 1500, "input_length": 600, "output_length": 7, "hash_ids": [4, 5]}'
+
+
+def test_a_trace_of_mooncake_says_what_prompts_share(tmp_path: Path) -> None:
+    later = MOONCAKE.replace("1500", "2750").replace("600", "512").replace("[4, 5]", "[4]")
+    workload = read_trace(write(tmp_path / "conversation_trace.jsonl.gz", MOONCAKE, later))
+    assert workload.name == "conversation"
+    assert workload.arrival_s.tolist() == [1.5, 2.75]
+    assert workload.prompt_tokens.tolist() == [600, 512]
+    assert workload.output_tokens.tolist() == [7, 7]
+    assert workload.hash_ids == ((4, 5), (4,))
+    assert workload.take([1]).hash_ids == ((4,),)
+    assert make_workload("w", [2.0, 1.0], [1, 1], [1, 1], hash_ids=[[8], [9]]).hash_ids == ((9,), (8,))
+    apart = make_workload("w", workload.arrival_s, workload.prompt_tokens, workload.output_tokens)
+    assert workload.sha256() != apart.sha256()
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", r":2: expected an object with timestamp, input_length, output_length, hash_ids"),
+    ("[]", r":2: expected an object"),
+    (MOONCAKE.replace("hash_ids", "ids"), r":2: expected an object"),
+    (MOONCAKE.replace("[4, 5]", '["a", 5]'), r":2: expected an object"),
+    (MOONCAKE.replace("[4, 5]", "[4]"), r":2: 1 hash_ids for 600 tokens; there is one for every 512"),
+    (MOONCAKE.replace("1500", "1499"), r":2: timestamp 1499 is earlier than the line before"),
+    (MOONCAKE.replace("600", "0"), r":2: input_length must be from 1"),
+    (MOONCAKE.replace("7", "1.5"), r":2: output_length must be a whole number, got '1.5'"),
+])
+def test_what_is_wrong_in_a_trace_of_mooncake_is_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_trace(write(tmp_path / "trace.jsonl", MOONCAKE, line))
+
+
+def test_an_empty_or_damaged_trace_of_mooncake_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="has no requests"):
+        read_trace(tmp_path / "empty.jsonl")
+    (tmp_path / "damaged.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match=r"cannot be read .* expected JSON lines"):
+        read_trace(tmp_path / "damaged.jsonl.gz")
+    with pytest.raises(DataError, match="one hash id for every 512 tokens"):
+        make_workload("w", [0.0], [600], [1], hash_ids=[[1]])
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
