@@ -94,7 +94,8 @@ class GpuScorer:
     """A `runtime.Scorer` that keeps the device's order up to date.
 
     Args:
-        pack: token ids of prompts to the ranker's batch; raises for a prompt that cannot be scored.
+        pack: token ids of prompts to the ranker's batch, and what stands for their system prompts; raises
+            for a prompt that cannot be scored.
         score: batch to (B,) float32 expected tokens on the device, without waiting for them; leaves the
             scores in the slots of the order's table.
         stream: where all of it runs; None on a CPU.
@@ -103,7 +104,7 @@ class GpuScorer:
 
     def __init__(
         self,
-        pack: Callable[[Sequence[Prompt]], PackedBatch],
+        pack: Callable[[Sequence[Prompt]], tuple[PackedBatch, list[int]]],
         score: Callable[[PackedBatch], Tensor],
         order: DeviceOrder,
         stream: torch.cuda.Stream | None,
@@ -127,13 +128,14 @@ class GpuScorer:
     def _score_batch(self, prompts: Sequence[Prompt]) -> list[Scored]:
         seqs = [prompt.seq for prompt in prompts]
         try:
-            batch = self._pack(prompts)
+            batch, system_prompts = self._pack(prompts)
         except Exception:  # decoding and tokenising share no narrower base
             if len(prompts) == 1:
-                return [(seqs[0], math.nan)]
+                return [Scored(seqs[0], math.nan)]
             return [scored for prompt in prompts for scored in self._score_batch([prompt])]
         self._order.begin(seqs, [self._prompt_work * prompt.num_tokens for prompt in prompts])
-        return list(zip(seqs, self._order.finish(seqs, self._score(batch)), strict=True))
+        expected = self._order.finish(seqs, self._score(batch))
+        return list(map(Scored, seqs, expected, system_prompts))
 
 
 def make_gpu_scorer(

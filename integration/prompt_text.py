@@ -36,23 +36,31 @@ class PromptText:
     def __call__(self, ids: Sequence[int]) -> str:
         """The text of a prompt; turns of a conversation stand on lines of their own.
 
+        Raises: as `read`.
+        """
+        return self.read(ids)[0]
+
+    def read(self, ids: Sequence[int]) -> tuple[str, str]:
+        """The same, and the system prompt that was left out of it, "" if there was none.
+
         Raises: whatever the tokenizer does of ids that are not its own.
         """
         if self._day != datetime.date.today():  # some templates hold the date
             self._read_template()
         text = str(self._tokenizer.decode(ids))
-        text = self._without_system_prompt(text)
+        text, system_prompt = self._split(text)
         text = text.removesuffix(self._end) if self._end else text
         for turn in self._turns:
             text = text.replace(turn, "\n")
-        return self._specials.sub(" ", text).strip()
+        return self._specials.sub(" ", text).strip(), system_prompt
 
-    def _without_system_prompt(self, text: str) -> str:
-        """Without all that comes before the first message of the user."""
+    def _split(self, text: str) -> tuple[str, str]:
+        """Without all that comes before the first message of the user, and the system prompt."""
         start, turn = self._system
         if start and text.startswith(start) and turn in text:
-            return text.partition(turn)[2]
-        return text.removeprefix(self._start)
+            system_prompt, _, rest = text.removeprefix(start).partition(turn)
+            return rest, system_prompt
+        return text.removeprefix(self._start), ""
 
     def _read_template(self) -> None:
         """What the chat template writes around messages, as it comes out of the decoder."""

@@ -1,8 +1,7 @@
 """The ranker's own process on the CPU: `python -m pars_fast.integration.ranker_process --endpoint ...`.
 
 Runs when a core has nothing else to do, so that the engine's steps come first. It ends when its parent does:
-the parent holds the other end of its standard input. Messages are msgpack, `[Prompt]` in and
-`[(seq, expected_tokens)]` out.
+the parent holds the other end of its standard input. Messages are msgpack, `[Prompt]` in and `[Scored]` out.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from pars_fast.integration.learning import Learning
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.prompt_window import PromptWindow
 from pars_fast.integration.queue import RankedRequestQueue
-from pars_fast.integration.runtime import READY, Prompt, RankerRuntime
+from pars_fast.integration.runtime import READY, Prompt, RankerRuntime, Scored
 from pars_fast.policies import prompt_work
 from pars_fast.priority_class import Entry
 
@@ -169,14 +169,17 @@ class RankingLoop:
             return entries
         return deque(entry for entry in entries if entry.waiting)
 
-    def _take(self, scored: list[tuple[int, float]]) -> None:
-        for seq, expected_tokens in scored:
-            if (seq, expected_tokens) == READY:
+    def _take(self, scored: list[Scored]) -> None:
+        for answer in scored:
+            if answer == READY:
                 self._ready = True
                 continue
+            seq, expected_tokens, system_prompt = answer
             entry, handed_over_at = self._in_flight.pop(seq, (None, 0.0))
             if entry is None:
                 continue
+            if entry.application is None and system_prompt:  # one too short for `PromptWindow` to leave out
+                entry.application = system_prompt
             if math.isfinite(expected_tokens):
                 self._known.add(seq)
                 if self._queue.entries.get(entry.payload.request_id) is not entry:  # finished meanwhile

@@ -19,8 +19,16 @@ from typing import NamedTuple, Protocol
 import msgspec
 import zmq
 
-Scored = tuple[int, float]  # (seq, expected output tokens; NaN if the prompt could not be scored)
-READY: Scored = (-1, 0.0)
+
+class Scored(NamedTuple):
+    """What the ranker says of a prompt. msgpack has it as an array."""
+
+    seq: int
+    expected_tokens: float  # NaN if the prompt could not be scored
+    system_prompt: int = 0  # stands for the one that was not scored with the rest; 0: there was none
+
+
+READY = Scored(-1, 0.0)
 
 
 class Prompt(NamedTuple):

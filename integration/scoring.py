@@ -5,6 +5,7 @@ ranker's process or thread, never on the scheduling thread.
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 
 from pars_fast.errors import CheckpointError
@@ -32,18 +33,25 @@ class PromptScorer:
             return self._score(prompts)
         except Exception:
             if len(prompts) == 1:
-                return [(prompts[0].seq, math.nan)]
+                return [Scored(prompts[0].seq, math.nan)]
             return [scored for prompt in prompts for scored in self([prompt])]
 
-    def pack(self, prompts: Sequence[Prompt]) -> PackedBatch:
-        """The ranker's batch of these prompts. Raises: PromptError: if one is empty or no text."""
-        return pack(self._ranker.encode(self._texts(prompts)))
+    def pack(self, prompts: Sequence[Prompt]) -> tuple[PackedBatch, list[int]]:
+        """The ranker's batch of these prompts, and what stands for their system prompts (`Scored`).
 
-    def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        return [self._text(prompt.ids) for prompt in prompts]
+        Raises: PromptError: if one is empty or no text.
+        """
+        texts, system_prompts = self._read(prompts)
+        return pack(self._ranker.encode(texts)), system_prompts
+
+    def _read(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[int]]:
+        read = [self._text.read(prompt.ids) for prompt in prompts]
+        return [text for text, _ in read], [zlib.crc32(system.encode()) for _, system in read]
 
     def _score(self, prompts: Sequence[Prompt]) -> list[Scored]:
-        expected = self.token_map(self._ranker.score(self._texts(prompts)).numpy())
-        return [(seq, float(tokens)) for (seq, *_), tokens in zip(prompts, expected, strict=True)]
+        texts, system_prompts = self._read(prompts)
+        expected = self.token_map(self._ranker.score(texts).numpy()).tolist()
+        seqs = [prompt.seq for prompt in prompts]
+        return list(map(Scored, seqs, expected, system_prompts))
 
 

@@ -89,7 +89,7 @@ class FakeRuntime:
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         self._encode(prompts)
-        self._answers.append(self._encode([(prompt.seq, float(prompt.ids[0])) for prompt in prompts]))
+        self._answers.append(self._encode([Scored(prompt.seq, float(prompt.ids[0])) for prompt in prompts]))
         return True
 
     def poll(self) -> list[Scored]:

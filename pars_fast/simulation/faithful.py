@@ -130,7 +130,7 @@ class DelayedRanker:
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         due = self._clock() + self._delay_s
-        self._answers.extend((due, (prompt.seq, self._tokens(prompt.ids))) for prompt in prompts)
+        self._answers.extend((due, Scored(prompt.seq, self._tokens(prompt.ids))) for prompt in prompts)
         return True
 
     def _tokens(self, ids: Sequence[int]) -> float:
@@ -338,11 +338,15 @@ def _application(workload: Workload, number: int) -> dict[str, str | float]:
     return {"pars_app": app, "pars_app_type": app.partition("/")[0] if "/" in app else ""}
 
 
+def block_hasher(block_size: int, hash_ids: Sequence[int] = ()) -> Callable[[Request], list[BlockHash]]:
+    """What names the KV blocks of a request whose id is its number; `hash_ids` are as in `Workload`."""
+    return functools.partial(_new_block_hashes, block_size, hash_ids)
+
+
 def _block_hasher(
     workload: Workload, number: int, block_size: int
 ) -> Callable[[Request], list[BlockHash]]:
-    hash_ids = () if workload.hash_ids is None else workload.hash_ids[number]
-    return functools.partial(_new_block_hashes, block_size, hash_ids)
+    return block_hasher(block_size, () if workload.hash_ids is None else workload.hash_ids[number])
 
 
 def _new_block_hashes(block_size: int, hash_ids: Sequence[int], request: Request) -> list[BlockHash]:

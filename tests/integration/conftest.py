@@ -147,6 +147,7 @@ class FakeRuntime:
         self.submitted: list[Prompt] = []
         self.pending: list[Prompt] = []
         self._outbox: list[Scored] = []
+        self.system_prompt: Callable[[Prompt], int] = lambda prompt: 0
 
     def start(self) -> None:
         self.starts += 1
@@ -182,7 +183,9 @@ class FakeRuntime:
 
     def score(self, answer: Callable[[Prompt], float]) -> None:
         """Answer all that is pending."""
-        self._outbox += [(prompt[0], answer(prompt)) for prompt in self.pending]
+        self._outbox += [
+            Scored(prompt.seq, answer(prompt), self.system_prompt(prompt)) for prompt in self.pending
+        ]
         self.pending = []
 
 

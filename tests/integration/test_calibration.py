@@ -126,6 +126,14 @@ def test_applications_whose_answers_differ_are_told_apart(server: Server, fake_r
     assert max(expected[True]) < min(expected[False])
 
 
+def test_applications_are_known_by_short_system_prompts(server: Server, fake_runtime: Any) -> None:
+    """Too short to be left out by their ids: the ranker, which reads the chat template, says which it was."""
+    fake_runtime.answer = lambda prompt: 10.0
+    fake_runtime.system_prompt = lambda prompt: 1 if server.lengths[prompt.seq] <= 2 else 2
+    server.serve_until(lambda: server.values["pars_kendall_tau_low"] > 0.5)
+    assert server.values["pars_applications"] == 2
+
+
 def test_without_calibration_nobody_looks(
     server: Server, fake_runtime: Any, make_scheduler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

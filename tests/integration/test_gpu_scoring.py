@@ -12,7 +12,7 @@ from pars_fast.calibration import TokenMap
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
 from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer
-from pars_fast.integration.runtime import Prompt, Scored
+from pars_fast.integration.runtime import Prompt
 from pars_fast.policies import POLICIES, prompt_work
 from pars_fast.priority_class import Entry
 from pars_fast.slot_table import MAX_BATCH, SlotTable
@@ -33,7 +33,10 @@ def order(table: SlotTable) -> DeviceOrder:
 
 
 def add(
-    table: SlotTable, order: DeviceOrder, scored: Sequence[Scored], prompt_work: Sequence[float] = ()
+    table: SlotTable,
+    order: DeviceOrder,
+    scored: Sequence[tuple[int, float]],
+    prompt_work: Sequence[float] = (),
 ) -> list[float]:
     """Requests whose scores are their expected tokens, by batches as large as may be."""
     tokens: list[float] = []
@@ -78,9 +81,9 @@ def whole(seq: int, ids: list[int]) -> Prompt:
     return Prompt(seq, ids, len(ids))
 
 
-def pack_nonempty(prompts: Sequence[Prompt]) -> PackedBatch:
+def pack_nonempty(prompts: Sequence[Prompt]) -> tuple[PackedBatch, list[int]]:
     """An empty prompt is an error, as it is for the real scorer."""
-    return pack([prompt.ids for prompt in prompts])
+    return pack([prompt.ids for prompt in prompts]), [len(prompt.ids) for prompt in prompts]
 
 
 def lengths_as_scores(table: SlotTable) -> Callable[[PackedBatch], torch.Tensor]:
@@ -96,8 +99,10 @@ def lengths_as_scores(table: SlotTable) -> Callable[[PackedBatch], torch.Tensor]
 def test_scorer_orders_what_it_scored(table: SlotTable, order: DeviceOrder) -> None:
     scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), order, None, 0.0)
     scored = scorer([whole(seq, ids) for seq, ids in enumerate([[1, 2, 3], [], [1], [0] * 13, [1, 2]])])
-    assert [seq for seq, _ in scored] == [0, 1, 2, 3, 4]
-    assert [tokens for _, tokens in scored] == pytest.approx([3, math.nan, 1, math.nan, 2], nan_ok=True)
+    assert [each.seq for each in scored] == [0, 1, 2, 3, 4]
+    tokens = [each.expected_tokens for each in scored]
+    assert tokens == pytest.approx([3, math.nan, 1, math.nan, 2], nan_ok=True)
+    assert [each.system_prompt for each in scored] == [3, 0, 1, 13, 2]
     assert scorer.order() == [2, 4, 0]
     scorer.forget([2])
     scorer([whole(5, [1] * 9)])
@@ -122,7 +127,7 @@ def test_scorer_weighs_prompts_as_the_policy_does(table: SlotTable, order: Devic
     scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), order, None, work)
     rng = np.random.default_rng(3)
     prompts = [Prompt(seq, [1] * int(rng.integers(1, 13)), int(rng.integers(13, 3000))) for seq in range(40)]
-    assert [tokens for _, tokens in scorer(prompts)] == [float(len(prompt.ids)) for prompt in prompts]
+    assert [each.expected_tokens for each in scorer(prompts)] == [float(len(p.ids)) for p in prompts]
     key = {p.seq: policy().key(float(len(p.ids)), SimpleNamespace(num_prompt_tokens=p.num_tokens))
            for p in prompts}  # fmt: skip
     assert scorer.order() == sorted(key, key=lambda seq: (key[seq], seq))

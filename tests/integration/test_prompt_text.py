@@ -86,15 +86,17 @@ def test_turns_stand_on_lines_of_their_own(template: str, tmp_path: Path) -> Non
 def test_a_system_prompt_is_left_out(name: str, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(TEMPLATES[name], tmp_path)
     text = PromptText(str(tmp_path), None)
-    assert text(chat_ids(tokenizer, ("system", "You sell tools."), ("user", "Why?"))) == "Why?"
+    ids = chat_ids(tokenizer, ("system", "You sell tools."), ("user", "Why?"))
+    assert text.read(ids) == ("Why?", "You sell tools.")
     turns = [("system", "You sell tools."), ("user", "Why?"), ("assistant", "So."), ("user", "Really?")]
-    assert text(chat_ids(tokenizer, *turns)).split() == ["Why?", "So.", "Really?"]
+    said, system_prompt = text.read(chat_ids(tokenizer, *turns))
+    assert (said.split(), system_prompt) == (["Why?", "So.", "Really?"], "You sell tools.")
 
 
 def test_a_prompt_without_the_template_stays_as_it_is(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(CHATML, tmp_path)
     said = "def f(user):\n    return user"
-    assert PromptText(str(tmp_path), None)(tokenizer.encode(said)) == said
+    assert PromptText(str(tmp_path), None).read(tokenizer.encode(said)) == (said, "")
 
 
 def test_special_tokens_that_are_left_are_no_text(tmp_path: Path) -> None:

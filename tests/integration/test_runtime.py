@@ -54,6 +54,10 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = START_TIMEOUT_S) -
     return value
 
 
+def tokens_of(scored: Sequence[Scored]) -> dict[int, float]:
+    return {each.seq: each.expected_tokens for each in scored}
+
+
 def collect(runtime: Any, count: int) -> list[Scored]:
     """The next `count` messages of a runtime; fails at once if the ranker ends."""
     scored: list[Scored] = []
@@ -89,11 +93,11 @@ def test_a_process_scores_as_the_library_does_and_survives_a_kill(
 
     assert collect(runtime, 1) == [READY]
     assert runtime.submit(prompts)
-    assert dict(collect(runtime, len(prompts))) == pytest.approx(expected, rel=1e-4)
+    assert tokens_of(collect(runtime, len(prompts))) == pytest.approx(expected, rel=1e-4)
 
     # One prompt without text in it harms no other, and an id past the vocabulary harms nobody.
     assert runtime.submit([whole(100, tokenizer.encode("   ")), whole(101, [10**6]), *prompts[:1]])
-    scored = dict(collect(runtime, 3))
+    scored = tokens_of(collect(runtime, 3))
     assert math.isnan(scored[100])
     assert scored[0] == pytest.approx(expected[0], rel=1e-4)
 
@@ -108,7 +112,7 @@ def test_a_process_scores_as_the_library_does_and_survives_a_kill(
     assert runtime.failure() is None
     assert collect(runtime, 1) == [READY]
     assert runtime.submit(prompts[:2])
-    assert dict(collect(runtime, 2)) == pytest.approx({seq: expected[seq] for seq in (0, 1)}, rel=1e-4)
+    assert tokens_of(collect(runtime, 2)) == pytest.approx({seq: expected[seq] for seq in (0, 1)}, rel=1e-4)
 
     process = process_of(runtime)
     runtime.close()
@@ -187,7 +191,7 @@ class ToyScorer:
 
 
 def lengths(prompts: Sequence[Prompt]) -> list[Scored]:
-    return [(prompt.seq, float(len(prompt.ids))) for prompt in prompts]
+    return [Scored(prompt.seq, float(len(prompt.ids))) for prompt in prompts]
 
 
 def test_a_thread_scores() -> None:
@@ -196,11 +200,11 @@ def test_a_thread_scores() -> None:
     assert collect(runtime, 1) == [READY]
     assert runtime.submit([whole(0, [1, 2]), whole(1, [3])])
     assert runtime.submit([whole(2, [4, 5, 6])])
-    assert sorted(collect(runtime, 3)) == [(0, 2.0), (1, 1.0), (2, 3.0)]
+    assert sorted(collect(runtime, 3)) == [Scored(0, 2.0), Scored(1, 1.0), Scored(2, 3.0)]
     assert runtime.order() == [0, 1, 2]
     runtime.forget([1])
     assert runtime.submit([whole(3, [7])])
-    assert collect(runtime, 1) == [(3, 1.0)]
+    assert collect(runtime, 1) == [Scored(3, 1.0)]
     assert runtime.order() == [0, 2, 3]
     assert runtime.failure() is None
     runtime.close()
@@ -223,7 +227,7 @@ def test_a_thread_whose_scorer_raises_says_so_and_can_be_started_anew() -> None:
     runtime.start()
     assert runtime.failure() is None
     runtime.submit([whole(0, [1])])
-    assert collect(runtime, 2) == [READY, (0, 1.0)]
+    assert collect(runtime, 2) == [READY, Scored(0, 1.0)]
     runtime.close()
 
 

@@ -4,7 +4,6 @@ Only the model's output and the ranker are made up. Requests come in bursts with
 whole KV cache, are preempted, aborted and of several priorities; the bound is checked for every one of them.
 """
 
-import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from pars_fast.integration.runtime import READY, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.settings import Settings
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.faithful import _new_block_hashes, make_scheduler
+from pars_fast.simulation.faithful import block_hasher, make_scheduler
 
 SEATS, LONGEST, KV_TOKENS = 4, 60, 320
 ENGINE = EngineSettings(
@@ -62,7 +61,7 @@ class MadeUpRanker:
         self._answers = [READY]
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
-        self._answers += [(prompt.seq, self._score(prompt.ids[0])) for prompt in prompts]
+        self._answers += [Scored(prompt.seq, self._score(prompt.ids[0])) for prompt in prompts]
         return True
 
     def poll(self) -> list[Scored]:
@@ -147,7 +146,7 @@ class Run:
             SamplingParams(max_tokens=answer, ignore_eos=True),
             None,
             priority=self.rng.randrange(self.priorities),
-            block_hasher=functools.partial(_new_block_hashes, ENGINE.block_size),
+            block_hasher=block_hasher(ENGINE.block_size),
         )
         index = self.scheduler.waiting.index
         ahead = [entry for entry in index if entry.priority == request.priority]
