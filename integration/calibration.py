@@ -106,8 +106,7 @@ class LiveCalibration:
         if not self._enabled:
             return
         request = entry.payload
-        factor = self._factors.get(entry.application, 1.0)
-        scored = Observation(max(expected_tokens, 1.0), request, entry.application, factor)
+        scored = Observation(max(expected_tokens, 1.0), request, entry.application)
         self._cohorts.add(entry.seq, scored)
         if request.is_finished():  # before its score came: left out, it would be missed among the short
             self.finished(entry, ending_of(request))
@@ -119,7 +118,13 @@ class LiveCalibration:
             self.learn(cohort)
 
     def learn(self, cohort: list[Observation]) -> None:
-        """Take in a cohort that has ended."""
+        """Take in a cohort that has ended.
+
+        It is judged with what cohorts before it say of its applications, though when it was scored that may
+        not have been known: so it says what ranking from now on is worth, and is no judge in its own cause.
+        """
+        for observation in cohort:
+            observation.factor = self._factors.get(observation.application, 1.0)
         self._recent.append(cohort)
         self._served.extend(cohort)
         window = [observation for cohort in self._recent for observation in cohort]

@@ -13,6 +13,8 @@ from typing import Any
 
 logger = logging.getLogger("vllm.pars_fast")
 
+# Where prompts agree for so much longer than their system prompt, it is more than some users' first words.
+_LONG_WORDS = 128  # characters
 # Stand for what people write; whatever the template puts around them is its own.
 _SYSTEM, _USER, _ANSWER, _AGAIN = "qsystemq", "quserq", "qanswerq", "qagainq"
 
@@ -33,22 +35,29 @@ class PromptText:
         self._specials = re.compile("|".join(map(re.escape, specials)) if specials else r"(?!)")
         self._read_template()
 
-    def __call__(self, ids: Sequence[int]) -> str:
+    def __call__(self, ids: Sequence[int], shared: int = 0) -> str:
         """The text of a prompt; turns of a conversation stand on lines of their own.
 
         Raises: as `read`.
         """
-        return self.read(ids)[0]
+        return self.read(ids, shared)[0]
 
-    def read(self, ids: Sequence[int]) -> tuple[str, str]:
+    def read(self, ids: Sequence[int], shared: int = 0) -> tuple[str, str]:
         """The same, and the system prompt that was left out of it, "" if there was none.
+
+        Of a prompt whose first `shared` ids others have, too, these are left out; but where that is about the
+        system prompt, all that the user said is left. Where it is more, such as examples, they say more
+        than the system prompt whose prompt it is, and none is given.
 
         Raises: whatever the tokenizer does of ids that are not its own.
         """
         if self._day != datetime.date.today():  # some templates hold the date
             self._read_template()
-        text = str(self._tokenizer.decode(ids))
-        text, system_prompt = self._split(text)
+        text, system_prompt = self._split(str(self._tokenizer.decode(ids)))
+        if shared:
+            behind = str(self._tokenizer.decode(ids[shared:]))
+            if not system_prompt or len(text) - len(behind) > _LONG_WORDS:
+                text, system_prompt = behind, ""
         text = text.removesuffix(self._end) if self._end else text
         for turn in self._turns:
             text = text.replace(turn, "\n")
@@ -58,8 +67,8 @@ class PromptText:
         """Without all that comes before the first message of the user, and the system prompt."""
         start, turn = self._system
         if start and text.startswith(start) and turn in text:
-            system_prompt, _, rest = text.removeprefix(start).partition(turn)
-            return rest, system_prompt
+            before, _, rest = text.partition(turn)
+            return rest, before[len(start) :]
         return text.removeprefix(self._start), ""
 
     def _read_template(self) -> None:

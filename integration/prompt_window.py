@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 MAX_IDS = 512  # of a prompt; one of 100k tokens costs no more than its two ends
+MAX_BEGINNING = 256  # ids; so long a shared beginning is shown beside them, for the system prompt in it
 SHORT_BEGINNING = 32  # ids; an instruction of so many is left, it tells one kind of prompt from another
 LEAST_IDS = 16  # are always left
 _CHUNK = 16  # ids compared at a time
@@ -19,12 +20,14 @@ _MAX_SHARED_IDS = 8192
 
 
 class Seen(NamedTuple):
-    """What the ranker gets of a prompt, and what stands for the beginning that is left out; None: for none.
+    """What the ranker gets of a prompt: how many of its `ids` are a beginning that is not to be scored, and
+    what stands for the beginning that is left out; None: for none.
 
-    It is the same for prompts of one application but for a few of them, whose words happen to agree, too.
+    `application` is the same for prompts of one but for a few of them, whose words happen to agree, too.
     """
 
     ids: list[int]
+    shared: int
     application: Hashable
 
 
@@ -41,19 +44,21 @@ class PromptWindow:
     def __call__(self, ids: Sequence[int]) -> list[int]:
         """At most `MAX_IDS` ids: a prompt without a shared beginning longer than `SHORT_BEGINNING`, and of
         what is still too long both ends."""
-        return self.cut(ids).ids
+        seen = self.cut(ids)
+        return seen.ids[seen.shared :]
 
     def cut(self, ids: Sequence[int]) -> Seen:
-        """The same, and whose it is."""
+        """The same behind the shared beginning, if that is not too long, and whose it is."""
         start = min(self._shared(ids), len(ids) - LEAST_IDS)
         if start <= SHORT_BEGINNING:
             start = 0
         # In chunks, since the first words of what differs are sometimes the same.
         application = hash(tuple(ids[: start // _CHUNK * _CHUNK])) if start else None
-        if len(ids) - start <= MAX_IDS:
-            return Seen(list(ids[start:]), application)
-        half = MAX_IDS // 2
-        return Seen([*ids[start : start + half], *ids[-half:]], application)
+        own = ids[start:]
+        if len(own) > MAX_IDS:
+            own = [*own[: MAX_IDS // 2], *own[-MAX_IDS // 2 :]]
+        shared = start if start <= MAX_BEGINNING else 0
+        return Seen([*ids[:shared], *own], shared, application)
 
     def _shared(self, ids: Sequence[int]) -> int:
         """How many of its first ids this one has in common with half of the recent ones that begin alike."""

@@ -178,7 +178,7 @@ class RankingLoop:
             entry, handed_over_at = self._in_flight.pop(seq, (None, 0.0))
             if entry is None:
                 continue
-            if entry.application is None and system_prompt:  # one too short for `PromptWindow` to leave out
+            if system_prompt:  # says better than the beginning of the ids whose it is
                 entry.application = system_prompt
             if math.isfinite(expected_tokens):
                 self._known.add(seq)
@@ -227,4 +227,4 @@ class RankingLoop:
         seen = self._window.cut(request.prompt_token_ids)
         entry.application = seen.application
         to_compute = self._queue.index.policy.uncached_tokens(request)
-        return Prompt(entry.seq, [*seen.ids, *made], to_compute)
+        return Prompt(entry.seq, [*seen.ids, *made], to_compute, seen.shared)

@@ -18,7 +18,7 @@ from pars_fast.data import split_of
 from pars_fast.errors import OutputError
 from pars_fast.integration.background import Background
 from pars_fast.integration.metrics import CounterFile
-from pars_fast.integration.prompt_window import PromptWindow
+from pars_fast.integration.prompt_window import PromptWindow, Seen
 from pars_fast.live_calibration import Ending
 from pars_fast.text import HASHED_PROMPT, hashed, is_text
 
@@ -29,7 +29,7 @@ MAX_BYTES = 2**30  # of the file; then recording ends
 MAX_LINE_BYTES = 2**20
 ROW_START = b'{"id": "'  # how each of our lines begins
 
-Decode = Callable[[list[int]], str]
+Decode = Callable[[list[int], int], str]  # ids of a prompt, and how many of them others begin with, too
 
 
 class Recorder:
@@ -62,8 +62,10 @@ class Recorder:
         """Note a finished request; one without ids or answer is left out."""
         if output_tokens < 1 or not prompt_token_ids:
             return
-        ids, count = self._window(prompt_token_ids), len(prompt_token_ids)
-        if self._ended or not self._background.submit(lambda: self._write(ids, count, output_tokens, ending)):
+        seen, count = self._window.cut(prompt_token_ids), len(prompt_token_ids)
+        if self._ended or not self._background.submit(
+            lambda: self._write(seen, count, output_tokens, ending)
+        ):
             self._count("pars_record_dropped")
 
     def flush(self, timeout_s: float) -> bool:
@@ -77,12 +79,12 @@ class Recorder:
         except Exception as error:  # loading a tokenizer shares no narrower base
             self._end(error)
 
-    def _write(self, ids: list[int], count: int, output_tokens: int, ending: Ending) -> None:
+    def _write(self, seen: Seen, count: int, output_tokens: int, ending: Ending) -> None:
         written = False
         try:
             if self._ended:
                 return
-            prompt = self._decode(ids)
+            prompt = self._decode(seen.ids, seen.shared)
             if prompt.strip() and is_text(prompt):
                 self._file.append(self._row(prompt, count, output_tokens, ending))
                 written = True

@@ -37,6 +37,7 @@ class Prompt(NamedTuple):
     seq: int
     ids: list[int]  # of the served model: what `PromptWindow` leaves of the prompt, and the answer so far
     num_tokens: int  # of the prompt that are to be computed, which the key weighs
+    shared: int = 0  # how many of the ids are a beginning that others have, too
 
 
 class RankerRuntime(Protocol):

@@ -45,7 +45,7 @@ class PromptScorer:
         return pack(self._ranker.encode(texts)), system_prompts
 
     def _read(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[int]]:
-        read = [self._text.read(prompt.ids) for prompt in prompts]
+        read = [self._text.read(prompt.ids, prompt.shared) for prompt in prompts]
         return [text for text, _ in read], [zlib.crc32(system.encode()) for _, system in read]
 
     def _score(self, prompts: Sequence[Prompt]) -> list[Scored]:

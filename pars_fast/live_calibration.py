@@ -44,7 +44,7 @@ class Answer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Observation:
-    """One scored request: the tokens that the ranker expected, what they were multiplied by for its
+    """One scored request: the tokens that the ranker expected, what they are multiplied by for its
     `application`, and what came of it."""
 
     expected_tokens: float
@@ -56,7 +56,7 @@ class Observation:
 
     @property
     def ordered_by(self) -> float:
-        """The tokens that were expected of it in the end."""
+        """The tokens that are expected of it in the end."""
         return self.expected_tokens * self.factor
 
     def end(self, ending: Ending) -> None:

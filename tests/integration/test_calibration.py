@@ -15,9 +15,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.integration import scheduler as scheduler_module
-from pars_fast.integration.calibration import ending_of, in_shadow_share
+from pars_fast.integration.calibration import LiveCalibration, ending_of, in_shadow_share
+from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler
-from pars_fast.live_calibration import Ending
+from pars_fast.live_calibration import COHORT_SIZE, Ending, Observation
 from tests.integration.test_scheduler import Engine
 
 
@@ -132,6 +133,22 @@ def test_applications_are_known_by_short_system_prompts(server: Server, fake_run
     fake_runtime.system_prompt = lambda prompt: 1 if server.lengths[prompt.seq] <= 2 else 2
     server.serve_until(lambda: server.values["pars_kendall_tau_low"] > 0.5)
     assert server.values["pars_applications"] == 2
+
+
+def test_what_applications_say_counts_before_ranking_is_given_up() -> None:
+    """The ranker's own expectations are worth nothing, and of six cohorts all were scored before the first
+    had ended: each is judged with what those before it say of its applications."""
+    rng = random.Random(7)
+    calibration = LiveCalibration(values := CounterFile(None, 0), min_tau=0.1)
+    for _ in range(6):
+        applications = rng.choices(("one word", "essay"), k=COHORT_SIZE)
+        calibration.learn([
+            Observation(rng.uniform(10, 100), None, application, ending=Ending.COMPLETE,
+                        output_tokens=rng.randint(1, 3) if application == "one word" else rng.randint(50, 90))
+            for application in applications
+        ])  # fmt: skip
+        assert calibration.ranking
+    assert values.values["pars_kendall_tau_low"] > 0.4
 
 
 def test_without_calibration_nobody_looks(

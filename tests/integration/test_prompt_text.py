@@ -93,6 +93,32 @@ def test_a_system_prompt_is_left_out(name: str, tmp_path: Path) -> None:
     assert (said.split(), system_prompt) == (["Why?", "So.", "Really?"], "You sell tools.")
 
 
+@pytest.mark.parametrize("name", ["chatml", "dated", "words"])
+def test_around_a_system_prompt_nothing_of_the_user_is_lost(name: str, tmp_path: Path) -> None:
+    """Users of one application whose first words agree: what they share is more than the system prompt."""
+    tokenizer = make_tokenizer(TEMPLATES[name], tmp_path)
+    text = PromptText(str(tmp_path), None)
+    one, other = (
+        chat_ids(tokenizer, ("system", "You sell tools."), ("user", f"Write a story about {what}."))
+        for what in ("cats", "dogs")
+    )
+    shared = next(place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    assert text.read(one, shared) == ("Write a story about cats.", "You sell tools.")
+    assert text.read(one, shared // 2) == ("Write a story about cats.", "You sell tools.")
+
+
+@pytest.mark.parametrize("system", ["", "You sell tools."])
+def test_examples_that_all_prompts_have_are_left_out_and_say_whose_they_are(
+    system: str, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(CHATML, tmp_path)
+    examples = "".join(f"Question {i}? Answer {i}.\n" for i in range(10))
+    turns = [("system", system)] if system else []
+    ids = chat_ids(tokenizer, *turns, ("user", f"{examples}Why is the sky blue?"))
+    shared = len(tokenizer.encode(tokenizer.decode(ids).partition("Why")[0], add_special_tokens=False))
+    assert PromptText(str(tmp_path), None).read(ids, shared) == ("Why is the sky blue?", "")
+
+
 def test_a_prompt_without_the_template_stays_as_it_is(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(CHATML, tmp_path)
     said = "def f(user):\n    return user"

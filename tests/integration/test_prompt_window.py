@@ -47,6 +47,15 @@ def test_what_is_left_out_stands_for_the_application() -> None:
     assert window.cut(fresh(60, 99)).application is None
 
 
+def test_a_beginning_is_shown_beside_what_is_left_unless_it_is_long() -> None:
+    for system, shown in ((SYSTEM[:200], 200), (SYSTEM, 0)):
+        window = PromptWindow()
+        for seed in range(3):
+            own = fresh(60, seed)
+            seen = window.cut([*system, *own])
+        assert (seen.ids, seen.shared) == ([*system[:shown], *own], shown)
+
+
 def test_a_short_beginning_stays() -> None:
     window = PromptWindow()
     prompts = [[*SYSTEM[:SHORT_BEGINNING], *fresh(60, seed)] for seed in range(4)]

@@ -190,7 +190,7 @@ def test_an_abort_with_a_score_in_flight_does_not_touch_the_next_request_of_that
 def test_an_answer_to_a_question_nobody_asked_is_dropped(bench: Bench) -> None:
     (request,) = bench.add()
     bench.step()
-    bench.runtime.pending.append((12345, [1]))
+    bench.runtime.pending.append(Prompt(12345, [1], 1))
     bench.runtime.score(lambda prompt: 7.0)
     bench.step()
     assert bench.expected(request) == 7.0

@@ -18,7 +18,7 @@ from pars_fast.integration.recorder import Recorder
 from pars_fast.live_calibration import Ending
 
 
-def decode(ids: list[int]) -> str:
+def decode(ids: list[int], shared: int = 0) -> str:
     return " ".join(f"word{i}" for i in ids)
 
 
@@ -174,7 +174,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_tried_once(
 
 @pytest.mark.parametrize("text", [" \n", "half a character \ud800", None], ids=["blank", "no text", "raises"])
 def test_a_prompt_that_cannot_be_kept_harms_no_other(tmp_path: Path, text: str | None) -> None:
-    def decode_or_not(ids: list[int]) -> str:
+    def decode_or_not(ids: list[int], shared: int) -> str:
         if ids == [0] and text is None:
             raise ValueError("no such id")
         return text if ids == [0] and text is not None else decode(ids)

@@ -139,7 +139,7 @@ def test_a_model_that_talks_five_times_as_much_is_learnt() -> None:
     assert bias(scale, seen) == pytest.approx(1.0, rel=0.01)
 
 
-def test_the_order_that_was_served_is_judged() -> None:
+def test_what_is_known_of_applications_is_judged_too() -> None:
     """The ranker alone would have had the two the wrong way round, and expected half of what came."""
     seen = [
         Observation(expected, None, factor=factor, output_tokens=tokens, ending=Ending.COMPLETE)
