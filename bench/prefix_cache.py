@@ -10,9 +10,7 @@ noisy scores of a tau of 0.5. `blind` is `pars_fast` with every prompt counted w
 
 import argparse
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from pars_fast.simulation.faithful import simulate
 from pars_fast.simulation.step_time import StepTime, load_profile
 from pars_fast.simulation.study import PROFILE, TAU
 from pars_fast.simulation.workload import Workload, at_load, read_trace, with_noisy_scores
+from pars_fast.worker_pool import worker_pool
 
 RESULTS = Path(__file__).parent / "results" / "simulation" / "prefix_cache.csv"
 LOAD = 1.2
@@ -114,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cut = [piece for path in arguments.traces for piece in pieces(path, arguments.pieces, arguments.requests)]
     rows = []
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+    with worker_pool(arguments.workers) as pool:
         for made in pool.map(rows_of, cut):
             rows += [{**row, **machine(all_threads())} for row in made]
             for row in made:

@@ -135,7 +135,7 @@ class GpuScorer:
             return [scored for prompt in prompts for scored in self._score_batch([prompt])]
         self._order.begin(seqs, [self._prompt_work * prompt.num_tokens for prompt in prompts])
         expected = self._order.finish(seqs, self._score(batch))
-        return list(map(Scored, seqs, expected, system_prompts))
+        return [Scored(*answer) for answer in zip(seqs, expected, system_prompts, strict=True)]
 
 
 def make_gpu_scorer(

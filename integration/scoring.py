@@ -50,8 +50,8 @@ class PromptScorer:
 
     def _score(self, prompts: Sequence[Prompt]) -> list[Scored]:
         texts, system_prompts = self._read(prompts)
-        expected = self.token_map(self._ranker.score(texts).numpy()).tolist()
-        seqs = [prompt.seq for prompt in prompts]
-        return list(map(Scored, seqs, expected, system_prompts))
+        expected = self.token_map(self._ranker.score(texts).numpy())
+        answers = zip(prompts, expected, system_prompts, strict=True)
+        return [Scored(prompt.seq, float(tokens), system) for prompt, tokens, system in answers]
 
 

@@ -6,9 +6,7 @@ every moment (`FairShare`). It is not attainable: no request waits for its own e
 """
 
 import itertools
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fast import closed_loop
 from pars_fast.simulation.step_time import StepTime, load_profile
 from pars_fast.simulation.workload import Workload, at_load, poisson, read_trace, with_noisy_scores
+from pars_fast.worker_pool import worker_pool
 
 PROFILE = "h100_llama_3_1_8b"
 # Small, so that a few thousand requests are a queue; memory runs out before seats do, as Justitia has it.
@@ -164,7 +163,7 @@ def fairness_rows(setup: Setup, *, workers: int) -> Iterator[dict[str, Any]]:
     """
     demand = train_demand(workload_of(setup, "train", TRAINED_ON, _TRAINING_SEED))
     cases = [(setup, demand, *case) for case in itertools.product(setup.seeds, setup.loads, ORDERS)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         yield from pool.map(_run, cases)
 
 

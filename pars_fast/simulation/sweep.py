@@ -7,11 +7,10 @@ so that a sweep that was interrupted, or is extended, runs only what is missing.
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +43,7 @@ from pars_fast.simulation.fast import capacity_tok_s
 from pars_fast.simulation.fleet import Router, simulate_fleet
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.workload import Workload, at_load, with_noisy_scores, with_unscored
+from pars_fast.worker_pool import worker_pool
 
 Simulator = Literal["fast", "faithful"]
 
@@ -225,8 +225,7 @@ def _run_all(setup: Setup, cases: Mapping[str, Case], workers: int) -> Iterator[
         for key, case in cases.items():
             yield key, run_case(setup, case)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
-    with ProcessPoolExecutor(workers, context, initializer=_set_up, initargs=(setup,)) as pool:
+    with worker_pool(workers, _set_up, (setup,)) as pool:
         try:
             futures = {pool.submit(_run_here, case): key for key, case in cases.items()}
             for future in as_completed(futures):

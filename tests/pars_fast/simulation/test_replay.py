@@ -79,7 +79,8 @@ def test_the_simulator_finishes_applications_as_a_policy_has_it() -> None:
 def test_a_real_server_shares_itself_among_applications(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two heavy applications are there when small ones come: under justitia these are done sooner."""
+    """Two heavy applications are there when small ones come: under vtc these are done long before the heavy
+    ones, whatever the machine's speed; in arrival order after them."""
     monkeypatch.setattr(demo_run, "NUM_LAYERS", 1)
     rows = [f"0,20,40,heavy/{i // 30}" for i in range(60)] + [f"0.1,20,40,light/{i}" for i in range(5)]
     trace = tmp_path / "trace.csv"
@@ -87,16 +88,16 @@ def test_a_real_server_shares_itself_among_applications(
     profile = Profile(STEP, ENGINE, Fit(1000, 0.01, 1e-3, 5e-4, 0.03, 0.98), "tiny", "CPU")
     (tmp_path / "profile.json").write_text(json.dumps(profile.to_json()))
     out = tmp_path / "out.json"
-    options = ["--policies", "fcfs,justitia,pars_fast", "--load", "3", "--tau", "0.5", "--json", str(out)]
+    options = ["--policies", "fcfs,vtc,pars_fast", "--load", "3", "--tau", "0.5", "--json", str(out)]
     assert main(["replay", "--trace", str(trace), "--profile", str(tmp_path / "profile.json"), *options]) == 0
     printed = capsys.readouterr().out
     assert "every request completed" in printed
     assert "Ratios to fcfs" in printed
     result = json.loads(out.read_text())
-    completion_s = {run["policy"]: run["mean_completion_s"] for run in result["runs"]}
+    share = {run["policy"]: run["mean_completion_s"] / run["p99_completion_s"] for run in result["runs"]}
     assert {run["completed"] for run in result["runs"]} == {66}
-    assert completion_s["justitia"] < completion_s["fcfs"]
-    assert completion_s["pars_fast"] > 0
+    assert share["vtc"] < 0.75 * share["fcfs"]
+    assert 0 < share["pars_fast"] <= 1
     assert [run["policy"] for run in result["simulated"]] == [run["policy"] for run in result["runs"]]
     assert result["capacity_tok_s"] > 0
 

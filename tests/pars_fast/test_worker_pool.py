@@ -1,0 +1,48 @@
+"""The processes of a pool work, and none is left when whoever started them is killed."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pars_fast.worker_pool import worker_pool
+
+OWNER = """
+import os, time
+from pars_fast.worker_pool import worker_pool
+
+if __name__ == "__main__":
+    with worker_pool(2) as pool:
+        print(*{future.result() for future in [pool.submit(os.getpid) for _ in range(8)]}, flush=True)
+        time.sleep(600)
+"""
+
+
+def test_it_works() -> None:
+    with worker_pool(2, os.chdir, ("/",)) as pool:
+        assert [future.result() for future in [pool.submit(os.getcwd) for _ in range(3)]] == ["/"] * 3
+
+
+def test_its_processes_end_with_their_parent(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            pids = owner.stdout.readline().split()
+            assert pids
+        finally:
+            owner.kill()
+    deadline = time.monotonic() + 60.0
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.05)
+
+
+def _runs(pid: str) -> bool:
+    """False for a zombie, too: nobody may be there to reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
