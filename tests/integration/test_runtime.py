@@ -21,6 +21,7 @@ from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored,
 from pars_fast.integration.runtime_choice import make_runtime
 from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.settings import Settings
+from tests.processes import is_running
 
 START_TIMEOUT_S = 300.0  # a loaded machine takes its time to import torch
 
@@ -161,14 +162,6 @@ def test_the_process_ends_when_its_engine_is_killed(ranker_dir: Path, served_mod
         finally:
             owner.kill()
     wait_for(lambda: not is_running(ranker_pid))  # first it imports torch, at idle priority
-
-
-def is_running(pid: int) -> bool:
-    """False for a zombie, too: nobody may be there to reap it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class ToyScorer:

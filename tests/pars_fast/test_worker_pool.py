@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from pars_fast.worker_pool import worker_pool
+from tests.processes import is_running
 
 OWNER = """
 import os, time
@@ -30,19 +31,11 @@ def test_its_processes_end_with_their_parent(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as owner:
         try:
             assert owner.stdout is not None
-            pids = owner.stdout.readline().split()
+            pids = [int(pid) for pid in owner.stdout.readline().split()]
             assert pids
         finally:
             owner.kill()
     deadline = time.monotonic() + 60.0
-    while any(_runs(pid) for pid in pids):
+    while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
-
-
-def _runs(pid: str) -> bool:
-    """False for a zombie, too: nobody may be there to reap it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

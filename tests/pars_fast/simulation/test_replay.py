@@ -97,7 +97,6 @@ def test_a_real_server_shares_itself_among_applications(
     share = {run["policy"]: run["mean_completion_s"] / run["p99_completion_s"] for run in result["runs"]}
     assert {run["completed"] for run in result["runs"]} == {66}
     assert share["vtc"] < 0.75 * share["fcfs"]
-    assert 0 < share["pars_fast"] <= 1
     assert [run["policy"] for run in result["simulated"]] == [run["policy"] for run in result["runs"]]
     assert result["capacity_tok_s"] > 0
 
