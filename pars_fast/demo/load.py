@@ -23,18 +23,20 @@ from pars_fast.demo.records import Load, Run, ServedRequest, gain_captured, pair
 from pars_fast.demo.run import (
     LIGHT_EVERY,
     SEED,
-    SWITCH,
     Served,
     conditions,
     measure_capacity,
     rotated,
-    serve_run,
+    serve_switched,
     served_model,
+    switch_arguments,
     switchable_server,
     warm_up,
 )
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.kept_rows import append_row, read_rows
+from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.step_time import StepTime
 
 BASELINE, ORACLE = "fcfs", "oracle"
 COMPARED = (  # columns given as a ratio to arrival order, too
@@ -96,19 +98,20 @@ def run_load(
         display.say(f"{len(plan.cases())} runs, {len(missing)} to be served")
         if missing:
             display.say(f"starting vLLM with pars-fast, serving {served.description}")
-            with switchable_server(served, ranker, Path(name)) as (url, policy_file):
-                warm_up(url, served, sample, display)
+            with switchable_server(served, ranker, Path(name)) as server:
+                warm_up(server.url, served, sample, display)
                 if book.capacity_tok_s is None:
-                    book.keep_capacity(measure_capacity(url, served, sample, display))
+                    capacity_tok_s = measure_capacity(server.url, served, sample, display)
+                    book.keep_engine(server.step_log.engine, capacity_tok_s)
                 assert book.capacity_tok_s is not None
                 for case in _announced(missing, plan, sample, book.capacity_tok_s, display):
                     prompts, arrivals = _traffic(case, plan, sample, book.capacity_tok_s)
-                    policy_file.write_text(case.policy)
-                    book.keep(serve_run(url, served, case, prompts, arrivals, display))
+                    book.keep(serve_switched(server, served, case, prompts, arrivals, display))
         runs = [run for case in plan.cases() if (run := book.run(case)) is not None]
         assert book.capacity_tok_s is not None
         summary = summarise(runs, plan, sample, book.capacity_tok_s)
-    return LoadResult(tuple(runs), {**summary, **book.setup, **conditions()})
+    engine = {"engine_settings": book.engine_settings}
+    return LoadResult(tuple(runs), {**summary, **engine, **book.setup, **conditions()})
 
 
 def _traffic(
@@ -142,15 +145,17 @@ class _Book:
         self._path, self._rows, self._burst_requests = path, read_rows(path), burst_requests
         machine = {name: value for name, value in conditions().items() if name != "date"}
         self.setup: dict[str, Any] = {
-            "served_model": served.description, "engine_arguments": [*served.arguments, *SWITCH],
+            "served_model": served.description, "engine_arguments": [*served.arguments, *switch_arguments()],
             "ranker": ranker, "seed": SEED, "commit": commit(),
         }
         self._key = _hash({**self.setup, **machine})
-        self.capacity_tok_s: float | None = self._rows.get(self._key, {}).get("capacity_tok_s")
+        engine = self._rows.get(self._key, {})
+        self.capacity_tok_s: float | None = engine.get("capacity_tok_s")
+        self.engine_settings: dict[str, int] | None = engine.get("engine_settings")
 
-    def keep_capacity(self, capacity_tok_s: float) -> None:
-        self.capacity_tok_s = capacity_tok_s
-        self._keep(self._key, {"capacity_tok_s": capacity_tok_s})
+    def keep_engine(self, engine: EngineSettings, capacity_tok_s: float) -> None:
+        self.engine_settings, self.capacity_tok_s = asdict(engine), capacity_tok_s
+        self._keep(self._key, {"capacity_tok_s": capacity_tok_s, "engine_settings": self.engine_settings})
 
     def keep(self, run: Run) -> None:
         self._keep(self._key_of(run), asdict(run))
@@ -160,7 +165,9 @@ class _Book:
         row = self._rows.get(self._key_of(case))
         if row is None:
             return None
-        return Run(**{**row, "requests": tuple(ServedRequest(**request) for request in row["requests"])})
+        step_time = row["step_time"] and StepTime(**row["step_time"])
+        requests = tuple(ServedRequest(**request) for request in row["requests"])
+        return Run(**{**row, "requests": requests, "step_time": step_time})
 
     def _keep(self, key: str, row: dict[str, Any]) -> None:
         self._rows[key] = row

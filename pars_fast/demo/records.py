@@ -7,8 +7,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pars_fast.simulation.step_time import StepTime
+
 Named = Literal["saturated", "light", "burst"]
 Load = Named | float  # a number is the offered tokens/s over the engine's capacity
+STEP_TIMES = ("base_s", "prefill_token_s", "decode_seq_s", "kv_token_s")  # columns: what `StepTime` has
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Run:
 
     `scored_total`, `fallback_total` and `preemptions` are the server's counters over this run, and
     `mean_score_latency_s` is the time from a prompt's hand-over to the ranker until its score was taken.
-    `stock` marks the run on a server without pars-fast.
+    `stock` marks the run on a server without pars-fast. `step_time` is fitted to the steps of this run, None
+    where they were not written down or too few.
     """
 
     policy: str
@@ -69,6 +73,7 @@ class Run:
     stock: bool = False
     preemptions: int = 0
     mean_score_latency_s: float | None = None
+    step_time: StepTime | None = None
 
     def columns(self) -> dict[str, Any]:
         """The row of this run in tables and JSON; latencies over completed requests, in seconds."""
@@ -99,7 +104,12 @@ class Run:
             "fallback_total": self.fallback_total,
             "mean_score_latency_s": self.mean_score_latency_s and _rounded(self.mean_score_latency_s),
             "step_overhead_us_p50": self.step_overhead_us_p50,
+            **self.step_times(),
         }
+
+    def step_times(self) -> dict[str, float | None]:
+        """Columns `STEP_TIMES`, seconds."""
+        return {name: getattr(self.step_time, name, None) for name in STEP_TIMES}
 
     def _throughput_to_last_arrival(self) -> float | None:
         done = [request for request in self.requests if request.completed]

@@ -6,7 +6,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,16 +25,19 @@ from pars_fast.demo.records import Load, Run, gain_captured, mean_over_repeats, 
 from pars_fast.demo.sample import SOURCES, SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
 from pars_fast.demo.server import read_metrics, vllm_server
+from pars_fast.errors import ParsFastError
 from pars_fast.metrics import kendall_tau
 from pars_fast.packaged import serving_ranker
 from pars_fast.ranker import Ranker
+from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.step_log import STEP_LOG_VARIABLE, StepLog, fit_step_time
+from pars_fast.simulation.step_time import StepTime
 
 MAX_NUM_SEQS = 16
 SEED = 1203
 WARM_UP_REQUESTS = 3 * MAX_NUM_SEQS
 LIGHT_EVERY = 3  # repeats; a light run takes longest and varies least
 CLOSED_LOOP_CLIENTS = 2 * MAX_NUM_SEQS
-SWITCH = ("--scheduler-cls", "pars_fast.demo.scheduler.SwitchableScheduler")
 POLICIES: dict[Load, tuple[str, ...]] = {
     "saturated": ("fcfs", "pars_fast", "oracle"),
     "light": ("fcfs", "pars_fast"),  # no order to choose, so an oracle has nothing to know
@@ -63,6 +66,15 @@ class Served:
     environment: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class SwitchableServer:
+    """A server with pars-fast; the next run has the policy that `policy_file` names."""
+
+    url: str
+    policy_file: Path
+    step_log: StepLog
+
+
 def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) -> DemoResult:
     """Serve the sample under every policy and load, `repeats` times, and once by stock vLLM.
 
@@ -77,10 +89,11 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
     expected = expected_tokens(ranker, sample)
     with tempfile.TemporaryDirectory(prefix="pars-fast-demo-") as folder:
         served = served_model(model, Path(folder), sample)
-        capacity, runs = _ranked_server(served, ranker, sample, repeats, Path(folder), display)
+        capacity, engine, runs = _ranked_server(served, ranker, sample, repeats, Path(folder), display)
         runs.append(_stock_server(served, sample, capacity, Path(folder), display))
     summary = summarise(
-        runs, sample, expected, capacity_tok_s=capacity, served=served.description, repeats=repeats
+        runs, sample, expected, capacity_tok_s=capacity, engine=engine, served=served.description,
+        repeats=repeats,
     )
     return DemoResult(tuple(runs), tuple(expected), summary)
 
@@ -110,21 +123,29 @@ def served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt]
 
 
 @contextlib.contextmanager
-def switchable_server(served: Served, ranker: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """(base URL, file whose text is the policy of the next run) of a server with pars-fast.
+def switchable_server(served: Served, ranker: str, folder: Path) -> Iterator[SwitchableServer]:
+    """Such a server while the block runs.
 
     Raises: ServerError: if it does not start.
     """
-    policy_file = folder / "policy"
+    policy_file, step_log = folder / "policy", StepLog(folder / "steps")
     policy_file.write_text("fcfs")
     environment = {
         **served.environment,
         "PARS_ENABLE": "1",
         "PARS_RANKER": ranker,
         POLICY_FILE_VARIABLE: str(policy_file),
+        STEP_LOG_VARIABLE: str(step_log.path),
     }
-    with vllm_server(served.model, (*served.arguments, *SWITCH), environment, folder / "ranked.log") as url:
-        yield url, policy_file
+    arguments = (*served.arguments, *switch_arguments())
+    with vllm_server(served.model, arguments, environment, folder / "ranked.log") as url:
+        yield SwitchableServer(url, policy_file, step_log)
+
+
+def switch_arguments() -> tuple[str, str]:
+    """The switchable kind of the scheduler that vLLM would take on this machine by itself."""
+    kind = "SwitchableAsyncScheduler" if torch.cuda.is_available() else "SwitchableScheduler"
+    return "--scheduler-cls", f"pars_fast.demo.scheduler.{kind}"
 
 
 def warm_up(url: str, served: Served, sample: Sequence[Offered], display: Display) -> None:
@@ -147,12 +168,12 @@ def rotated(policies: Sequence[str], repeat: int) -> list[str]:
 
 def _ranked_server(
     served: Served, ranker: str, sample: Sequence[SamplePrompt], repeats: int, folder: Path, display: Display
-) -> tuple[float, list[Run]]:
-    """(capacity in tokens per second, all runs of the server whose policy can be switched)."""
+) -> tuple[float, EngineSettings, list[Run]]:
+    """(capacity in tokens per second, the engine, all runs) of the server whose policy can be switched."""
     display.say(f"starting vLLM with pars-fast, serving {served.description}")
-    with switchable_server(served, ranker, folder) as (url, policy_file):
-        warm_up(url, served, sample, display)
-        capacity = measure_capacity(url, served, sample, display)
+    with switchable_server(served, ranker, folder) as server:
+        warm_up(server.url, served, sample, display)
+        capacity = measure_capacity(server.url, served, sample, display)
         display.say(f"capacity {capacity:.0f} tokens/s; serving the same arrivals under each policy")
         runs: list[Run] = []
         for repeat in range(repeats):
@@ -161,10 +182,9 @@ def _ranked_server(
                     continue
                 arrivals = arrival_times(sample, load, capacity, SEED + repeat)
                 for policy in rotated(policies, repeat):
-                    policy_file.write_text(policy)
                     case = Run(policy, load, repeat, ())
-                    runs.append(serve_run(url, served, case, sample, arrivals, display))
-    return capacity, runs
+                    runs.append(serve_switched(server, served, case, sample, arrivals, display))
+        return capacity, server.step_log.engine, runs
 
 
 def _stock_server(
@@ -175,6 +195,24 @@ def _stock_server(
         warm_up(url, served, sample, display)
         arrivals = arrival_times(sample, "saturated", capacity, SEED)
         return serve_run(url, served, Run("stock", "saturated", 0, (), stock=True), sample, arrivals, display)
+
+
+def serve_switched(
+    server: SwitchableServer, served: Served, case: Run, prompts: Sequence[Offered],
+    arrivals: NDArray[np.float64], display: Display, xargs: Sequence[Mapping[str, Any]] | None = None,
+) -> Run:
+    """As `serve_run`, under the policy of the case and with the times that steps had."""
+    server.policy_file.write_text(case.policy)
+    first_step = len(server.step_log)
+    run = serve_run(server.url, served, case, prompts, arrivals, display, xargs)
+    return replace(run, step_time=_step_time_since(first_step, server.step_log))
+
+
+def _step_time_since(first_step: int, step_log: StepLog) -> StepTime | None:
+    try:
+        return fit_step_time(step_log.steps(first_step), source="the steps of the run itself")[0]
+    except ParsFastError:  # too few
+        return None
 
 
 def serve_run(
@@ -211,6 +249,7 @@ def summarise(
     expected: Sequence[float],
     *,
     capacity_tok_s: float,
+    engine: EngineSettings,
     served: str,
     repeats: int,
 ) -> dict[str, Any]:
@@ -219,6 +258,7 @@ def summarise(
     return {
         **conditions(),
         "served_model": served,
+        "engine_settings": asdict(engine),
         "capacity_tok_s": round(capacity_tok_s, 1),
         "achieved_load": _achieved_load(runs, capacity_tok_s),
         "gain_captured": _gain(runs, "mean_latency_per_token_s"),

@@ -173,7 +173,6 @@ def _profile(arguments: argparse.Namespace) -> None:
 def add_live_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--live", type=Path, required=True, metavar="F", help="what `pars-fast demo` or `load` wrote as JSON")
-    add("--profile", required=True, metavar="F", help="what `pars-fast profile --json F` wrote, same machine")
     add("--ranker", default="auto", help="the server's ranker (%(default)s)")
     delay = "seconds from prompts to their scores; by default what each run measured"
     add("--ranker-delay", type=float, metavar="S", help=delay)
@@ -187,10 +186,8 @@ def _live_check(arguments: argparse.Namespace) -> None:
     if arguments.json:
         make_writable(arguments.json.parent)
     from pars_fast.simulation.live_check import live_check, read_result
-    from pars_fast.simulation.step_time import load_profile
 
-    step_time, engine = load_profile(arguments.profile)
-    result = live_check(read_result(arguments.live), step_time, engine, ranker=arguments.ranker,
+    result = live_check(read_result(arguments.live), ranker=arguments.ranker,
                         ranker_delay_s=arguments.ranker_delay)
     _print_live_check(result)
     if arguments.json:
@@ -209,7 +206,6 @@ def _print_live_check(result: dict[str, Any]) -> None:
                  f"{result['tolerance']:.0%}, worst {_percent(judged[f'worst_{kind}_error'])}"
                  for kind in ("mean", "ratio"))
         print(f"{column}: {'; '.join(parts)}")
-    print(f"step times are the profile's times {result['step_time_factor']:.3f}, from the measured capacity")
     print(f"the simulator {'agrees' if result['agrees'] else 'does not agree'} with the server on "
           f"{' and '.join(JUDGED)}")
 

@@ -1,17 +1,16 @@
 """Does the faithful simulator say what a real server showed? Its arrivals, served again in simulation.
 
 `pars-fast demo` and `pars-fast load` name capacity and seed in their JSON, and the arrivals follow from them,
-so the same requests arrive at the same times. The engine and its step time are this machine's (`pars-fast
-profile`), and the ranker's delay is the one that the server measured in each run. A machine does not have the
-same speed all day, and at the edge of saturation a few per cent of it decide whether there is a queue at all:
-so all times of the profile are stretched by one factor, which gives the simulated engine the capacity that
-the server was measured to have, and load 1 the same meaning in both.
+so the same requests arrive at the same times. The engine is the server's, and the step time is fitted to the
+steps of each run: a machine does not have the same speed all day, and at the edge of saturation a few per
+cent of it decide whether there is a queue at all. So how long a step takes is given; checked is all that is
+made of steps: who is in them, how long the queue is, what a request waits. The ranker's delay, too, is the
+one that the server measured in each run.
 """
 
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ from transformers import AutoTokenizer
 
 from pars_fast.demo.arrivals import LOADS, arrivals_hash, traffic
 from pars_fast.demo.model import TINY
-from pars_fast.demo.records import throughput_until
-from pars_fast.demo.run import CLOSED_LOOP_CLIENTS, expected_tokens, served_model
+from pars_fast.demo.records import STEP_TIMES
+from pars_fast.demo.run import expected_tokens, served_model
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import parse_policy
 from pars_fast.errors import DataError
-from pars_fast.guards import NoGuard
-from pars_fast.simulation import fast
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.faithful import simulate
+from pars_fast.simulation.step_log import MIN_STEPS
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.workload import Workload, make_workload
 
@@ -37,13 +35,12 @@ BASELINE = "fcfs"
 JUDGED = ("mean_e2e_s", "mean_latency_per_token_s")
 COMPARED = (*JUDGED, "mean_ttft_s", "mean_tpot_s", "p99_e2e_s", "max_wait_s")
 TOLERANCE = 0.15
-_KEYS = {"runs", "capacity_tok_s", "seed", "repeats", "arrivals_sha256", "served_model"}
+_KEYS = {"runs", "capacity_tok_s", "seed", "repeats", "arrivals_sha256", "served_model", "engine_settings"}
 BATCH_DELAY_S = 0.15  # where it was not measured: 4 prompts, on the fifth of a core that a full server leaves
 
 
 def live_check(
-    result: Mapping[str, Any], step_time: StepTime, engine: EngineSettings, *, ranker: str,
-    ranker_delay_s: float | None = None,
+    result: Mapping[str, Any], *, ranker: str, ranker_delay_s: float | None = None
 ) -> dict[str, Any]:
     """Compare the runs of a real server with their simulation.
 
@@ -55,9 +52,8 @@ def live_check(
         `COMPARED`, the live and the simulated mean over the repeats (`live_`, `simulated_`), the error of
         the latter as a ratio less 1, both ratios to `fcfs` (`_ratio`) and the error of the simulated one.
         `columns` has, by column, the largest error of a mean and of a ratio and how many rows are within
-        `TOLERANCE`. `agrees` says whether all rows of the `JUDGED` columns are, in both. `step_time_factor`
-        is what the profile's times were multiplied by.
-    Raises: DataError: if the figures do not belong to the shipped sample.
+        `TOLERANCE`. `agrees` says whether all rows of the `JUDGED` columns are, in both.
+    Raises: DataError: if the figures do not belong to the shipped sample, or a run has no step time.
     """
     sample = load_sample()
     burst_requests = result.get("burst_requests", 0)
@@ -69,11 +65,7 @@ def live_check(
                              _prompt_tokens(result["served_model"], sample), strict=True))
     expected = dict(zip(prompt_tokens, expected_tokens(ranker, sample), strict=True))
     live = [row for row in result["runs"] if not row["stock"]]
-    closed_loop = make_workload(
-        "closed loop", np.zeros(len(sample)), [prompt_tokens[prompt.prompt] for prompt in sample],
-        [prompt.output_tokens for prompt in sample])
-    factor = step_time_factor(closed_loop, engine, step_time, result["capacity_tok_s"])
-    step_time = step_time.scaled(factor)
+    engine = EngineSettings(**result["engine_settings"])
     simulated = []
     for row in live:
         seed = result["seed"] + row["repeat"]
@@ -81,6 +73,9 @@ def live_check(
         workload: Workload = make_workload(
             "live", arrivals, [prompt_tokens[prompt.prompt] for prompt in prompts],
             [prompt.output_tokens for prompt in prompts], [expected[prompt.prompt] for prompt in prompts])
+        if (step_time := step_time_of(row)) is None:
+            raise DataError(f"load {row['load']}, {row['policy']}: fewer than {MIN_STEPS} steps, too few to "
+                            "know how long they take; serve more requests")
         delay = row.get("mean_score_latency_s") if ranker_delay_s is None else ranker_delay_s
         name, guard = parse_policy(row["policy"])
         served = simulate(workload, name, guard, engine, step_time,
@@ -90,29 +85,13 @@ def live_check(
     summary = {column: _judge(rows, column) for column in COMPARED}
     agrees = all(summary[column][f"{kind}_within"] == summary[column][f"{kind}_rows"]
                  for column in JUDGED for kind in ("mean", "ratio"))
-    return {"rows": rows, "columns": summary, "tolerance": TOLERANCE, "agrees": agrees,
-            "step_time_factor": round(factor, 4)}
+    return {"rows": rows, "columns": summary, "tolerance": TOLERANCE, "agrees": agrees}
 
 
-def step_time_factor(
-    offered: Workload, engine: EngineSettings, step_time: StepTime, capacity_tok_s: float
-) -> float:
-    """What a step's time is to be multiplied by, for a closed loop to show the capacity that a server had.
-
-    Both count the tokens of `CLOSED_LOOP_CLIENTS` clients up to the last prompt that is sent, which is when
-    all but so many are answered. The clients are more than the seats, so the order of arrival, which is all
-    that is read of `offered`, is that of a queue which has them all from the start.
-
-    Args:
-        offered: what the clients sent, in their order.
-        capacity_tok_s: output tokens/s of the server.
-    """
-    waiting = replace(offered, arrival_s=np.zeros(len(offered)))
-    served = fast.simulate(waiting, BASELINE, NoGuard(), engine, step_time)
-    last_sent_s = float(np.sort(served.finished_s)[max(0, len(offered) - CLOSED_LOOP_CLIENTS - 1)])
-    simulated = throughput_until(served.first_token_s, served.finished_s, offered.output_tokens, last_sent_s)
-    assert simulated is not None
-    return simulated / capacity_tok_s
+def step_time_of(row: Mapping[str, Any]) -> StepTime | None:
+    """How long the steps of a real run took, None where they were too few for a fit."""
+    times = {name: row[name] for name in STEP_TIMES}
+    return None if None in times.values() else StepTime(**times, source="the run itself")
 
 
 def read_result(path: Path) -> dict[str, Any]:

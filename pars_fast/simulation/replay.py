@@ -9,7 +9,7 @@ seen in a live engine.
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pars_fast.demo.run import (
     conditions,
     measure_capacity,
     rotated,
-    serve_run,
+    serve_switched,
     served_model,
     switchable_server,
     warm_up,
@@ -40,8 +40,7 @@ from pars_fast.simulation.columns import Served as Outcome
 from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fairness import Applications
-from pars_fast.simulation.live_check import step_time_factor
-from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.live_check import step_time_of
 from pars_fast.simulation.workload import Workload, at_load
 
 COMPLETION = ("mean_completion_s", "p99_completion_s")
@@ -93,8 +92,8 @@ def replay(
 
     Args:
         model: a model for vLLM to serve; None makes a tiny random one.
-        on_row: told each run as soon as it is done: `policy`, `load`, `repeat`, the columns of a simulation
-            and those of `COMPLETION`, None where the trace names no applications.
+        on_row: told each run as soon as it is done: `policy`, `load`, `repeat`, the columns of a simulation,
+            those of `COMPLETION`, None where the trace names no applications, and those of `STEP_TIMES`.
 
     Returns: how it was measured, with the capacity (tokens/s in arrival order) that is load 1.
     Raises: ServerError: if the server does not start.
@@ -103,39 +102,47 @@ def replay(
     with tempfile.TemporaryDirectory(prefix="pars-fast-replay-") as name:
         served = _with_settings(served_model(model, Path(name), load_sample()), plan.demand)
         display.say(f"starting vLLM with pars-fast, serving {served.description}")
-        with switchable_server(served, AUTO, Path(name)) as (url, policy_file):
-            warm_up(url, served, prompts, display)
-            capacity_tok_s = measure_capacity(url, served, prompts, display)
+        with switchable_server(served, AUTO, Path(name)) as server:
+            warm_up(server.url, served, prompts, display)
+            capacity_tok_s = measure_capacity(server.url, served, prompts, display)
             display.say(f"capacity {capacity_tok_s:.0f} tokens/s")
             for repeat in range(plan.repeats):
                 for place, load in enumerate(plan.loads):
                     offered = at_load(workload, load, capacity_tok_s)
                     for policy in rotated(plan.policies, repeat + place):
-                        policy_file.write_text(policy)
                         case = Run(policy, load, repeat, ())
                         xargs = xargs_of(offered, POLICIES[_name_of(policy)].uses_ranker)
-                        run = serve_run(url, served, case, prompts, offered.arrival_s, display, xargs)
+                        run = serve_switched(server, served, case, prompts, offered.arrival_s, display,
+                                             xargs)
                         on_row({"policy": policy, "load": load, "repeat": repeat,
-                                **_figures(offered, outcome_of(run))})
+                                **_figures(offered, outcome_of(run)), **run.step_times()})
+            engine = server.step_log.engine
     return {"workload": workload.name, "arrivals_sha256": workload.sha256(), "requests": len(workload),
-            "served_model": served.description, "capacity_tok_s": round(capacity_tok_s, 2),
-            "commit": commit(), **conditions()}
+            "served_model": served.description, "engine_settings": asdict(engine),
+            "capacity_tok_s": round(capacity_tok_s, 2), "commit": commit(), **conditions()}
 
 
-def simulated(
-    plan: Replay, policy: str, load: float, capacity_tok_s: float, step_time: StepTime, engine: EngineSettings
-) -> dict[str, Any]:
-    """The figures that `replay` has of a run, from the faithful simulator at the speed that the server had.
+def simulated(plan: Replay, row: Mapping[str, Any], server: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that `replay` has of a run, from the faithful simulator with the times that its steps had.
 
     Scores take no time, since they come with the request.
+
+    Args:
+        row: a run, as `on_row` was told.
+        server: what `replay` returned.
+    Returns: `policy`, `load` and the figures, of which there are none where the run had too few steps.
     """
     from pars_fast.simulation.faithful import simulate
 
-    name, guard = parse_policy(policy)
+    case = {"policy": row["policy"], "load": row["load"]}
+    step_time = step_time_of(row)
+    if step_time is None:
+        return case | dict.fromkeys(row.keys() - case.keys())
+    name, guard = parse_policy(row["policy"])
     rules = Settings(policy=name, demand=plan.demand).make_policy()
-    offered = at_load(plan.workload, load, capacity_tok_s)
-    step_time = step_time.scaled(step_time_factor(offered, engine, step_time, capacity_tok_s))
-    return _figures(offered, simulate(offered, rules, guard, engine, step_time))
+    offered = at_load(plan.workload, row["load"], server["capacity_tok_s"])
+    engine = EngineSettings(**server["engine_settings"])
+    return case | _figures(offered, simulate(offered, rules, guard, engine, step_time))
 
 
 def prompts_of(workload: Workload) -> list[TracePrompt]:

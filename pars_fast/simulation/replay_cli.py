@@ -27,8 +27,6 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     add("--tau", type=float, metavar="T", help="noisy scores of this Kendall tau instead of the trace's own")
     demand = "of justitia: file of `pars-fast fairness demand` (as PARS_DEMAND)"
     add("--demand", type=Path, metavar="F", help=demand)
-    profile = "what `pars-fast profile --json F` wrote on this machine: simulate every run, too, and compare"
-    add("--profile", metavar="F", help=profile)
     add("--model", help="model to serve; by default a tiny random one is made")
     add("--json", type=Path, metavar="F", help="write all runs there, each as soon as it is done")
     parser.set_defaults(run=_replay)
@@ -42,10 +40,8 @@ def _replay(arguments: argparse.Namespace) -> None:
         make_writable(arguments.json.parent)
     from pars_fast.demo.display import Display
     from pars_fast.simulation.replay import replay, simulated
-    from pars_fast.simulation.step_time import load_profile
 
     plan = _plan(arguments)
-    profile = load_profile(arguments.profile) if arguments.profile else None
     result: dict[str, Any] = {"runs": []}
 
     def keep(row: dict[str, Any]) -> None:
@@ -55,11 +51,7 @@ def _replay(arguments: argparse.Namespace) -> None:
 
     with Display() as display:
         result |= replay(plan, model=arguments.model, display=display, on_row=keep)
-    if profile is not None:
-        cases = {(row["policy"], row["load"]) for row in result["runs"]}
-        made = {case: simulated(plan, *case, result["capacity_tok_s"], *profile) for case in cases}
-        result["simulated"] = [{"policy": row["policy"], "load": row["load"],
-                                **made[row["policy"], row["load"]]} for row in result["runs"]]
+    result["simulated"] = [simulated(plan, row, result) for row in result["runs"]]
     if arguments.json:
         write_json(arguments.json, result)
     _print(result)

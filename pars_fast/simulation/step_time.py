@@ -8,7 +8,7 @@ profile`.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -34,12 +34,6 @@ class StepTime:
             + self.decode_seq_s * decode_seqs
             + self.kv_token_s * kv_tokens_read
         )
-
-    def scaled(self, factor: float) -> "StepTime":
-        """Of an engine whose every step takes `factor` times as long."""
-        times = {field.name: factor * getattr(self, field.name)
-                 for field in fields(self) if field.name != "source"}
-        return replace(self, **times)
 
 
 class PlannedRequest(Protocol):

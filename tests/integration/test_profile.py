@@ -7,13 +7,13 @@ import pytest
 
 from pars_fast.cli import main
 from pars_fast.demo.run import MAX_NUM_SEQS
-from pars_fast.simulation import profile
+from pars_fast.simulation import profile, step_log
 from pars_fast.simulation.step_time import load_profile
 
 
 def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(profile, "PHASE_S", 2.0)
-    monkeypatch.setattr(profile, "MIN_STEPS", 20)
+    monkeypatch.setattr(step_log, "MIN_STEPS", 20)
     path = tmp_path / "profile.json"
     assert main(["profile", "--json", str(path)]) == 0, capsys.readouterr().err
     step_time, engine = load_profile(str(path))

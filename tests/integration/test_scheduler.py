@@ -22,10 +22,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from pars_fast.demo.scheduler import SwitchableAsyncScheduler, SwitchableScheduler
 from pars_fast.guards import IdleQuantum, NoGuard, PassingLimit
 from pars_fast.integration import scheduler as scheduler_module
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler, RankingMixin, with_ranking
 from pars_fast.policies import POLICIES
+from pars_fast.simulation.step_log import STEP_LOG_VARIABLE, StepLog
 
 MakeRequest = Callable[..., Request]
 MakeScheduler = Callable[..., Any]
@@ -733,16 +735,18 @@ def test_a_policy_that_preempts_says_which_vllm_it_needs(make_engine: Any, use_p
         Preemption(scheduler, scheduler.waiting)
 
 
+@pytest.mark.parametrize("scheduler_cls", [SwitchableScheduler, SwitchableAsyncScheduler])
 def test_the_demos_switch_changes_policy_and_guard_between_runs(
-    make_scheduler: MakeScheduler, make_request: MakeRequest, use_policy: Any, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    scheduler_cls: type, make_scheduler: MakeScheduler, make_request: MakeRequest, use_policy: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pars_fast.demo.scheduler import SwitchableScheduler
-
+    """Planned ahead or not, and every step is written down."""
     use_policy("pars_fast", PARS_GUARD_BETA="2")
     policy_file = tmp_path / "policy"
     monkeypatch.setenv("PARS_DEMO_POLICY_FILE", str(policy_file))
-    engine = Engine(make_scheduler(SwitchableScheduler))
+    step_log = StepLog(tmp_path / "steps")
+    monkeypatch.setenv(STEP_LOG_VARIABLE, str(step_log.path))
+    engine = Engine(make_scheduler(scheduler_cls))
     index = engine.scheduler.waiting.index
     guards = {"fcfs": NoGuard(), "pars_fast": PassingLimit(2.0), "ltr": IdleQuantum(), "oracle": NoGuard()}
     for policy, guard in guards.items():
@@ -751,3 +755,7 @@ def test_the_demos_switch_changes_policy_and_guard_between_runs(
         assert (type(index.policy), index.guard) == (POLICIES[policy], guard)
         assert (engine.scheduler._preemption is not None) == (policy == "ltr")
         engine.run()
+    steps = step_log.steps(0)
+    assert len(steps) == sum(bool(step) for step in engine.steps)
+    assert steps[:, :2].sum() == sum(sum(step.values()) for step in engine.steps)
+    assert (steps[:, 3] > 0).all()

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,19 @@ from pars_fast.demo.arrivals import BURST_LENGTHS, arrivals_hash, traffic
 from pars_fast.demo.load import LoadPlan, means_of, run_load
 from pars_fast.demo.load_page import render_page
 from pars_fast.demo.records import Load, Run, ServedRequest, paired_ratio, throughput_until
-from pars_fast.demo.run import Served
+from pars_fast.demo.run import Served, SwitchableServer
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import parse_policy, split_policies
 from pars_fast.guards import FixedThreshold, NoGuard
+from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.step_log import StepLog
+from pars_fast.simulation.step_time import StepTime
 
 PLAN = LoadPlan(("fcfs", "pars_fast/none", "pars_fast", "oracle"), (0.5, 1.2), burst_requests=30, repeats=2)
 WAIT_S = {"fcfs": 4.0, "pars_fast/none": 1.5, "pars_fast": 2.0, "oracle": 1.0}
 CAPACITY = 1000.0
+ENGINE = EngineSettings(max_num_seqs=16)
+STEP = StepTime(5e-3, 1e-5, 3e-4, 1e-8, "a test")
 
 
 class SilentDisplay:
@@ -48,25 +53,23 @@ class SilentDisplay:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """The cases that reached the server, which makes each request wait as long as its policy says."""
     cases: list[Run] = []
-    policy_of_next: list[Path] = []
 
     @contextlib.contextmanager
-    def server(served: Served, ranker: str, folder: Path) -> Iterator[tuple[str, Path]]:
-        policy_of_next.append(folder / "policy")
-        yield "http://nowhere", folder / "policy"
+    def server(served: Served, ranker: str, folder: Path) -> Iterator[SwitchableServer]:
+        (folder / "steps.json").write_text(json.dumps(asdict(ENGINE)))
+        yield SwitchableServer("http://nowhere", folder / "policy", StepLog(folder / "steps"))
 
-    def serve(url: str, served: Served, case: Run, prompts: list[SamplePrompt], arrivals: Any, display: Any
-              ) -> Run:
-        assert policy_of_next[-1].read_text() == case.policy
+    def serve(server: SwitchableServer, served: Served, case: Run, prompts: list[SamplePrompt], arrivals: Any,
+              display: Any) -> Run:
         cases.append(case)
         wait_s = WAIT_S[case.policy] * (0.01 if case.load == 0.5 else 1.0)
-        return replace(case, preemptions=1, requests=tuple(
+        return replace(case, preemptions=1, step_time=STEP, requests=tuple(
             ServedRequest(i, prompt.source, 5, prompt.output_tokens, prompt.output_tokens, float(due),
                           float(due) + wait_s, float(due) + wait_s + 0.01 * prompt.output_tokens)
             for i, (prompt, due) in enumerate(zip(prompts, arrivals, strict=True))))
 
     for name, stand_in in {
-        "switchable_server": server, "serve_run": serve, "warm_up": lambda *_: None,
+        "switchable_server": server, "serve_switched": serve, "warm_up": lambda *_: None,
         "measure_capacity": lambda *_: CAPACITY,
         "served_model": lambda *_: Served("m", "a made-up server", ("--max-num-seqs", "16"), {}),
         "commit": lambda: "c0ffee",
@@ -175,6 +178,7 @@ def test_figures(served: list[Run]) -> None:
         (0.5, policy) for policy in PLAN.policies[1:]]
     assert summary["light"][1]["ttft_ratio"]["mean"] == pytest.approx(0.5)
     assert summary["light"][1]["tpot_ratio"]["mean"] == pytest.approx(1.0)
+    assert (ours["base_s"], summary["engine_settings"]) == (STEP.base_s, asdict(ENGINE))
     assert len(served) == len(summary["runs"]) == len(PLAN.cases())
     assert summary["arrivals_sha256"] == run()["arrivals_sha256"]
 
@@ -190,7 +194,7 @@ def test_an_interrupted_sweep_goes_on(
     served: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, whole = tmp_path / "rows.jsonl", run()
-    real: Callable[..., Run] = vars(module)["serve_run"]
+    real: Callable[..., Run] = vars(module)["serve_switched"]
     served.clear()
 
     def interrupted(*arguments: Any) -> Run:
@@ -198,11 +202,11 @@ def test_an_interrupted_sweep_goes_on(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "serve_run", interrupted)
+    monkeypatch.setattr(module, "serve_switched", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(kept=kept)
     kept.write_text(kept.read_text()[:-50])  # and the third was cut off while it was written
-    monkeypatch.setattr(module, "serve_run", real)
+    monkeypatch.setattr(module, "serve_switched", real)
     # Another capacity would be other arrivals: the first one is kept.
     monkeypatch.setattr(module, "measure_capacity", lambda *_: pytest.fail("the capacity is known"))
     served.clear()

@@ -1,12 +1,14 @@
 """The live check on results that were made by the simulator itself, and on files that are none."""
 
+import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="the faithful simulator is vLLM's scheduler")
@@ -14,16 +16,14 @@ pytest.importorskip("vllm", reason="the faithful simulator is vLLM's scheduler")
 from pars_fast.cli import main
 from pars_fast.demo.arrivals import LOADS, arrivals_hash
 from pars_fast.demo.model import TINY
+from pars_fast.demo.records import STEP_TIMES
 from pars_fast.demo.sample import load_sample
 from pars_fast.errors import DataError
 from pars_fast.simulation import live_check as module
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.live_check import COMPARED, live_check, read_result, step_time_factor
-from pars_fast.simulation.profile import Fit, Profile
-from pars_fast.simulation.step_time import StepTime
-from pars_fast.simulation.workload import make_workload
+from pars_fast.simulation.live_check import COMPARED, live_check, read_result
 
-STEP = StepTime(5e-3, 1e-5, 3e-4, 1e-8, "a test")
+STEP = {"base_s": 5e-3, "prefill_token_s": 1e-5, "decode_seq_s": 3e-4, "kv_token_s": 1e-8}
 ENGINE = EngineSettings(16, 8192, 100_000, 32, 8192)
 SEED = 7
 
@@ -41,13 +41,17 @@ def known_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "expected_tokens", lambda ranker, sample: [p.output_tokens for p in sample])
 
 
-def as_if_served(cases: list[tuple[str, Any, int]], **given: Any) -> dict[str, Any]:
-    """What a server would have shown, had it been the simulator."""
-    rows = [{"policy": policy, "load": load, "repeat": repeat, "stock": False, **dict.fromkeys(COMPARED, 1.0)}
+def as_if_served(
+    cases: list[tuple[str, Any, int]], slower: Mapping[int, float] = MappingProxyType({}), **given: Any
+) -> dict[str, Any]:
+    """What a server would have shown, had it been the simulator; `slower` by how much in which repeat."""
+    rows = [{"policy": policy, "load": load, "repeat": repeat, "stock": False,
+             **scaled(STEP, slower.get(repeat, 1.0)), **dict.fromkeys(COMPARED, 1.0)}
             for policy, load, repeat in cases]
     loads = given.get("loads", LOADS)
     result = {
-        "capacity_tok_s": 1500.0, "seed": SEED, "repeats": 2, "served_model": TINY, "runs": rows,
+        "capacity_tok_s": 1500.0, "engine_settings": asdict(ENGINE), "seed": SEED, "repeats": 2,
+        "served_model": TINY, "runs": rows,
         "arrivals_sha256": arrivals_hash(load_sample(), [SEED, SEED + 1], loads,
                                          given.get("burst_requests", 0)),
         **given,
@@ -56,8 +60,12 @@ def as_if_served(cases: list[tuple[str, Any, int]], **given: Any) -> dict[str, A
         patch.setattr(module, "compare", lambda live, simulated: [
             real.update({column: made[column] for column in COMPARED})
             for real, made in zip(live, simulated, strict=True)] and [])
-        live_check(result, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)
+        live_check(result, ranker="default", ranker_delay_s=0.0)
     return result
+
+
+def scaled(step: Mapping[str, float], factor: float) -> dict[str, float]:
+    return {name: factor * seconds for name, seconds in step.items()}
 
 
 @pytest.fixture
@@ -70,7 +78,7 @@ def demo() -> dict[str, Any]:
 def test_it_agrees_with_itself_and_not_with_an_engine_of_another_kind(
     demo: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = live_check(demo, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)
+    same = live_check(demo, ranker="default", ranker_delay_s=0.0)
     assert same["agrees"]
     judged = same["columns"]["mean_e2e_s"]
     assert judged == {"worst_mean_error": pytest.approx(0.0), "mean_rows": 3, "mean_within": 3,
@@ -78,41 +86,40 @@ def test_it_agrees_with_itself_and_not_with_an_engine_of_another_kind(
     assert [(row["policy"], row["load"]) for row in same["rows"]] == [
         ("fcfs", "saturated"), ("pars_fast", "saturated"), ("fcfs", "light")
     ]
-    prompts_are_all = StepTime(1e-6, 1e-3, 1e-6, 0.0, "a test")
-    other = live_check(demo, prompts_are_all, ENGINE, ranker="default", ranker_delay_s=0.0)
+    other = copy.deepcopy(demo)
+    for row in other["runs"]:  # as if prompts were all that takes time
+        row |= {"base_s": 1e-6, "prefill_token_s": 1e-3, "decode_seq_s": 1e-6, "kv_token_s": 0.0}
+    other = live_check(other, ranker="default", ranker_delay_s=0.0)
     assert not other["agrees"]
     assert other["columns"]["mean_e2e_s"]["mean_within"] < 3
     assert other["columns"]["mean_e2e_s"]["worst_mean_error"] > 0.15
-    profile = Profile(STEP, ENGINE, Fit(1000, 0.01, 1e-3, 5e-4, 0.03, 0.98), "tiny", "CPU")
-    for name, content in (("live", demo), ("profile", profile.to_json())):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    arguments = [f"--{name}={tmp_path / name}.json" for name in ("live", "profile")]
-    assert main(["live-check", *arguments, "--ranker-delay=0", f"--json={tmp_path / 'out.json'}"]) == 0
+    (tmp_path / "live.json").write_text(json.dumps(demo))
+    files = [f"--live={tmp_path / 'live.json'}", f"--json={tmp_path / 'out.json'}"]
+    assert main(["live-check", *files, "--ranker-delay=0"]) == 0
     printed = capsys.readouterr().out
     assert "mean_e2e_s: 3 of 3 means within 15%, worst 0.0%; 1 of 1 ratios within 15%, worst 0.0%" in printed
     assert "the simulator agrees with the server" in printed
     assert json.loads((tmp_path / "out.json").read_text())["agrees"]
 
 
-def test_a_machine_of_another_speed_than_its_profile(demo: dict[str, Any]) -> None:
-    """Nothing is left of a profile that is slower all over: the capacity that was measured says so."""
-    factor = live_check(demo, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)["step_time_factor"]
-    slow = live_check(demo, STEP.scaled(3.0), ENGINE, ranker="default", ranker_delay_s=0.0)
-    assert slow["agrees"]
-    assert slow["step_time_factor"] == pytest.approx(factor / 3, rel=1e-3)
+def test_each_run_is_simulated_with_its_own_steps() -> None:
+    """A machine that was half as fast in the second repeat."""
+    demo = as_if_served(PAIRS[:2], slower={1: 2.0})
+    first, second = (row["mean_e2e_s"] for row in demo["runs"])
+    assert second > 1.5 * first
+    assert live_check(demo, ranker="default", ranker_delay_s=0.0)["agrees"]
 
 
-def test_the_factor_gives_the_capacity_that_was_measured() -> None:
-    rng = np.random.default_rng(0)
-    offered = make_workload("made", np.arange(300), rng.integers(1, 400, 300), rng.integers(1, 300, 300))
-    factor = step_time_factor(offered, ENGINE, STEP, 1234.0)
-    assert step_time_factor(offered, ENGINE, STEP.scaled(factor), 1234.0) == pytest.approx(1.0, rel=1e-5)
+def test_a_run_of_too_few_steps_is_refused(demo: dict[str, Any]) -> None:
+    demo["runs"][1] |= dict.fromkeys(STEP_TIMES)
+    with pytest.raises(DataError, match="load saturated, fcfs: fewer than 200 steps"):
+        live_check(demo, ranker="default", ranker_delay_s=0.0)
 
 
 def test_a_sweep_with_a_burst_and_a_guard_of_its_own() -> None:
     cases = [(policy, load, 0) for load in (1.2, "burst") for policy in ("fcfs", "pars_fast/none")]
     sweep = as_if_served(cases, loads=[1.2, "burst"], burst_requests=40)
-    assert live_check(sweep, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)["agrees"]
+    assert live_check(sweep, ranker="default", ranker_delay_s=0.0)["agrees"]
     at_once = [row for row in sweep["runs"] if row["load"] == "burst"]
     assert at_once[1]["mean_e2e_s"] < at_once[0]["mean_e2e_s"]
 
@@ -120,16 +127,16 @@ def test_a_sweep_with_a_burst_and_a_guard_of_its_own() -> None:
 def test_the_delay_that_a_run_measured_is_taken(demo: dict[str, Any]) -> None:
     for row in demo["runs"]:
         row["mean_score_latency_s"] = 0.0 if row["policy"] == "pars_fast" else None
-    assert live_check(demo, STEP, ENGINE, ranker="default")["agrees"]
+    assert live_check(demo, ranker="default")["agrees"]
     demo["runs"][2]["mean_score_latency_s"] = 3.0
-    late = live_check(demo, STEP, ENGINE, ranker="default")
+    late = live_check(demo, ranker="default")
     assert late["columns"]["mean_latency_per_token_s"]["worst_ratio_error"] > 0.15
 
 
 def test_arrivals_of_another_sample_are_refused(demo: dict[str, Any]) -> None:
     demo["seed"] += 1
     with pytest.raises(DataError, match="the arrivals are not those of the shipped sample"):
-        live_check(demo, STEP, ENGINE, ranker="default", ranker_delay_s=0.0)
+        live_check(demo, ranker="default", ranker_delay_s=0.0)
 
 
 @pytest.mark.parametrize("damage", [str, lambda text: "[]", lambda text: text[:20], lambda text: "{}"])

@@ -1,6 +1,7 @@
 """A trace on a real server: what is sent, what is refused, and a whole run with applications."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,13 @@ pytest.importorskip("vllm", reason="the faithful simulator is vLLM's scheduler")
 
 from pars_fast.cli import main
 from pars_fast.demo import run as demo_run
-from pars_fast.demo.records import Run, ServedRequest
+from pars_fast.demo.records import STEP_TIMES, Run, ServedRequest
 from pars_fast.errors import DataError
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.profile import Fit, Profile
 from pars_fast.simulation.replay import Replay, outcome_of, prompts_of, simulated, xargs_of
-from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.workload import Workload, make_workload
 
-STEP = StepTime(5e-3, 1e-5, 3e-4, 1e-8, "a test")
+STEP = {"base_s": 5e-3, "prefill_token_s": 1e-5, "decode_seq_s": 3e-4, "kv_token_s": 1e-8}
 ENGINE = EngineSettings(2, 8192, 100_000, 32, 8192)
 
 
@@ -71,7 +70,8 @@ def test_the_simulator_finishes_applications_as_a_policy_has_it() -> None:
     apps = ["a/1"] * 10 + ["b/2", "c/3"]
     made = make_workload("made", [*[0.0] * 10, 0.1, 0.2], [9] * 12, [20] * 12, app=apps)
     plan = Replay(made, ["fcfs", "vtc"], [5.0], 1)
-    fcfs, vtc = (simulated(plan, policy, 5.0, 100.0, STEP, ENGINE) for policy in plan.policies)
+    server = {"capacity_tok_s": 100.0, "engine_settings": asdict(ENGINE)}
+    fcfs, vtc = (simulated(plan, {"policy": policy, "load": 5.0, **STEP}, server) for policy in plan.policies)
     assert vtc["mean_completion_s"] < fcfs["mean_completion_s"]
     assert vtc["completed"] == fcfs["completed"] == 12
 
@@ -85,11 +85,9 @@ def test_a_real_server_shares_itself_among_applications(
     rows = [f"0,20,40,heavy/{i // 30}" for i in range(60)] + [f"0.1,20,40,light/{i}" for i in range(5)]
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens,app\n" + "\n".join([*rows, "1,20,40,light/9"]))
-    profile = Profile(STEP, ENGINE, Fit(1000, 0.01, 1e-3, 5e-4, 0.03, 0.98), "tiny", "CPU")
-    (tmp_path / "profile.json").write_text(json.dumps(profile.to_json()))
     out = tmp_path / "out.json"
     options = ["--policies", "fcfs,vtc,pars_fast", "--load", "3", "--tau", "0.5", "--json", str(out)]
-    assert main(["replay", "--trace", str(trace), "--profile", str(tmp_path / "profile.json"), *options]) == 0
+    assert main(["replay", "--trace", str(trace), *options]) == 0
     printed = capsys.readouterr().out
     assert "every request completed" in printed
     assert "Ratios to fcfs" in printed
@@ -98,7 +96,14 @@ def test_a_real_server_shares_itself_among_applications(
     assert {run["completed"] for run in result["runs"]} == {66}
     assert share["vtc"] < 0.75 * share["fcfs"]
     assert [run["policy"] for run in result["simulated"]] == [run["policy"] for run in result["runs"]]
+    assert all(run["completed"] == 66 for run in result["simulated"])
     assert result["capacity_tok_s"] > 0
+
+
+def test_a_run_of_few_steps_is_not_simulated() -> None:
+    plan = Replay(workload("", ""), ["fcfs"], [1.0], 1)
+    row = {"policy": "fcfs", "load": 1.0, "mean_e2e_s": 1.0, **dict.fromkeys(STEP_TIMES)}
+    assert simulated(plan, row, {})["mean_e2e_s"] is None
 
 
 def test_bad_options_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

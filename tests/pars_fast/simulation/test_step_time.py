@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pars_fast.errors import DataError, ParsFastError
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.profile import MIN_STEPS, Fit, Profile, fit_step_time
+from pars_fast.simulation.profile import Profile
+from pars_fast.simulation.step_log import MIN_STEPS, STAMP, Fit, StepLog, fit_step_time
 from pars_fast.simulation.step_time import PROFILES, StepTime, load_profile, step_work
 
 COST = st.floats(0.0, 1e-3)
@@ -91,6 +92,15 @@ def test_no_cost_is_negative() -> None:
 def test_too_few_steps() -> None:
     with pytest.raises(ParsFastError, match=f"7 steps are too few to fit a step time, {MIN_STEPS} are"):
         fit_step_time(np.ones((7, 4)), source="a test")
+
+
+def test_a_log_that_is_still_written_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "steps")
+    rows = [(30.0, 0.0, 0.0, 0.5), (0.0, 2.0, 30.0, 0.25), (0.0, 1.0, 31.0, 0.125)]
+    log.path.write_bytes(b"".join(STAMP.pack(*row) for row in rows)[:-1])
+    assert len(log) == 2
+    assert log.steps(1).tolist() == [list(rows[1])]
+    assert log.steps(2).shape == (0, 4)
 
 
 @pytest.fixture
