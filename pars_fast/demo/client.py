@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pars_fast.demo.records import ServedRequest
 
-REQUEST_TIMEOUT_S = 300.0
+REQUEST_TIMEOUT_S = 3600.0  # where a queue grows for minutes, who is passed waits for minutes
 
 Progress = Callable[[], None]
 

@@ -48,6 +48,8 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--profile", default="h100_llama_3_1_8b", metavar="NAME|F", help="time of a step (%(default)s)")
     for name in ("max-num-seqs", "max-num-batched-tokens", "kv-cache-tokens", "max-model-len"):
         add(f"--{name}", type=int, default=argparse.SUPPRESS, metavar="N")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="on by itself, as in vLLM; without it preempted requests are computed again as a whole")
     add("--seed", type=_whole_numbers, default=[0], help="seeds, by comma (0)")
     add("--workers", type=int, metavar="N", help="processes (all cores)")
     add("--json", type=Path, metavar="F", help="write all rows there; F.rows.jsonl keeps them as they come")

@@ -15,6 +15,7 @@ class EngineSettings:
         kv_cache_tokens: tokens that the KV cache holds, in whole blocks.
         block_size: tokens of a KV block.
         max_model_len: longest prompt and answer together.
+        enable_prefix_caching: without it, all tokens of a preempted request are computed again.
     """
 
     max_num_seqs: int = 256
@@ -22,10 +23,11 @@ class EngineSettings:
     kv_cache_tokens: int = 400_000
     block_size: int = 16
     max_model_len: int = 32768
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) < 1:
+            if field.type is not bool and getattr(self, field.name) < 1:
                 raise ParsFastError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ParsFastError(f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "

@@ -57,6 +57,7 @@ class Limits(NamedTuple):
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
+    enable_prefix_caching: bool
 
 
 REQUEST = np.dtype([
@@ -131,7 +132,7 @@ def step_costs(step_time: StepTime) -> Costs:
 
 def engine_limits(settings: EngineSettings) -> Limits:
     return Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.block_size,
-                  settings.num_blocks)
+                  settings.num_blocks, settings.enable_prefix_caching)
 
 
 # --- Time and blocks of steps that only decode --------------------------------------------------------------
@@ -298,7 +299,7 @@ def _preempt_newest(s: Engines, q: Queue, order: Order, limits: Limits, r: Recor
         _stop_decoding(s, limits, r, e, i)
         r[i].made = tokens - r[i].prompt_tokens + 1
     r[i].kept_until = me.given_blocks + me.free_blocks
-    r[i].kept_blocks = tokens // limits.block_size
+    r[i].kept_blocks = tokens // limits.block_size if limits.enable_prefix_caching else 0
     me.preemptions += 1
     preempt(q, order, e, i)
 

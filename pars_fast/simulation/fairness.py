@@ -30,7 +30,7 @@ from pars_fast.worker_pool import worker_pool
 
 PROFILE = "h100_llama_3_1_8b"
 # Small, so that a few thousand requests are a queue; memory runs out before seats do, as Justitia has it.
-ROOM = {"max_num_seqs": 64, "kv_cache_tokens": 40_000}
+ROOM: dict[str, Any] = {"max_num_seqs": 64, "kv_cache_tokens": 40_000}
 TAU = 0.5
 TRAINED_ON = 4000  # applications
 _TRAINING_SEED = 1_000_000
@@ -80,7 +80,8 @@ class Applications:
     def finished_s(self, served: Served) -> NDArray[np.float64]:
         """When the last request of each finished, (A,); NaN if one was refused."""
         finished = np.full(len(self.names), -np.inf)
-        np.maximum.at(finished, self.number, served.finished_s)
+        with np.errstate(invalid="ignore"):
+            np.maximum.at(finished, self.number, served.finished_s)
         return finished
 
 

@@ -405,5 +405,7 @@ def _vllm_config(engine: EngineSettings) -> VllmConfig:
                 max_model_len=engine.max_model_len,
                 is_encoder_decoder=False,
             ),
-            cache_config=CacheConfig(block_size=engine.block_size, enable_prefix_caching=True),
+            cache_config=CacheConfig(
+                block_size=engine.block_size, enable_prefix_caching=engine.enable_prefix_caching
+            ),
         )

@@ -38,6 +38,7 @@ class StampedScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not followed
             kv_cache_tokens=(self.cache_config.num_gpu_blocks - 1) * self.block_size,
             block_size=self.block_size,
             max_model_len=self.max_model_len,
+            enable_prefix_caching=self.cache_config.enable_prefix_caching,
         )
         path.with_suffix(".json").write_bytes(msgspec.json.encode(asdict(engine)))
         self._step_log = path.open("wb", buffering=0)  # the process may be killed at any time

@@ -156,7 +156,7 @@ def _drawn(workload: Workload, count: int) -> Workload:
 
 
 def _run(study: Study, workloads: Mapping[int, Workload], cases: Sequence[Case], *,
-         simulator: Simulator = "fast", **settings: int) -> list[_Row]:
+         simulator: Simulator = "fast", **settings: Any) -> list[_Row]:
     step_time, engine = load_profile(PROFILE)
     longest = max(int((w.prompt_tokens + w.output_tokens).max()) for w in workloads.values())
     engine = replace(engine, max_model_len=max(engine.max_model_len, longest), **settings)

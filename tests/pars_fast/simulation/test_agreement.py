@@ -72,9 +72,10 @@ def mix(count: int = 100) -> Workload:
                                            rng.integers(1, 400, count), lengths), 0.5, seed=0)
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "computed again"])
 @pytest.mark.parametrize("policy", ["fcfs", "pars_fast"])
-def test_simulators_agree_when_requests_are_preempted(policy: str) -> None:
-    engine = replace(ENGINE, kv_cache_tokens=2048, max_num_batched_tokens=512)
+def test_simulators_agree_when_requests_are_preempted(policy: str, cached: bool) -> None:
+    engine = replace(ENGINE, kv_cache_tokens=2048, max_num_batched_tokens=512, enable_prefix_caching=cached)
     assert assert_agreement(mix(), policy, UniBoost(0.5), engine) > 0
 
 

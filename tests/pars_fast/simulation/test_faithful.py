@@ -227,6 +227,8 @@ def test_what_a_preemption_loses_is_counted(policy: str) -> None:
     assert blocks % ENGINE.block_size == 0
     assert 0 < rest < ENGINE.block_size  # what no full block held
     assert 100 < blocks + rest < 160
+    cold = simulate(workload, policy, None, replace(engine, enable_prefix_caching=False), STEP)
+    assert (cold.preemptions, cold.prefix_hit_tokens, cold.recomputed_tokens) == (1, 0, blocks + rest)
     waits = simulate(workload, "fcfs", None, engine, STEP)
     assert (waits.preemptions, waits.recomputed_tokens, waits.prefix_hit_tokens) == (0, 0, 0)
 

@@ -1,6 +1,7 @@
 """The live check on results that were made by the simulator itself, and on files that are none."""
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -70,9 +71,14 @@ def scaled(step: Mapping[str, float], factor: float) -> dict[str, float]:
 
 @pytest.fixture
 def demo() -> dict[str, Any]:
-    demo = as_if_served(PAIRS)
-    demo["runs"].append({"policy": "stock", "load": "saturated", "repeat": 0, "stock": True})
-    return demo
+    result = copy.deepcopy(_served_once())
+    result["runs"].append({"policy": "stock", "load": "saturated", "repeat": 0, "stock": True})
+    return result
+
+
+@functools.cache
+def _served_once() -> dict[str, Any]:
+    return as_if_served(PAIRS)
 
 
 def test_it_agrees_with_itself_and_not_with_an_engine_of_another_kind(
