@@ -9,7 +9,7 @@ scheduling, as the faithful simulator runs.
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def measure_profile(model: str | None, log: Path | None = None) -> Profile:
                      "--scheduler-cls", "pars_fast.simulation.step_stamps.StampedScheduler")
         environment = {**served.environment, STEP_LOG_VARIABLE: str(step_log.path)}
         with vllm_server(served.model, arguments, environment, log or folder / "server.log") as url:
-            engine = step_log.engine
+            engine = replace(step_log.engine, enable_prefix_caching=True)  # off only while steps are timed
             prompts = _prompts(sample, np.random.default_rng(0))
             warm_up = (next(prompts) for _ in range(WARM_UP_REQUESTS))
             closed_loop_capacity(url, served.model, warm_up, engine.max_num_seqs, lambda: None)

@@ -21,6 +21,7 @@ def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert main(["profile", "--json", str(path)]) == 0, capsys.readouterr().err
     step_time, engine = load_profile(str(path))
     assert engine.max_num_seqs == MAX_NUM_SEQS
+    assert engine.enable_prefix_caching  # a trace that shares prefixes is simulated with them
     assert step_time.seconds(100, 10, 5000) > 0
     fit = json.loads(path.read_text())["fit"]
     assert fit["steps"] >= 20
