@@ -1,4 +1,8 @@
-"""Operations of the waiting queue alone: `HostIndex` with all requests scored, against stock vLLM's deque."""
+"""Operations of the waiting queue alone: `HostIndex` with all requests scored, against stock vLLM's deque.
+
+`device_order` is the same index, going by the order that a GPU has computed and sent. To take it over is in
+the time of the pops of a step, to compute it is not: where it falls under `pars_fast`, a GPU's order pays.
+"""
 
 import itertools
 import random
@@ -9,9 +13,10 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from pars_fast.host_index import HostIndex
+from pars_fast.host_index import DEVICE_ORDER_MIN_WAITING, HostIndex
 from pars_fast.policies import POLICIES
 from pars_fast.priority_class import Entry
+from pars_fast.slot_table import K_ORDER
 
 BATCH = 16  # operations a round, since one takes hardly longer than reading the clock
 ROUNDS = 200
@@ -19,8 +24,8 @@ ROUNDS = 200
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """What both queues can do; `make` gives the item that arrives as number `seq`, `begin_step` comes before
-    the pops of a step."""
+    """What all queues can do; `make` gives the item that arrives as number `seq`, `begin_step` comes before
+    the pops of a step, and before that, untimed, `prepare_step`."""
 
     make: Callable[[int], Any]
     begin_step: Callable[[], None]
@@ -28,10 +33,12 @@ class Queue:
     pop: Callable[[], Any]
     abort: Callable[[Any], None]
     size: Callable[[], int]
+    prepare_step: Callable[[], None] = lambda: None
 
 
-def host_index() -> Queue:
-    index = HostIndex(POLICIES["pars"](), POLICIES["pars_fast"].default_guard)
+def host_index(device_order_min_waiting: int = DEVICE_ORDER_MIN_WAITING) -> tuple[Queue, HostIndex]:
+    guard = POLICIES["pars_fast"].default_guard
+    index = HostIndex(POLICIES["pars"](), guard, device_order_min_waiting=device_order_min_waiting)
     index.room = BATCH
     steps = itertools.count()
     rng = random.Random(0)
@@ -44,7 +51,40 @@ def host_index() -> Queue:
     def begin_step() -> None:
         index.begin_step(float(next(steps)))
 
-    return Queue(make, begin_step, index.add, index.pop, index.remove, index.__len__)
+    return Queue(make, begin_step, index.add, index.pop, index.remove, index.__len__), index
+
+
+def device_order() -> Queue:
+    """Its `add` and `abort` also keep what stands in for the device, and are not to be timed."""
+    module = pytest.importorskip("sortedcontainers", reason="pip install 'pars-fast[bench]'")
+    queue, index = host_index(device_order_min_waiting=1)
+    device = module.SortedKeyList(key=lambda entry: (entry.expected_tokens, entry.seq))
+    popped: list[Entry] = []
+    first: list[int] = []
+
+    def add(entry: Entry) -> None:
+        queue.add(entry)
+        device.add(entry)
+
+    def abort(entry: Entry) -> None:
+        queue.abort(entry)
+        device.remove(entry)
+
+    def pop() -> Entry:
+        popped.append(queue.pop())
+        return popped[-1]
+
+    def prepare_step() -> None:
+        for entry in popped:
+            device.remove(entry)
+        popped.clear()
+        first[:] = [entry.seq for entry in device[:K_ORDER]]
+
+    def begin_step() -> None:
+        index.set_device_order(first)
+        queue.begin_step()
+
+    return Queue(queue.make, begin_step, add, pop, abort, queue.size, prepare_step)
 
 
 def stock_queue() -> Queue:
@@ -60,7 +100,7 @@ def stock_queue() -> Queue:
     return Queue(make, lambda: None, queue.add_request, queue.pop_request, abort, queue.__len__)
 
 
-QUEUES = {"stock": stock_queue, "pars_fast": host_index}
+QUEUES = {"stock": stock_queue, "pars_fast": lambda: host_index()[0], "device_order": device_order}
 
 
 class QueueWorkload:
@@ -87,6 +127,7 @@ class QueueWorkload:
             self.waiting[item] = None
         self._came, self._left = [], []
         self._arriving, self._leaving = self._make(BATCH), self._sample(BATCH)
+        self.queue.prepare_step()
 
     def add(self) -> None:
         for item in self._arriving:
@@ -111,9 +152,12 @@ class QueueWorkload:
         return self._random.sample(list(self.waiting), count)
 
 
-@pytest.mark.parametrize("provider", list(QUEUES))
-@pytest.mark.parametrize("waiting", [100, 1_000, 10_000])
-@pytest.mark.parametrize("operation", ["add", "pop", "abort"])
+@pytest.mark.parametrize(
+    ("operation", "provider"),
+    [(operation, provider) for operation in ("add", "abort") for provider in ("stock", "pars_fast")]
+    + [("pop", provider) for provider in QUEUES],
+)
+@pytest.mark.parametrize("waiting", [100, 1_000, 10_000, 100_000])
 def bench_queue(benchmark: BenchmarkFixture, operation: str, waiting: int, provider: str) -> None:
     workload = QueueWorkload(QUEUES[provider](), waiting)
     benchmark.pedantic(getattr(workload, operation), setup=workload.prepare, rounds=ROUNDS, warmup_rounds=10)

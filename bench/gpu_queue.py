@@ -1,40 +1,30 @@
-"""The waiting queue's order on a GPU: our top-k against torch's, and where it beats the host's own order.
+"""The waiting queue's order on a GPU: our top-k against torch's.
 
 Every provider of a top-k starts from the table's columns, so packing the keys is in its time, and gives slot
 ids in order. Ours includes what marks tiles: a fill of the flags in the full form, a `slot_update` in the
-incremental one. Pops are host time: the crossover is where `device_hint` falls under `host_heaps`.
-`device_order` is what such an order costs the ranker's thread, not the scheduling thread: changes, order, and
-K_ORDER slots to the host.
+incremental one. `device_order` is what such an order costs the ranker's thread, not the scheduling thread:
+changes, order, and K_ORDER slots to the host. From how many requests on it pays the host alone decides
+(`bench_queue.py`).
 """
 
 import itertools
-import random
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from bench.gpu_cases import Case
+from bench.gpu_providers import capture
 from bench.timers import Call, host_time
-from pars_fast.bench_results import Times
-from pars_fast.bench_table import quantiles_us
-from pars_fast.guards import OvertakingBudget
-from pars_fast.host_index import HostIndex
-from pars_fast.integration.gpu_scoring import K_ORDER
 from pars_fast.kernels.queue_topk import MAX_RANKS, SEQ_BITS, TopkWorkspace, queue_topk
 from pars_fast.kernels.slot_update import slot_update
-from pars_fast.policies import POLICIES
-from pars_fast.priority_class import Entry
+from pars_fast.slot_table import K_ORDER
 
 SLOTS = (1 << 14, 1 << 18, 1 << 20, 1 << 22)
 TOP = (256, 1024)
 CHANGED = 16  # slots changed since the last order, each in a tile of its own where there are as many
-POP_WAITING = (1 << 12, 1 << 14, 1 << 16, 1 << 18)
-POPS = 16  # admitted in one step
-POP_ROUNDS = 200
+ORDER_WAITING = (1 << 12, 1 << 14, 1 << 16, 1 << 18)
 SLOT_BYTES = 21  # rank 4, lane 4, key 4, seq 8, occupied 1: what an order of all slots cannot do without
 Table = dict[str, Tensor]
 
@@ -50,16 +40,7 @@ def cases() -> Iterator[Case]:
             bytes_moved=SLOT_BYTES * num_slots + 4 * k,
             baseline="torch_topk",
         )
-    for waiting in POP_WAITING:
-        for provider, hinted in (("host_heaps", False), ("device_hint", True)):
-            yield Case(
-                f"queue_pop_{POPS}",
-                provider,
-                {"waiting": waiting, "k": K_ORDER},
-                partial(Pops, waiting, hinted=hinted),
-                baseline="host_heaps",
-                timer=pop_time,
-            )
+    for waiting in ORDER_WAITING:
         yield Case(
             "device_order",
             "pars_fast",
@@ -71,9 +52,11 @@ def cases() -> Iterator[Case]:
 
 def _setup(provider: str, num_slots: int, k: int) -> Call:
     table = make_table(num_slots, "cuda")
-    call = PROVIDERS[provider](table, k)
     expected = _full(table, k)().tolist()
-    if call().tolist() != expected:
+    call = capture(PROVIDERS[provider](table, k))  # the GPU's time, not that of some launches
+    order = call()
+    assert isinstance(order, Tensor)
+    if order.tolist() != expected:
         raise RuntimeError(f"{provider} gives another order of {num_slots} slots")
     return call
 
@@ -168,42 +151,6 @@ def slot_changes(table: Table, changed: int, workspace: TopkWorkspace) -> Callab
         )  # fmt: skip
 
     return launch
-
-
-class Pops:
-    """POPS admissions from a `HostIndex` of `waiting` scored requests, by its own or a device's order."""
-
-    def __init__(self, waiting: int, *, hinted: bool) -> None:
-        self.index = HostIndex(
-            POLICIES["pars"](), OvertakingBudget(), device_order_min_waiting=1 if hinted else 1 << 62
-        )
-        self._waiting, self._hinted = waiting, hinted
-        self._rng, self._seqs = random.Random(0), itertools.count()
-
-    def refill(self) -> None:
-        """Back to `waiting` requests, the device's order up to date."""
-        while len(self.index) < self._waiting:
-            entry = Entry(next(self._seqs), 0, SimpleNamespace(max_tokens=1))
-            self.index.set_expected_tokens(entry, self._rng.lognormvariate(5.0, 1.0))
-            self.index.add(entry)
-        if self._hinted:
-            self.index.set_device_order([entry.seq for entry in itertools.islice(self.index, K_ORDER)])
-
-    def __call__(self) -> None:
-        for _ in range(POPS):
-            self.index.pop()
-
-
-def pop_time(call: Call) -> Times:
-    """Host time of the pops alone."""
-    assert isinstance(call, Pops)
-    times = []
-    for _ in range(POP_ROUNDS):
-        call.refill()
-        started = time.perf_counter_ns()
-        call()
-        times.append(time.perf_counter_ns() - started)
-    return quantiles_us(times, ns_per_unit=1)
 
 
 def _device_order(waiting: int) -> Call:

@@ -21,6 +21,7 @@ from pars_fast.bench_results import Times
 from pars_fast.packaged import checkpoint_directory
 from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.ranker import Ranker
+from pars_fast.slot_table import K_ORDER
 from pars_fast.tokenization import encode
 
 LAYERS, WIDTH, BATCH = 64, 4096, 16
@@ -96,11 +97,12 @@ def _time_beside(call: Call) -> Times:
 
 def _arrival() -> Call:
     """Token ids of one prompt to its place in the order of all, as the runtime's thread does it."""
-    from pars_fast.integration.gpu_scoring import K_ORDER, make_gpu_scorer
+    from pars_fast.integration.gpu_scoring import make_gpu_scorer
     from pars_fast.integration.runtime import Prompt
 
     tokenizer = str(checkpoint_directory("default"))  # stands in for the served model's
-    scorer = make_gpu_scorer("default", tokenizer, None, prompt_work=PROMPT_WORK)
+    device = torch.device("cuda", torch.cuda.current_device())
+    scorer = make_gpu_scorer("default", tokenizer, None, device=device, prompt_work=PROMPT_WORK)
     prompts = encode(Ranker.from_pretrained(device="cpu").tokenizer, take_prompts(200), 128)
     seqs = itertools.count()
 

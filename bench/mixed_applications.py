@@ -118,8 +118,7 @@ def measure(files: Sequence[LengthFile], ranker: Ranker, most: int | None) -> It
     """A row for each seed, which chooses models and arrivals, and what is mixed."""
     prompts = {file.name: [row for row in held_out_rows(file)[0][:most] if row.output_tokens]
                for file in files}
-    assert ranker.token_map is not None
-    expected = {name: ranker.token_map(ranker.score([row.prompt for row in rows]).numpy()).tolist()
+    expected = {name: ranker.expected_tokens([row.prompt for row in rows]).tolist()
                 for name, rows in prompts.items()}
 
     def application(file: LengthFile, model: str) -> Application:

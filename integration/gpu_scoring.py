@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pars_fast.errors import CheckpointError
+from pars_fast.errors import CheckpointError, KernelError
 from pars_fast.gpu_forward import graphed_scorer
+from pars_fast.graphed import GraphedScorer
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.integration.scoring import PromptScorer
+from pars_fast.kernels.small_batch_score import MAX_PROMPTS
 from pars_fast.packed_weights import ACTIVATION
 from pars_fast.ranker import Ranker
-from pars_fast.slot_table import MAX_BATCH, SlotTable
-from pars_fast.tokenization import PackedBatch
+from pars_fast.slot_table import K_ORDER, MAX_BATCH, SlotTable
+from pars_fast.tokenization import PackedBatch, pack
 
-K_ORDER = 1024  # 4 times what a step of 256 seats can admit
+PROBES = (1, MAX_PROMPTS, MAX_PROMPTS + 1)  # prompts of a self-test's batches: both paths of the ranker
+PROBE_ERROR = 0.02  # of the largest score, which is ten times what fp16 costs
 
 
 class DeviceOrder:
@@ -47,6 +50,8 @@ class DeviceOrder:
         slot, there is no order until all have left. `prompt_work` is as `SlotTable.upload` has it."""
         taken = []
         for seq in seqs:
+            if seq in self._slots:  # scored anew
+                continue
             if (slot := self._table.acquire()) is None:
                 self._overflowed = True
                 break
@@ -143,17 +148,18 @@ def make_gpu_scorer(
     tokenizer: str,
     revision: str | None,
     *,
+    device: torch.device,
     prompt_work: float,
     max_programs: int | None = None,
 ) -> GpuScorer:
-    """Load the ranker onto the current GPU and capture its graphs.
+    """Load the ranker onto a GPU, which becomes this thread's current one, capture its graphs and test them.
 
     `max_programs`: at most so many SMs at a time, None for all. `prompt_work` is `GpuScorer`'s.
 
     Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens, or an
-        activation that the kernels do not compute.
+        activation that the kernels do not compute. KernelError: as `self_test`.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
     stream = torch.cuda.Stream(device)
     loaded = Ranker.from_pretrained(ranker, device=device)
     if not loaded.uses_kernels:
@@ -172,9 +178,42 @@ def make_gpu_scorer(
         max_programs=max_programs,
         destination=table.destination,
     )
+    with torch.cuda.stream(stream):
+        self_test(loaded, graphs, order, table.destination.tokens)
 
     def score(batch: PackedBatch) -> Tensor:
         graphs.score(batch.input_ids, batch.cu_seqlens)
         return table.destination.tokens[: len(batch)]
 
     return GpuScorer(scorer.pack, score, order, stream, prompt_work)
+
+
+@torch.no_grad()
+def self_test(ranker: Ranker, graphs: GraphedScorer, order: DeviceOrder, tokens: Tensor) -> None:
+    """Score made-up prompts by the graphs, and again in PyTorch; sort their expected tokens on the host.
+
+    So kernels that a GPU, driver or compiler makes something else of never order a queue. `tokens` is where
+    the graphs leave expected tokens; `order` is as empty after it as before.
+
+    Raises: KernelError: if scores or order are not the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for num_prompts in PROBES:
+        lengths = torch.randint(1, ranker.max_tokens + 1, (num_prompts,), generator=generator).tolist()
+        batch = pack([
+            torch.randint(ranker.config.vocab_size, (length,), generator=generator).tolist()
+            for length in lengths
+        ])  # fmt: skip
+        seqs = list(range(num_prompts))
+        order.begin(seqs)
+        scores = graphs.score(batch.input_ids, batch.cu_seqlens).float().cpu()
+        expected_tokens = order.finish(seqs, tokens[:num_prompts])
+        first = order.first
+        order.remove(seqs)
+        on_device = batch.to(ranker.device)
+        expected = ranker.model(on_device.input_ids, on_device.cu_seqlens).float().cpu()
+        error = float((scores - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+        if not error <= PROBE_ERROR:  # NaN, too
+            raise KernelError(f"the kernels' scores are {error:.3g} off PyTorch's; set PARS_DEVICE=cpu")
+        if first != sorted(seqs, key=lambda seq: (expected_tokens[seq], seq)):
+            raise KernelError("the kernels' order is not that of the scores; set PARS_DEVICE=cpu")

@@ -6,20 +6,24 @@ in every API server reads the files of all engines when it is scraped.
 """
 
 import atexit
+import logging
 import mmap
 import os
 import shutil
 import struct
+import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger("vllm.pars_fast")
+
 # name, type, help. The order is the layout of the file; histograms follow.
 METRICS: tuple[tuple[str, str, str], ...] = (
-    ("pars_scored", "counter", "Waiting requests that got a score"),
-    ("pars_submitted", "counter", "Prompts sent to the ranker"),
+    ("pars_scored", "counter", "Scores taken, of waiting requests and of running ones predicted anew"),
+    ("pars_submitted", "counter", "Prompts sent to the ranker, those predicted anew among them"),
     ("pars_fallback_prompt", "counter", "Prompts that could not be scored"),
     ("pars_fallback_ranker", "counter", "Times the ranker failed or hung and the order fell back to arrival"),
     ("pars_fallback_calibration", "counter", "Times the order fell back to arrival since scores did not fit"),
@@ -63,7 +67,10 @@ class Histogram:
 
 
 class CounterFile:
-    """The counters of one engine; `write` shows `values` to readers. Without a folder they stay in memory.
+    """The counters of one engine; `write` shows `values` to readers.
+
+    They stay in memory without a folder, and where no file can be made in it, which is said. Readers see
+    the newest of several engines of one number.
 
     Attributes:
         values: by name of METRICS.
@@ -74,9 +81,10 @@ class CounterFile:
         self.values = {name: float("nan") if name in _UNKNOWN_AT_FIRST else 0.0 for name in NAMES}
         self._cells: mmap.mmap | bytearray = bytearray(_LAYOUT.size)
         if directory:
-            with open(Path(directory) / f"engine_{engine}.bin", "w+b") as file:
-                file.truncate(_LAYOUT.size)
-                self._cells = mmap.mmap(file.fileno(), _LAYOUT.size)
+            try:
+                self._cells = _new_cells(Path(directory), f"engine_{engine}.bin")
+            except OSError as error:
+                logger.warning("pars-fast: counters do not come to /metrics: %s", error)
         cells, first = memoryview(self._cells).cast("d"), len(METRICS)
         self.histograms: dict[str, Histogram] = {}
         for (name, _, bounds), size in zip(HISTOGRAMS, _CELLS, strict=True):
@@ -86,6 +94,16 @@ class CounterFile:
 
     def write(self) -> None:
         _SCALARS.pack_into(self._cells, 0, *self.values.values())
+
+
+def _new_cells(directory: Path, name: str) -> mmap.mmap:
+    """A file of zeros, in the place of any that was there: cut short, that one would kill whoever maps it."""
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+        file.write(bytes(_LAYOUT.size))  # a hole could not be filled on a full disk
+        file.flush()
+        cells = mmap.mmap(file.fileno(), _LAYOUT.size)
+    os.replace(file.name, directory / name)
+    return cells
 
 
 def read_cells(directory: str | os.PathLike[str]) -> dict[str, tuple[float, ...]]:

@@ -12,6 +12,7 @@ import os
 import tempfile
 
 TESTED_VLLM = ("0.29", "0.30", "0.31", "0.32")
+_MARK = "_pars_fast_ranks"  # of a wrapper of ours: another plug-in's has `__wrapped__`, too
 
 logger = logging.getLogger("vllm.pars_fast")  # below vLLM's own logger, so that its handler shows it
 
@@ -57,7 +58,7 @@ def _wrap_get_scheduler_cls() -> bool:
     from vllm.config.scheduler import SchedulerConfig
 
     original = SchedulerConfig.get_scheduler_cls
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _MARK):
         return False
 
     @functools.wraps(original)
@@ -66,5 +67,6 @@ def _wrap_get_scheduler_cls() -> bool:
 
         return with_ranking(original(self))
 
+    setattr(get_scheduler_cls, _MARK, True)
     SchedulerConfig.get_scheduler_cls = get_scheduler_cls
     return True

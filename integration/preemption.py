@@ -61,7 +61,7 @@ class Preemption:
             entry = entries.get(request.request_id)
             if entry is None:
                 continue
-            rank = (request.priority, index.key_now(entry), entry.seq)
+            rank = (entry.priority, index.key_now(entry), entry.seq)
             ranks[request.request_id] = rank
             if isinstance(index.guard, IdleQuantum):
                 until = self._quantum(index.guard, entry, request, step)

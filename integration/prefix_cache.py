@@ -42,8 +42,8 @@ class PrefixCache:
             return 0
         if len(manager.kv_cache_config.kv_cache_groups) != 1:
             return 0
-        # One token at least is computed, as by vLLM.
-        held, missing = 0, min(len(hashes), (request.num_tokens - 1) // self._block_size) + 1
+        # One token at least is computed, as by vLLM. A preempted request has blocks of its answer there, too.
+        held, missing = 0, min(len(hashes), (request.num_prompt_tokens - 1) // self._block_size) + 1
         probe = 1  # most prompts share nothing
         while missing - held > 1:
             if manager.block_pool.get_cached_block(hashes[probe - 1], [0]):

@@ -24,7 +24,9 @@ from pars_fast.priority_class import Entry
 class RankedRequestQueue(RequestQueue):
     """Waiting requests in ranked order.
 
-    `clock` gives monotonic seconds; a simulation has its own. `on_failure` is told once why the order failed.
+    `use_priorities`: a request's `priority` comes first, as under vLLM's policy of that name; else it means
+    nothing, as under vLLM's default policy. `clock` gives monotonic seconds; a simulation has its own.
+    `on_failure` is told once why the order failed.
 
     Attributes:
         index: the order itself.
@@ -40,13 +42,14 @@ class RankedRequestQueue(RequestQueue):
         self,
         index: HostIndex,
         *,
+        use_priorities: bool = True,
         trust_caller: bool = False,
         clock: Callable[[], float] = time.monotonic,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         self.index: HostIndex | ArrivalIndex = index
         self._clock = clock
-        self._trust_caller = trust_caller
+        self._use_priorities, self._trust_caller = use_priorities, trust_caller
         self._on_failure = on_failure
         self.entries: dict[str, Entry] = {}
         self.arrivals: deque[Entry] = deque()
@@ -81,7 +84,10 @@ class RankedRequestQueue(RequestQueue):
         """Put in a new request, or one that comes back (a streaming session's next turn)."""
         request_id = request.request_id
         if request_id in self.entries:
-            if self.entries[request_id].payload is request:
+            entry = self.entries[request_id]
+            if entry.payload is request:
+                if entry.waiting:  # preempted, and then its turn ended by output that was on its way
+                    self.remove_request(request)
                 self.prepend_request(request)
                 return
             self.finish(request_id)  # an id that is used again
@@ -171,6 +177,10 @@ class RankedRequestQueue(RequestQueue):
         except Exception as error:
             self._fall_back(error)
 
+    def order_by_arrival(self) -> None:
+        """Go on with a plain index of all that waits, in arrival order, for good."""
+        self.index = ArrivalIndex(entry for entry in self.entries.values() if entry.waiting)
+
     def stop_keeping(self) -> None:
         """Nobody scores or learns any more, and there is no device: keep nothing for them."""
         self.arrivals = deque(maxlen=0)
@@ -216,7 +226,8 @@ class RankedRequestQueue(RequestQueue):
 
     def _enter(self, request: Request) -> Entry:
         """A new entry, which does not wait yet."""
-        entry = Entry(self._next_seq, request.priority, request, arrival_s=self._clock())
+        priority = request.priority if self._use_priorities else 0
+        entry = Entry(self._next_seq, priority, request, arrival_s=self._clock())
         self._next_seq += 1
         self.entries[request.request_id] = entry
         return entry
@@ -249,8 +260,7 @@ class RankedRequestQueue(RequestQueue):
         self.index.add(entry)
 
     def _fall_back(self, error: Exception) -> None:
-        """Go on with a plain index of all that waits, in arrival order, for good."""
-        self.index = ArrivalIndex(entry for entry in self.entries.values() if entry.waiting)
+        self.order_by_arrival()
         if self._on_failure is not None:
             self._on_failure(error)
 

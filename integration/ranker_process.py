@@ -36,6 +36,7 @@ def main() -> None:
     ranker = Ranker.from_pretrained(arguments.ranker, device="cpu")
     scorer = PromptScorer(ranker, arguments.tokenizer, arguments.revision)
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 0)  # what is left to say to an engine that has died is not waited for
     socket.connect(arguments.endpoint)
     _serve(socket, scorer)
 

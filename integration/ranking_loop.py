@@ -118,13 +118,7 @@ class RankingLoop:
                 self._counters["pars_fallback_prompt"] += 1
         if not batch:
             return
-        if self._runtime.submit([self._prompt(entry) for entry in batch]):
-            now = self._clock()
-            if not self._in_flight:
-                self._heard_at = now
-            self._in_flight |= {entry.seq: (entry, now) for entry in batch}
-            self._counters["pars_submitted"] += len(batch)
-        else:
+        if not self._hand_over([(entry, self._prompt(entry)) for entry in batch]):
             arrivals.extend(reversed(batch))
             if reason := self._runtime.failure():  # it ended while it had nothing to do
                 self._fail(reason)
@@ -133,24 +127,34 @@ class RankingLoop:
         """Have running requests scored anew, from prompt and answer so far."""
         if not entries or not self._ready:
             return
-        prompts = [
-            self._prompt(e, e.payload.output_token_ids)
-            for e in entries
-            if e.payload.prompt_token_ids and e.seq not in self._in_flight
+        asked = [
+            (entry, self._prompt(entry, entry.payload.output_token_ids))
+            for entry in entries
+            if entry.payload.prompt_token_ids and entry.seq not in self._in_flight
         ]
-        if prompts and self._runtime.submit(prompts):
-            now = self._clock()
-            if not self._in_flight:
-                self._heard_at = now
-            handed_over = {prompt.seq for prompt in prompts}
-            self._in_flight |= {e.seq: (e, now) for e in entries if e.seq in handed_over}
+        if asked:
+            self._hand_over(asked)
 
     def close(self) -> None:
         self._runtime.close()
 
     def _start(self) -> None:
         self._started_at = self._clock()
-        self._runtime.start()
+        try:
+            self._runtime.start()
+        except (OSError, RuntimeError) as error:
+            self._fail(f"the ranker cannot be started: {error}")
+
+    def _hand_over(self, asked: list[tuple[Entry, Prompt]]) -> bool:
+        """False if the ranker takes none now."""
+        if not self._runtime.submit([prompt for _, prompt in asked]):
+            return False
+        now = self._clock()
+        if not self._in_flight:
+            self._heard_at = now
+        self._in_flight |= {entry.seq: (entry, now) for entry, _ in asked}
+        self._counters["pars_submitted"] += len(asked)
+        return True
 
     def _forget_finished(self) -> None:
         """Only what the ranker knows: a caller's own estimates would pile up in one that scores nothing."""
@@ -196,7 +200,7 @@ class RankingLoop:
             self._failures = 0
 
     def _fail(self, reason: str) -> None:
-        delay = min(MAX_RESTART_DELAY_S, 2.0**self._failures)
+        delay = min(MAX_RESTART_DELAY_S, 2.0 ** min(self._failures, 10))  # 2.0**1024 overflows
         if not self._failures:
             logger.warning("pars-fast: %s; the queue is in arrival order until it is back", reason)
         self._failures += 1
@@ -217,14 +221,16 @@ class RankingLoop:
 
     def _order(self) -> None:
         """Ranked while the ranker answers and what it answers is of use."""
-        self.ranking = not self._shadow and not self._failures and self._calibration.ranking
-        if self.ranking != self._queue.index.ranking:
-            self._queue.set_ranking(self.ranking)
+        ranking = not self._shadow and not self._failures and self._calibration.ranking
+        if ranking != self._queue.index.ranking:
+            self._queue.set_ranking(ranking)
 
     def _prompt(self, entry: Entry, made: Sequence[int] = ()) -> Prompt:
         """What the ranker gets of a request, with the answer so far of one that runs."""
         request = entry.payload
         seen = self._window.cut(request.prompt_token_ids)
         entry.application = seen.application
-        to_compute = self._queue.index.policy.uncached_tokens(request)
-        return Prompt(entry.seq, [*seen.ids, *made], to_compute, seen.shared)
+        num_tokens = request.num_prompt_tokens
+        if self._runtime.weighs_prompts:
+            num_tokens = self._queue.index.policy.uncached_tokens(request)
+        return Prompt(entry.seq, [*seen.ids, *made], num_tokens, seen.shared)

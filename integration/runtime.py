@@ -1,23 +1,16 @@
 """Where the ranker runs: beside the scheduling thread, never on it.
 
 A runtime takes prompts and gives back expected tokens; no call of it blocks. On the CPU the ranker is a
-process of its own at idle priority, spoken to over a ZeroMQ socket whose I/O thread needs no GIL. On a GPU
-it is a thread of EngineCore, since one GPU is one process there.
+process of its own at idle priority (`process_runtime.py`). On a GPU it is a thread of EngineCore, since one
+GPU is one process there.
 """
 
 import contextlib
-import os
 import queue
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
-
-import msgspec
-import zmq
 
 
 class Scored(NamedTuple):
@@ -36,7 +29,7 @@ class Prompt(NamedTuple):
 
     seq: int
     ids: list[int]  # of the served model: what `PromptWindow` leaves of the prompt, and the answer so far
-    num_tokens: int  # of the prompt that are to be computed, which the key weighs
+    num_tokens: int  # of the whole prompt, less what is cached for a runtime that weighs prompts
     shared: int = 0  # how many of the ids are a beginning that others have, too
 
 
@@ -46,12 +39,18 @@ class RankerRuntime(Protocol):
     Attributes:
         max_in_flight: prompts it should hold at a time: few, so that no work goes into requests that are
             admitted meanwhile; enough to keep it busy from one step to the next.
+        weighs_prompts: whether an order of its own needs what is to be computed of each prompt, which takes
+            look-ups in the prefix cache.
     """
 
     max_in_flight: int
+    weighs_prompts: bool
 
     def start(self) -> None:
-        """Begin anew, whatever state it is in."""
+        """Begin anew, whatever state it is in.
+
+        Raises: OSError, RuntimeError: if the system has no room for it.
+        """
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         """Hand over prompts; False if they cannot be taken now."""
@@ -72,76 +71,6 @@ class RankerRuntime(Protocol):
         """End it; safe to call twice."""
 
 
-class ProcessRuntime:
-    """The ranker as a process on the CPU, at idle priority (`ranker_process.py`)."""
-
-    max_in_flight = 4
-
-    def __init__(self, ranker: str, tokenizer: str, revision: str | None, threads: int) -> None:
-        self._arguments = ["--ranker", ranker, "--tokenizer", tokenizer, "--threads", str(threads)]
-        if revision:
-            self._arguments += ["--revision", revision]
-        self._context = zmq.Context()
-        self._folder = tempfile.TemporaryDirectory(prefix="pars-fast-")
-        self._socket: zmq.Socket[bytes] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._starts = 0
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(list[Scored]).decode
-
-    def start(self) -> None:
-        self._stop()
-        self._starts += 1
-        endpoint = f"ipc://{self._folder.name}/{self._starts}"  # a late answer of the last one goes nowhere
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(endpoint)
-        environment = {name: value for name, value in os.environ.items() if name != "PARS_ENABLE"}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "pars_fast.integration.ranker_process", "--endpoint", endpoint]
-        self._process = subprocess.Popen([*command, *self._arguments], stdin=subprocess.PIPE, env=environment)
-
-    def submit(self, prompts: Sequence[Prompt]) -> bool:
-        assert self._socket is not None
-        try:
-            self._socket.send(self._encode(prompts), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def poll(self) -> list[Scored]:
-        assert self._socket is not None
-        scored: list[Scored] = []
-        with contextlib.suppress(zmq.Again):
-            while True:
-                scored += self._decode(self._socket.recv(zmq.NOBLOCK))
-        return scored
-
-    def order(self) -> None:
-        return None
-
-    def forget(self, seqs: Sequence[int]) -> None:
-        pass
-
-    def failure(self) -> str | None:
-        code = self._process.poll() if self._process is not None else None
-        return None if code is None else f"the ranker process ended with code {code}"
-
-    def close(self) -> None:
-        self._stop()
-        self._folder.cleanup()
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-        if self._socket is not None:
-            self._socket.close()
-        self._process = self._socket = None
-
-
 class Scorer(Protocol):
     """What a `ThreadRuntime` runs in its thread."""
 
@@ -159,6 +88,7 @@ class ThreadRuntime:
     """The ranker as a daemon thread on the engine's GPU; `make_scorer` loads it, inside the thread."""
 
     max_in_flight = 64  # one batch, scored long before the next step
+    weighs_prompts = True
 
     def __init__(self, make_scorer: Callable[[], Scorer]) -> None:
         self._make_scorer = make_scorer

@@ -3,9 +3,10 @@
 from typing import Any
 
 from pars_fast.integration.metrics import CounterFile
+from pars_fast.integration.process_runtime import ProcessRuntime
 from pars_fast.integration.prompt_text import PromptText
 from pars_fast.integration.recorder import Decode, Recorder
-from pars_fast.integration.runtime import ProcessRuntime, RankerRuntime, Scorer, ThreadRuntime
+from pars_fast.integration.runtime import RankerRuntime, Scorer, ThreadRuntime
 from pars_fast.packaged import serving_ranker
 from pars_fast.policies import POLICIES, Policy, needs_distribution, prompt_work, with_lengths
 from pars_fast.settings import Settings
@@ -29,17 +30,23 @@ def make_policy(settings: Settings, vllm_config: Any) -> Policy:
 def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
     """The runtime of one engine, not yet started.
 
-    With tensor or pipeline parallelism EngineCore shares no CUDA context with its workers, and a second
-    one would cost memory on the same GPU, so the ranker goes to the CPU.
+    Where the model runs in processes of its own (tensor, pipeline or data parallelism), EngineCore shares no
+    CUDA context with it, and a second one would cost memory on the same GPU, so the ranker goes to the CPU.
+    Called in the thread that set the engine's GPU: the current device is each thread's own.
     """
     model = vllm_config.model_config
     if _ranks_on_gpu(settings, vllm_config):
+        import torch
+
         from pars_fast.integration.gpu_scoring import make_gpu_scorer
+
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
         def load() -> Scorer:
             ranker = serving_ranker(settings.ranker, "cuda")
             sms = settings.gpu_sms or None
-            return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision, max_programs=sms,
+            return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision,
+                                   device=torch.device("cuda", index), max_programs=sms,
                                    prompt_work=prompt_work(POLICIES[settings.policy]) or 0.0)
 
         return ThreadRuntime(load)
@@ -70,4 +77,4 @@ def _ranks_on_gpu(settings: Settings, vllm_config: Any) -> bool:
 def _owns_a_gpu(parallel_config: Any) -> bool:
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cuda()) and parallel_config.world_size == 1
+    return bool(current_platform.is_cuda()) and parallel_config.distributed_executor_backend == "uni"

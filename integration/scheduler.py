@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pars_fast.guards import guard_text
@@ -36,6 +37,7 @@ from pars_fast.integration.runtime_choice import make_policy, make_recorder, mak
 from pars_fast.integration.shadow import ShadowReport
 from pars_fast.integration.status_line import StatusLine
 from pars_fast.policies import Policy
+from pars_fast.policies.fcfs import FCFS
 from pars_fast.settings import Settings
 
 logger = logging.getLogger("vllm.pars_fast")
@@ -67,6 +69,7 @@ class RankingMixin:
         guard = settings.guard_of(policy)
         self.waiting = RankedRequestQueue(
             HostIndex(policy, guard, cached_tokens=self._prefix_cache()),
+            use_priorities=self.policy is SchedulingPolicy.PRIORITY,  # type: ignore[attr-defined]
             trust_caller=settings.trust_caller,
             clock=self.clock,
             on_failure=self._fall_back,
@@ -87,6 +90,7 @@ class RankingMixin:
         self._failed = False
         self._shadow: ShadowReport | None = None
         if settings.mode == "shadow":
+            self.waiting.set_ranking(False)
             self._shadow = ShadowReport(config.scheduler_config.max_num_seqs, guard, background, self.clock)
         self._learning = Learning(
             self._calibration,
@@ -130,7 +134,10 @@ class RankingMixin:
         if self._failed:
             with contextlib.suppress(Exception):
                 self._forget_ended()  # else all that was ever served would be kept
-            return super().schedule(*args, **kwargs)  # type: ignore[misc,no-any-return]
+            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            self._counters.values["pars_waiting"] = float(len(self.waiting))
+            self._counters.write()
+            return output
         if self._planned is not None:  # no bitmask was asked for: nothing to sample
             self._guarded(self._keep_books)
         self._steps += 1
@@ -172,20 +179,26 @@ class RankingMixin:
 
     def shutdown(self) -> None:
         try:
-            self._guarded(self._close)
+            self._close()
+        except Exception as error:
+            self._fall_back(error)
         finally:
             super().shutdown()  # type: ignore[misc]
 
     def _close(self) -> None:
-        loop, self._ranking_loop = self._ranking_loop, None
-        if loop is not None:
-            loop.close()
-        self._forget_ended()
-        self._learning.ended(self.waiting.forgotten, self.clock())
-        self._learning.flush()
-        self._background.drain(LEARN_S)
-        if self._recorder is not None:
-            self._recorder.flush(RECORD_FLUSH_S)
+        """After a failure, too: what was learnt and recorded until then is kept."""
+        try:
+            loop, self._ranking_loop = self._ranking_loop, None
+            if loop is not None:
+                loop.close()
+            self._forget_ended()
+            self._learning.ended(self.waiting.forgotten, self.clock())
+            self.waiting.forgotten = []
+            self._learning.flush()
+            self._background.drain(LEARN_S)
+        finally:
+            if self._recorder is not None:
+                self._recorder.flush(RECORD_FLUSH_S)
 
     def _before_step(self) -> None:
         queue = self.waiting
@@ -240,6 +253,8 @@ class RankingMixin:
         left_waiting = self._order_can_help()
         if self._ranking_loop is not None:
             self._ranking_loop.after_step(left_waiting=left_waiting)
+        else:
+            queue.finished.clear()  # there is no device to be told of them
         if left_waiting:
             self._status_line.after_step()
         if self._steps % SHOWN_EVERY_STEPS == 0 or left_waiting != self._left_waiting:
@@ -248,10 +263,11 @@ class RankingMixin:
 
     def _show_counters(self) -> None:
         values, index = self._counters.values, self.waiting.index
-        values["pars_active"] = float(self._ranking_loop is not None and self._ranking_loop.ranking)
+        values["pars_active"] = float(index.ranking and not isinstance(index.policy, FCFS))
         values["pars_waiting"] = float(len(index))
-        values["pars_overtaken"] = float(index.overtakes)
-        values["pars_guard_promotions"] = float(index.promotions)
+        if isinstance(index, HostIndex):  # else what it counted stays as it was shown last
+            values["pars_overtaken"] = float(index.overtakes)
+            values["pars_guard_promotions"] = float(index.promotions)
         self._counters.write()
 
     def _order_can_help(self) -> bool:
@@ -300,7 +316,7 @@ class RankingMixin:
         self._counters.values["pars_fallback_error"] += 1
         self._counters.values["pars_active"] = 0.0
         self._counters.write()
-        self.waiting.set_ranking(False)
+        self.waiting.order_by_arrival()  # without the hooks a ranked index would keep all that was ever served
         self.waiting.stop_keeping()
         loop, self._ranking_loop = self._ranking_loop, None
         if loop is not None:

@@ -18,7 +18,6 @@ class ArrivalIndex:
         self.sharing = None
         self.needs_endings = False
         self.policy: Policy = POLICIES["fcfs"]()
-        self.overtakes = self.promotions = 0
         self._step_s = 0.0
 
     def __len__(self) -> int:

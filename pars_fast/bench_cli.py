@@ -23,6 +23,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
     gpu = commands.add_parser("gpu", help="run the GPU cases; without a GPU they are marked as not measured")
     gpu.add_argument("--csv", type=Path, required=True, metavar="F", help="write the rows there")
+    gpu.add_argument("--only", metavar="OPS", help="run the cases of these ops, by comma; goes on in F")
     gpu.set_defaults(run=_gpu)
 
     step = commands.add_parser("step", help="time the scheduling step alone, ranked against stock vLLM")
@@ -74,7 +75,7 @@ def _gpu(arguments: argparse.Namespace) -> int:
     from pars_fast.bench_table import run_gpu_suite
 
     make_writable(arguments.csv.parent)
-    return run_gpu_suite(arguments.csv)
+    return run_gpu_suite(arguments.csv, arguments.only)
 
 
 def _step(arguments: argparse.Namespace) -> None:

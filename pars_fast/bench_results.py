@@ -214,7 +214,8 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, `-dirty` if more than results has changed since; `none` outside a checkout."""
+    """The checkout's commit, `-dirty` if more than results has changed since; outside a checkout what the
+    environment's GIT_COMMIT says, else `none`."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -224,7 +225,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return "none"
+        return os.environ.get("GIT_COMMIT", "none")
 
 
 def all_threads() -> int:

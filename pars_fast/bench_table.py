@@ -66,13 +66,16 @@ def run_suite(out: Path) -> None:
         raise ParsFastError(f"the benchmark suite failed (pytest ended with code {code})")
 
 
-def run_gpu_suite(csv: Path) -> int:
-    """Run the repository's GPU cases, which write their own CSV; the exit status of that command.
+def run_gpu_suite(csv: Path, only: str | None = None) -> int:
+    """Run the repository's GPU cases, or those of the ops that `only` names by comma; they write their own
+    CSV. The exit status of that command.
 
     Raises: ParsFastError: outside a checkout.
     """
     require_suite()
     command = [sys.executable, "-m", "bench.gpu", "--csv", str(csv.resolve())]
+    if only is not None:
+        command += ["--only", only]
     return subprocess.run(command, cwd=ROOT).returncode
 
 

@@ -4,6 +4,7 @@ Each predictor may have several seeds: its measures are the mean over them, unde
 prompts as everybody else's.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -152,6 +153,20 @@ def held_out_rows(file: LengthFile) -> tuple[tuple[LengthRow, ...], Split]:
     split: Split = "test" if file.select("test").rows else "val"
     rows = {row.prompt: row for row in file.select(split).rows}
     return tuple(rows.values()), split
+
+
+def mean_tau(scores: Floats, rows: Sequence[LengthRow], models: Sequence[str]) -> float:
+    """Mean over models of tau-b of (n,) scores with the lengths of the n rows.
+
+    A model that answered fewer than `MIN_ROWS` of them, or always at one length, is left out; NaN if none is
+    left.
+    """
+    taus = [
+        kendall_tau(scores[there], lengths[there])
+        for lengths in _lengths(rows, models).T
+        if (there := ~np.isnan(lengths)).sum() >= MIN_ROWS
+    ]
+    return float(np.nanmean(taus)) if np.isfinite(taus).any() else math.nan
 
 
 def _sample(rows: tuple[LengthRow, ...], most: int | None, seed: int) -> tuple[LengthRow, ...]:

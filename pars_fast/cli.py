@@ -1,8 +1,10 @@
 """The `pars-fast` command: one sub-command a function, heavy imports inside it."""
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,14 @@ DEFAULT = argparse.SUPPRESS  # an option not given falls back to the recipe's ow
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its own status or 0, 2 with one line on stderr when the user can mend the cause."""
+    """Run one command; its own status or 0, 2 with one line on stderr when the user can mend the cause.
+
+    Raises: SystemExit: on SIGTERM, with 143, and on options that argparse does not understand.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        status: int | None = arguments.run(arguments)
+        with _exit_on_sigterm():
+            status: int | None = arguments.run(arguments)
     except (ParsFastError, OSError) as error:
         print(f"pars-fast: error: {error}", file=sys.stderr)
         return 2
@@ -38,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("pars-fast: interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """By default SIGTERM skips every `finally`, and a vLLM server that a command started goes on running."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import random
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 
 from pars_fast.data import split_of
 from pars_fast.errors import DataError, OutputError, ParsFastError, make_writable, require_extra
+from pars_fast.sqlite_store import SqliteStore
 from pars_fast.text import is_text
 
 SCHEMA = """
@@ -125,31 +125,14 @@ def _prompt_of(path: Path, number: int, line: str) -> str:
     return prompt
 
 
-class AnswerStore:
-    """The SQLite file: one row an answer, committed as it comes.
+class AnswerStore(SqliteStore):
+    """One row an answer, committed as it comes.
 
-    Raises: DataError: if the file is no such file, cannot be read or cannot be written; so does each method.
+    Raises: DataError: if the file is something else, or cannot be read or written; so does each method.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._named("not a file of collected answers"):
-            self._connection = sqlite3.connect(path)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(SCHEMA)
-
-    @contextmanager
-    def _named(self, trouble: str) -> Iterator[None]:
-        """An error of SQLite's becomes one that names the file and says what to do."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise DataError(
-                f"{self._path}: {trouble} ({error}); give another --out, or mend that file"
-            ) from error
-
-    def close(self) -> None:
-        self._connection.close()
+        super().__init__(path, SCHEMA, "collected answers")
 
     def add(
         self, model: str, settings: str, prompt: str, sample: int, tokens: int, reason: str | None
@@ -164,8 +147,8 @@ class AnswerStore:
         with self._named("cannot be read"):
             return set(self._connection.execute(query, (model, settings)))
 
-    def export(self, path: Path, settings: str) -> int:
-        """Write a length file of the answers under these settings, in one step; returns its prompts' number.
+    def export(self, path: Path, settings: str) -> None:
+        """Write a length file of the answers under these settings, in one step; without any, none is written.
 
         A model's length is the geometric mean of its samples, which is the mean of what is learnt, the log;
         the samples stand beside it.
@@ -178,6 +161,8 @@ class AnswerStore:
         with self._named("cannot be read"):
             for prompt, model, tokens in self._connection.execute(query, (settings,)):
                 samples.setdefault(prompt, {}).setdefault(model, []).append(tokens)
+        if not samples:
+            return
         fresh = path.with_name(path.name + ".new")
         with fresh.open("w", encoding="utf-8") as file:
             for prompt, by_model in samples.items():
@@ -186,7 +171,6 @@ class AnswerStore:
                 row = {"id": name, "split": split_of(prompt), "prompt": prompt, "output_tokens": means}
                 file.write(json.dumps({**row, "samples": by_model}) + "\n")
         fresh.replace(path)
-        return len(samples)
 
 
 def collect(
@@ -204,15 +188,21 @@ def collect(
 
     Raises: CollectError: if the server cannot be reached or used at all; what came before is kept.
         MissingExtraError: without httpx, or ray. DataError: if the SQLite file is something else or cannot be
-        written. OutputError: if `out` cannot be written.
+        written. OutputError: if `out` cannot be written, or is there without its SQLite file.
     """
     require_extra("httpx", "train")
     if ray_workers:
         require_extra("ray.data", "ray")
     if out.is_dir():
         raise OutputError(f"{out}: cannot be written (it is a folder)")
+    kept = out.with_name(out.name + ".sqlite")
+    if out.exists() and not kept.exists():
+        raise OutputError(
+            f"{out} would be replaced, and {kept.name} with the answers it was made of is not there; give "
+            "another --out, or move that file away"
+        )
     make_writable(out.parent)
-    with closing(AnswerStore(out.with_name(out.name + ".sqlite"))) as store:
+    with closing(AnswerStore(kept)) as store:
         try:
             return _collect(prompts, collection, store, ray_workers, on_answer or (lambda report: None))
         finally:

@@ -30,6 +30,10 @@ class OutputError(ParsFastError):
     """A result cannot be written; the message names the path."""
 
 
+class KernelError(ParsFastError):
+    """A GPU's kernels do not compute what PyTorch does there."""
+
+
 class MissingExtraError(ParsFastError):
     """An optional dependency is not installed; the message gives the pip command."""
 

@@ -11,10 +11,11 @@ from pars_fast.metrics import ranking_quality
 
 
 def evaluate(ranker: Predictor, file: LengthFile, split: Split | Literal["all"]) -> dict[str, Any]:
-    """Quality per model column: `{"models": {name: {...} | {"n", "null": reason}}, "mean_kendall_tau"}`.
+    """Quality per model column: `{"models": {name: {...}}, "mean_kendall_tau"}`, with the fields of
+    `RankingQuality`.
 
-    A column that cannot be ranked (no rows, one row, all lengths or all scores equal) has null measures
-    with the reason, and is left out of the mean; the mean is null if nothing is left.
+    A column that cannot be ranked (no rows, one row, all lengths or all scores equal) has None for its
+    measures and why in `reason`, and is left out of the mean; the mean is None if nothing is left.
     """
     rows = file.select(split).rows
     prompts = list(dict.fromkeys(row.prompt for row in rows))  # once each: equal prompts are exact ties

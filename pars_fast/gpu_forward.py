@@ -35,7 +35,11 @@ class GpuForward:
         max_programs: int | None = None,
         destination: ScoreDestination | None = None,
     ) -> None:
-        self._weights, self._max_programs, self._destination = weights, max_programs, destination
+        self._weights, self._destination = weights, destination
+        self._max_programs = max_programs
+        if max_programs is not None and weights.device.type == "cuda":  # a barrier needs all of them at once
+            sms = torch.cuda.get_device_properties(weights.device).multi_processor_count
+            self._max_programs = min(max_programs, sms)
         self._workspace = SmallBatchWorkspace.allocate(weights, MAX_PROMPTS * max_seqlen)
 
     def __call__(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -67,7 +71,7 @@ class GpuForward:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors cannot be written outside it, and batches are
 def graphed_scorer(
     ranker: Ranker,
     *,

@@ -64,7 +64,8 @@ class GraphedScorer:
     """Scores packed batches by replaying graphs, with neither launches nor allocations in between.
 
     Everything runs on the stream given, from one thread at a time; graphs of other streams and threads can be
-    captured meanwhile.
+    captured meanwhile, and other threads may draw random numbers (torch 2.13 keeps the generator's state of
+    each capture apart; an older one makes them fail for as long as a capture takes).
 
     Attributes:
         bytes_reserved: what PyTorch's allocator took from the device for buffers, the graphs' pool and what
@@ -92,6 +93,7 @@ class GraphedScorer:
         device = stream.device
         torch.cuda.empty_cache()  # capture does so too, and would give back memory that is not counted here
         free_before, reserved_before = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # where weights and workspaces were filled
         with torch.cuda.stream(stream):
             # Offsets and ids in one buffer, so a batch is one copy; ids start at a multiple of 16 bytes.
             self._first_id = -(-(self._max_prompts + 1) // 4) * 4

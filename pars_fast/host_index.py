@@ -66,11 +66,9 @@ class HostIndex:
     `cached_tokens` is for whatever policy orders; see `Policy`.
 
     Attributes:
-        promotions: admissions that the guard decided.
-        overtakes: admissions ahead of an older waiting request.
         planned: who runs next, the next one last; empty until somebody asks. Whoever takes the last one off
             this list and makes it wait no longer admits it, as `pop` does.
-        room: how many admissions a step can make at most; no more are planned.
+        room: how many admissions a step can make at most.
         sharing: the policy, if it is one that has to be told what is served.
         needs_endings: whether the order of the next step depends on who has ended by then.
     """
@@ -86,14 +84,15 @@ class HostIndex:
     ) -> None:
         self._cached_tokens = cached_tokens
         self._ranking = True
-        self.promotions = 0
-        self.overtakes = 0
+        self._promotions = 0  # in the steps before this one
+        self._overtakes = 0
         self._unplanned = 0
         self.planned: list[Entry] = []
         self.room = MAX_PLANNED
-        self._popped = 0  # in the last step that popped any
-        self._plans: list[Plan] = []  # of this step; the last one is `planned`
-        self._holds = False  # it was made ahead, and its step has not begun
+        self._popped = 0  # and not put back, in the last step that had any
+        self._flags: dict[int, int] = {}  # by seq, of those planned in this step that have not been put back
+        self._ahead = False  # `planned` was made before its step
+        self._holds = False  # and that has not begun
         self._median = RunningMedian(initial_expected_tokens)
         self._now = Moment(typical_tokens=initial_expected_tokens)
         self._hint = NO_HINT
@@ -127,6 +126,16 @@ class HostIndex:
         self._settle()
         self._ranking = active
 
+    @property
+    def overtakes(self) -> int:
+        """Admissions ahead of an older waiting request; never falls once the step is over."""
+        return self._overtakes + self._admitted(OVERTAKES)
+
+    @property
+    def promotions(self) -> int:
+        """Admissions that the guard decided; likewise."""
+        return self._promotions + self._admitted(PROMOTED)
+
     def begin_step(self, time_s: float, *, plan_anew: bool = False) -> None:
         """A scheduling step begins: the moment that the guard goes by until the next one.
 
@@ -149,17 +158,14 @@ class HostIndex:
         An aborted request leaves the plan. A higher priority, a request that comes back, and more news than
         are noted at a time undo it; what else comes waits for the next plan.
         """
-        if not self._can_plan_ahead:
-            return
-        if not (self._plans and self._plans[-1].is_as_made(self.planned)):
+        if not self._is_as_made_ahead():
             self._end_step()
             group = self._first_class()
-            if group is None or group.preempted:
+            if not self._can_plan_ahead or group is None or group.preempted:
                 return
             most = max(self._popped + self._popped // 4, MIN_PLANNED_AHEAD)  # some may be aborted
-            made = self._ranked_plan(group, min(most, MAX_PLANNED))
-            made.ahead = True
-            self._take_plan(made)
+            self._take_plan(self._ranked_plan(group, min(most, MAX_PLANNED)))
+            self._ahead = True
         self._holds = True
 
     def __len__(self) -> int:
@@ -183,7 +189,7 @@ class HostIndex:
             group.begin_anew()
         met = self._median.value
         if not group.counts_tokens:
-            planned = len(self.planned) if self.planned and self._plans[-1].group is group else 0
+            planned = len(self.planned) if self.planned and self.planned[0].priority == entry.priority else 0
             met = float(len(group.waiting) + planned)
         group.waiting[entry.seq] = entry
         self._note(group, ARRIVE, entry, met)
@@ -199,7 +205,7 @@ class HostIndex:
         if entry.lane == 0:
             group.preempted[entry.seq] = entry
             return
-        self._count(entry.seq)
+        self._flags.pop(entry.seq, None)  # not admitted in this step after all
         cost = group.cost(entry) if entry.charged_to is group else 0.0
         entry.charged_to = None
         group.waiting[entry.seq] = entry
@@ -282,12 +288,11 @@ class HostIndex:
 
         To be closed before anything else is done: then all wait as before.
         """
-        counted = self.promotions, self.overtakes
         taken: list[Entry] = []
         try:
             while len(self):
-                entry, made = self.head(), self._plans[-1]
-                yield entry, bool(made.flags[-len(self.planned)] & PROMOTED)
+                entry = self.head()
+                yield entry, bool(self._flags[entry.seq] & PROMOTED)
                 taken.append(self.pop())
         finally:
             for entry in taken:
@@ -295,8 +300,6 @@ class HostIndex:
             for entry in taken:
                 self.put_back(entry)
             self._settle()
-            self._plans.clear()
-            self.promotions, self.overtakes = counted
 
     def head(self) -> Entry:
         """Who runs next. Raises: IndexError: if nothing waits."""
@@ -347,15 +350,15 @@ class HostIndex:
     def _class_of(self, priority: int) -> PriorityClass:
         group = self._classes.get(priority)
         if group is None:
-            group = self._classes[priority] = PriorityClass(self.guard)
+            group = self._classes[priority] = PriorityClass(self.guard, self._flags)
             insort(self._priorities, priority)
         return group
 
     def _drop_empty_classes(self) -> None:
         """Not within a step, where an empty class may get back what was popped, and needs its charges."""
-        planned = self._plans[-1].group if self.planned else None
+        planned = self.planned[0].priority if self.planned else None
         self._classes = {
-            priority: group for priority, group in self._classes.items() if group or group is planned
+            priority: group for priority, group in self._classes.items() if group or priority == planned
         }
         self._priorities = sorted(self._classes)
 
@@ -377,9 +380,11 @@ class HostIndex:
         group = self._first_class()
         if group is None:
             raise IndexError("this is an empty queue")
-        # Long prompts may fill a step before its seats are taken: plan as if it were like the last one.
-        done = sum(len(made.entries) for made in self._plans)
-        most = max(1, min(self.room - done, 2 * max(done, self._popped), MAX_PLANNED))
+        # Long prompts may fill a step before its seats are taken: plan as if it were like the last one. Who
+        # asks for more than there are seats has skipped some, and may skip many more.
+        done = len(self._flags)
+        seats = self.room - done if self.room > done else MAX_PLANNED
+        most = max(1, min(seats, 2 * max(done, self._popped), MAX_PLANNED))
         typical = self._median.value
         if group.preempted:
             made = group.plan_preempted(self.policy.key(typical), self._ranking)
@@ -401,66 +406,61 @@ class HostIndex:
         return group.plan_next(most, self.policy.key(typical), typical, self._ranking, hint)
 
     def _take_plan(self, made: Plan) -> None:
-        self._plans.append(made)
         self._unplanned -= len(made.entries)
-        group, charged = made.group, made.group.counts_tokens
-        for entry in made.entries:
-            if entry.lane:  # a preempted one was charged when it was first admitted
-                entry.charged_to = group
-                if charged:
-                    entry.charged_tokens = self.expected(entry)
         self.planned += reversed(made.entries)
-        both = made.flags.count(OVERTAKES | PROMOTED)
-        self.overtakes += made.flags.count(OVERTAKES) + both
-        self.promotions += made.flags.count(PROMOTED) + both
+        self._flags.update(zip([entry.seq for entry in made.entries], made.flags, strict=True))
+        group, watch, charged = made.group, made.group.watch, made.group.counts_tokens
+        for entry in made.entries:
+            if entry.lane == 0:  # it was charged, and left the watch, when it was first admitted
+                continue
+            entry.charged_to = group
+            if charged:
+                entry.charged_tokens = self.expected(entry)
+            if watch is not None:
+                watch.leave(entry.seq)
+
+    def _is_as_made_ahead(self) -> bool:
+        """Whether what is planned was made ahead, is still all of it, and nothing is new."""
+        return (
+            self._ahead
+            and len(self.planned) == len(self._flags)
+            and not self._classes[self.planned[0].priority].has_noted
+        )
+
+    def _admitted(self, flag: int) -> int:
+        """How many of those popped in this step, and not put back, have this flag."""
+        planned = {entry.seq for entry in self.planned}
+        return sum(bool(flags & flag) for seq, flags in self._flags.items() if seq not in planned)
 
     def _end_step(self) -> None:
         """Whoever was popped in it is gone, the others wait."""
-        if self._plans:
-            self._settle()
-        if self._plans:
-            self._popped = sum(len(made.entries) for made in self._plans)
-            self._plans.clear()
+        self._settle()
+        if self._flags:
+            self._popped = len(self._flags)
+            self._overtakes, self._promotions = self.overtakes, self.promotions
+            self._flags.clear()
 
     def _settle(self) -> None:
         """Put back what is planned and was not popped."""
-        self._holds = False
+        self._ahead = self._holds = False
         if not self.planned:
             return
-        made, left = self._plans[-1], len(self.planned)
-        for entry, flag in zip(made.entries[-left:], made.flags[-left:], strict=True):
-            self._uncount(flag)
+        left = self.planned[::-1]
+        for entry in left:
+            del self._flags[entry.seq]
             if entry.lane:
                 entry.charged_to = None
-        made.group.put_back_planned(made.entries[-left:], self._median.value, self._now)
-        del made.entries[-left:], made.flags[-left:]
-        if not made.entries:
-            self._plans.pop()
+        self._classes[left[0].priority].put_back_planned(left, self._median.value, self._now)
         self.planned.clear()
-        self._unplanned += left
+        self._unplanned += len(left)
 
     def _drop_planned(self, entry: Entry) -> None:
         """A request that was planned ahead was aborted: to those behind it as if it had been popped."""
-        made = self._plans[0]
-        at = made.entries.index(entry)
-        self._uncount(made.flags[at])
-        del made.entries[at], made.flags[at]
         self.planned.remove(entry)
+        del self._flags[entry.seq]
         entry.charged_to = None
-        if not made.entries:
-            self._plans.pop()
-            self._holds = False
-
-    def _count(self, seq: int) -> None:
-        """A request that was popped in this step is not admitted after all."""
-        for made in self._plans:
-            for entry, flag in zip(made.entries, made.flags, strict=True):
-                if entry.seq == seq:
-                    self._uncount(flag)
-
-    def _uncount(self, flag: int) -> None:
-        self.overtakes -= flag & OVERTAKES
-        self.promotions -= (flag & PROMOTED) // PROMOTED
+        if not self.planned:
+            self._ahead = self._holds = False
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pars_fast.benchmark import DOMAINS
 from pars_fast.data import LengthFile
+from pars_fast.errors import ParsFastError
 from pars_fast.ranker import Ranker
 from pars_fast.training import Recipe
 from pars_fast.training_runs import held_out_taus, trained_once
@@ -73,8 +74,10 @@ def learning_curve(
     """Train what is missing under `out`, one folder a run, and measure it.
 
     Yields: a row per run and file: the fields of its `Point` (None for all) and those of `held_out_taus`.
-    Raises: as `train`.
+    Raises: as `trained_once`; ParsFastError: without a seed.
     """
+    if not (seeds or layer_seeds):
+        raise ParsFastError("a learning curve needs a run; give --seeds or --layer-seeds of at least 1")
     for point in points(seeds, layer_seeds):
         recipe = replace(
             BUDGET,

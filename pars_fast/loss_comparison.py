@@ -56,7 +56,7 @@ def compare_losses(
 
     Returns: a row per loss, seed and file: `loss`, `learning_rate`, `seed`, `file`, `split`, `kendall_tau`
         (mean over the file's models), `validation_pair_accuracy`.
-    Raises: as `train`.
+    Raises: as `trained_once`.
     """
     losses, seeds = comparison.losses, comparison.seeds
     chosen: dict[str, float] = {}

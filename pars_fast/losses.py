@@ -16,7 +16,8 @@ from pars_fast.metrics import MIN_RELATIVE_DIFFERENCE
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 MARGIN = 1.0
-# Logs in float32 are off by up to 1e-6: without it a pair exactly at the filter's edge may fall out.
+# Logs in float32 are off by up to 1e-6: without it a pair at the filter's edge, or a length at its bucket's,
+# may fall out.
 EDGE_SLACK = 2e-6
 LEAST_DIFFERENCE = 1e-5  # less than one token in 20,000, more than the slack
 LTR_BUCKET_TOKENS = 10
@@ -57,6 +58,11 @@ def margin_unfiltered(scores: Tensor, log_lengths: Tensor) -> Tensor:
     return margin(scores, log_lengths, min_relative_difference=LEAST_DIFFERENCE)
 
 
+def length_buckets(log_lengths: Tensor) -> Tensor:
+    """LTR's buckets of 10 tokens: bucket 7 holds 70 to 79. (B,) float32, whole numbers."""
+    return ((log_lengths + EDGE_SLACK).exp() / LTR_BUCKET_TOKENS).floor()
+
+
 def listmle(scores: Tensor, log_lengths: Tensor) -> Tensor:
     """LTR's list loss: the negative log likelihood of the batch's true order, longest first, per prompt.
 
@@ -64,7 +70,7 @@ def listmle(scores: Tensor, log_lengths: Tensor) -> Tensor:
     Lengths are compared in buckets of 10 tokens, and the order within a bucket is drawn anew each time (from
     torch's generator). Source: LTR (arXiv 2408.15792); Xia et al. 2008, ListMLE.
     """
-    buckets = (log_lengths.exp() / LTR_BUCKET_TOKENS).floor()
+    buckets = length_buckets(log_lengths)
     shuffled = torch.randperm(len(scores)).to(scores.device)
     order = shuffled[buckets[shuffled].argsort(descending=True, stable=True)]
     placed = scores[order]

@@ -60,6 +60,14 @@ def seconds(value: float | None, digits: int = 3) -> str:
     return f"{number(value * 1e3, digits)} ms" if abs(value) < 1 else f"{number(value, digits)} s"
 
 
+def against_arrival_order(what: str, ratio: float) -> tuple[str, str, str]:
+    """A headline: what comes first, what is emphasised, what follows. Within 2 % it is the same."""
+    if 0.98 < ratio < 1.02:
+        return what, "about the same", " as in arrival order"
+    factor = f"{number(max(ratio, 1 / ratio), 2)}\u00d7 {'lower' if ratio < 1 else 'higher'}"
+    return what, factor, " than in arrival order"
+
+
 def as_float(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 

@@ -5,7 +5,7 @@ them done when a plan is asked for, in two calls.
 """
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,20 +68,15 @@ class Entry:
 
 @dataclass(slots=True)
 class Plan:
-    """Entries that run next, in this order, and their flags; `ahead` of their step or in it."""
+    """Entries that run next, in this order, and their flags."""
 
     group: "PriorityClass"
     entries: list[Entry]
     flags: list[int]
-    ahead: bool = False
-
-    def is_as_made(self, planned: list[Entry]) -> bool:
-        """Whether it was made ahead, `planned` is still all of it, and nothing is new."""
-        return self.ahead and len(planned) == len(self.entries) and not self.group.has_noted
 
 
 class PriorityClass:
-    """Waiting requests of one priority.
+    """Waiting requests of one priority. `planned` has the seqs of all that were planned in the present step.
 
     Attributes:
         waiting: those of lane 1 that are not planned, by seq, with what has been noted of them and not yet
@@ -89,10 +84,11 @@ class PriorityClass:
         preempted: those of lane 0, by seq. They are few: each had a seat.
         untouched: whether all that happened since nobody waited is that requests without a key arrived, and
             all of them were planned, so that their order is that of arrival and the tree need not be asked.
-        watch: of a guard that is no limit.
+        watch: of a guard that is no limit; who is planned has left it.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, planned: Collection[int]) -> None:
+        self._planned = planned
         self.waiting: dict[int, Entry] = {}
         self.preempted: dict[int, Entry] = {}
         self.watch = guard.watch()
@@ -147,7 +143,13 @@ class PriorityClass:
             if not len(log):
                 return
             returning = int(log[1]) if log[0] == RETURN else EMPTY
-            self.tree = regrown(self.tree, self._limit, returning)
+            self.tree = regrown(self.tree, self._limit, self._out(log), returning)
+
+    def _out(self, log: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Seqs, ascending, of who may come back: to have been passed meanwhile must not be forgotten."""
+        operations = log.reshape(-1, LOG_FIELDS)
+        returning = operations[operations[:, 0] == RETURN, 1]
+        return np.union1d(returning, np.array([*self._planned], np.float64)).astype(np.int64)
 
     def begin_step(self) -> None:
         """Whoever was popped before does not come back."""
@@ -197,7 +199,6 @@ class PriorityClass:
             self.waiting[shortest.seq] = shortest
             made.entries[0] = self.waiting.pop(first)
             made.flags[0] = PROMOTED | take(*self.tree, first)
-        self.watch.leave(first)
         return made
 
     def plan_shared(self, policy: SharingPolicy, typical_key: float, typical_tokens: float) -> Plan:

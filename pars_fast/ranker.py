@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
@@ -169,6 +171,17 @@ class Ranker:
         ids = self.encode(prompts)
         batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS)
         return torch.cat([self.score_ids(batch).cpu() for batch in batches(ids, batch_tokens)])
+
+    def expected_tokens(self, prompts: Sequence[str]) -> NDArray[np.float64]:
+        """Expected output tokens of each prompt, (N,) float64: `score` through the token map.
+
+        Raises: CheckpointError: if there is no map. PromptError: as `score`.
+        """
+        if self.token_map is None:
+            raise CheckpointError(
+                "the ranker has no map from scores to tokens; train it with `pars-fast train`, which fits one"
+            )
+        return self.token_map(self.score(prompts).numpy())
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """WordPiece ids of each prompt, as much as the window holds. Raises: PromptError: as `score`."""

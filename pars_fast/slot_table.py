@@ -26,6 +26,7 @@ from pars_fast.kernels.slot_update import FREE, WORDS, slot_update
 
 DEFAULT_CAPACITY = 1 << 18
 MAX_BATCH = 64  # scores published at a time
+K_ORDER = 1024  # requests whose order is sent to the host: 4 times what a step of 256 seats can admit
 MAX_COMMANDS = 1024  # slots changed by one transfer, of 35 KB then
 PREEMPTED_LANE, NORMAL_LANE = 0, 1
 

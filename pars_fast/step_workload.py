@@ -35,7 +35,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
-from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
+from pars_fast.integration.process_runtime import ProcessRuntime
+from pars_fast.integration.runtime import READY, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 
 SEATS = 16  # admitted, and finished, in each step
@@ -78,6 +79,7 @@ class FakeRuntime:
     """
 
     max_in_flight = ProcessRuntime.max_in_flight
+    weighs_prompts = False
 
     def __init__(self) -> None:
         self._encode = msgspec.msgpack.Encoder().encode

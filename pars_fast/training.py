@@ -5,22 +5,19 @@ pars_fast.cli train ...` on many. A run writes `OUT/state` every few minutes and
 same command is given again; the best ranker so far, by validation pair accuracy, is always in `OUT`.
 """
 
-import hashlib
 import json
+import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from pars_fast.bf16_products import native_bf16
 from pars_fast.calibration import fit_token_map
@@ -33,6 +30,7 @@ from pars_fast.model import Pooling
 from pars_fast.packaged import PACKAGED, checkpoint_directory
 from pars_fast.ranker import MAX_TOKENS, Ranker, is_ranker
 from pars_fast.tokenization import pack
+from pars_fast.training_state import TrainingState, fingerprint
 
 CHECKPOINT_EVERY_S = 240.0
 
@@ -48,6 +46,9 @@ class Recipe:
     the first so many of the starting encoder. With a `teacher` (`default` or a ranker directory trained to
     the same scale) the label is the mean of the recorded log length and the teacher's score: one recorded
     answer is a noisy label, the teacher has seen many.
+
+    Raises: ParsFastError: if a field is out of its range; window and layers are checked against the starting
+        ranker, by `train`.
     """
 
     loss: str = "margin"
@@ -68,21 +69,22 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ParsFastError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if min(self.epochs, self.batch_prompts - 1) < 1:
-            raise ParsFastError(
-                f"need epochs >= 1 and batch_prompts >= 2, got {self.epochs}, {self.batch_prompts}"
-            )
-
-
-@dataclass(slots=True)
-class Progression:
-    """Where a run stands; with the weights and the optimiser's moments it is all that a resume needs."""
-
-    step: int = 0
-    best_pair_accuracy: float = -1.0
-    history: list[dict[str, float]] = field(default_factory=list)
+        for name, allowed, wanted in (
+            ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            ("pooling", self.pooling in (None, *get_args(Pooling)), "cls or mean"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_prompts", self.batch_prompts >= 2, "at least 2, of which to make pairs"),
+            ("learning_rate", 0 <= self.learning_rate < math.inf, "a number >= 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number >= 0"),
+            ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "in 0..1"),
+            ("clip_norm", 0 < self.clip_norm < math.inf, "a number > 0"),
+            ("dropout", 0 <= self.dropout < 1, ">= 0 and < 1"),
+            ("max_prompts_per_file", self.max_prompts_per_file is None or self.max_prompts_per_file >= 1,
+             "at least 1"),
+            ("seed", 0 <= self.seed < 2**32, "in 0..2**32 - 1"),
+        ):  # fmt: skip
+            if not allowed:
+                raise ParsFastError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
 
 
 def resolve_encoder(name: str) -> Path:
@@ -135,6 +137,7 @@ def train(
     if accelerator.is_main_process:
         calibrate(ranker, files, model_column=recipe.model_column, exclude=exclude)
         ranker.save_pretrained(out)
+        run.state.remove()  # not sooner: a run that is killed while it calibrates is not trained again
     return ranker
 
 
@@ -157,10 +160,15 @@ def calibrate(
     ranker.distribution = fit_length_distribution(scores, answers.log_length, answers.weight)
 
 
+def starting_directory(init: str) -> Path:
+    """Where the starting weights lie, as `train` takes their name. Raises: as `resolve_encoder`."""
+    return checkpoint_directory(init) if init in PACKAGED else resolve_encoder(init)
+
+
 def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     """The ranker to train: a trained one goes on, an encoder gets a head that starts at the mean label."""
     torch.manual_seed(recipe.seed)
-    directory = checkpoint_directory(init) if init in PACKAGED else resolve_encoder(init)
+    directory = starting_directory(init)
     max_tokens, tail_tokens = recipe.max_tokens, recipe.tail_tokens
     if is_ranker(directory):
         ranker = Ranker.from_pretrained(directory, device="cpu")
@@ -190,7 +198,7 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 
 class _Run:
-    """One training run; `fit` is the loop, the rest is what it keeps."""
+    """One training run; `fit` is the loop, the rest its parts."""
 
     def __init__(
         self,
@@ -219,11 +227,11 @@ class _Run:
         )
         self.model, self.optimizer = accelerator.prepare(ranker.model, optimizer)
         self.autocast = _autocast(accelerator.device)
-        self.progression = Progression()
-        self.fingerprint = _fingerprint(recipe, ranker, share, training, validation)
+        settings = {"prompts_per_step": share, **asdict(recipe)}
+        self.state = TrainingState(out, fingerprint(settings, ranker.model, training, validation))
+        self.progression = self.state.load(ranker.model, self.optimizer, accelerator.device)
 
     def fit(self) -> None:
-        self._resume()
         saved_at = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not self.accelerator.is_main_process) as progress:
@@ -238,10 +246,9 @@ class _Run:
                     if self.accelerator.is_main_process:
                         progress.console.print(f"epoch {epoch + 1}: {self.progression.history[-1]}")
                 if time.monotonic() - saved_at > CHECKPOINT_EVERY_S or offset + 1 == self.steps_per_epoch:
-                    self._save_state()
+                    if self.accelerator.is_main_process:
+                        self.state.save(self.ranker.model, self.optimizer, self.progression)
                     saved_at = time.monotonic()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.out / "state")
         self.accelerator.wait_for_everyone()
 
     def _batch(self, epoch: int, offset: int) -> NDArray[np.int64]:
@@ -293,51 +300,3 @@ class _Run:
                 self.ranker.save_pretrained(self.out)
                 report = {"recipe": asdict(self.recipe), **self.progression.history[-1]}
                 (self.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-
-    def _save_state(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        state, fresh = self.out / "state", self.out / "state.new"
-        fresh.mkdir(parents=True, exist_ok=True)
-        names = {p: name for name, p in self.ranker.model.named_parameters()}
-        moments = {
-            f"{names[parameter]}|{key}": value
-            for parameter, slots in self.optimizer.state.items()
-            for key, value in slots.items()
-        }
-        weights = {name: value.contiguous() for name, value in self.ranker.model.state_dict().items()}
-        save_file(weights, fresh / "weights.safetensors")
-        save_file(moments, fresh / "moments.safetensors")
-        record = {"fingerprint": self.fingerprint, **asdict(self.progression)}
-        (fresh / "progression.json").write_text(json.dumps(record))
-        shutil.rmtree(state, ignore_errors=True)
-        fresh.rename(state)
-
-    def _resume(self) -> None:
-        state = self.out / "state"
-        if not (state / "progression.json").exists():
-            return
-        advice = "give another --out, or remove it"
-        try:
-            record = json.loads((state / "progression.json").read_text())
-            weights = load_file(state / "weights.safetensors")
-            moments = load_file(state / "moments.safetensors", device=str(self.accelerator.device))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ParsFastError(f"{state} is damaged ({error}); {advice}") from error
-        if record.pop("fingerprint", None) != self.fingerprint:
-            raise ParsFastError(f"{state} is of a run with other starting weights, recipe or data; {advice}")
-        self.progression = Progression(**record)
-        self.ranker.model.load_state_dict(weights)
-        for name, parameter in self.ranker.model.named_parameters():
-            keys = [key for key in moments if key.startswith(f"{name}|")]
-            self.optimizer.state[parameter] = {key.split("|")[1]: moments[key] for key in keys}
-
-
-def _fingerprint(recipe: Recipe, start: Ranker, prompts_per_step: int, *splits: LabelledPrompts) -> str:
-    digest = hashlib.sha256(json.dumps([prompts_per_step, asdict(recipe)], sort_keys=True).encode())
-    for weight in start.model.state_dict().values():
-        digest.update(weight.cpu().numpy().tobytes())
-    for split in splits:
-        digest.update("\0".join(split.prompts).encode("utf-8", "surrogatepass"))
-        digest.update(split.log_length.tobytes())
-    return digest.hexdigest()

@@ -1,17 +1,17 @@
 """Rankers trained for a study: each once, in a folder of its own, and measured on the held-out splits."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pars_fast.baselines import Predictor
-from pars_fast.benchmark import MIN_ROWS, held_out_rows
+from pars_fast.benchmark import held_out_rows, mean_tau
 from pars_fast.data import LengthFile
-from pars_fast.metrics import kendall_tau
-from pars_fast.training import Recipe, train
+from pars_fast.errors import ParsFastError
+from pars_fast.training import Recipe, starting_directory, train
 
 
 def trained_once(
@@ -25,14 +25,31 @@ def trained_once(
 ) -> Path:
     """The ranker of `directory`, trained if it is not there: an interrupted study goes on where it was.
 
-    `on_run` is told the name of a run that starts. Raises: as `train`.
+    `on_run` is told the name of a run that starts. Raises: as `train`; ParsFastError: if the ranker that is
+    there was made of something else.
     """
     done = directory / "done"
     if not done.exists():
         on_run(directory.name)
         train(training, init, recipe, directory, exclude=exclude)
-        done.touch()
+        done.write_text(_made_of(training, init, recipe, exclude) + "\n")
+    elif done.read_text().strip() != _made_of(training, init, recipe, exclude):
+        raise ParsFastError(
+            f"{directory} is of a run with another recipe, other starting weights or data, or of an earlier "
+            "version; give another --out, or remove it"
+        )
     return directory
+
+
+def _made_of(training: Sequence[LengthFile], init: str, recipe: Recipe, exclude: Sequence[LengthFile]) -> str:
+    """A hash of what a ranker comes from: recipe, starting weights, and the rows of both kinds of files."""
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for name in ("config.json", "model.safetensors"):
+        digest.update((starting_directory(init) / name).read_bytes())
+    for files in (training, exclude):
+        rows = [[(row.split, row.prompt, row.output_tokens) for row in file.rows] for file in files]
+        digest.update(json.dumps(rows).encode())
+    return digest.hexdigest()
 
 
 def validation_accuracy(run: Path) -> float:
@@ -46,11 +63,6 @@ def held_out_taus(predictor: Predictor, files: Sequence[LengthFile]) -> list[dic
     for file in files:
         rows, split = held_out_rows(file)
         scores = predictor.score([row.prompt for row in rows]).double().numpy()
-        lengths = np.array([[row.output_tokens.get(model, np.nan) for model in file.models] for row in rows])
-        taus = [
-            kendall_tau(scores[there], column[there])
-            for column in lengths.T
-            if (there := ~np.isnan(column)).sum() >= MIN_ROWS
-        ]
-        measured.append({"file": file.name, "split": split, "kendall_tau": float(np.nanmean(taus))})
+        tau = mean_tau(scores, rows, file.models)
+        measured.append({"file": file.name, "split": split, "kendall_tau": tau})
     return measured

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pars_fast.baselines.encoder import FrozenEncoder
 from pars_fast.baselines.frozen_ridge import ALPHAS
-from pars_fast.benchmark import MIN_ROWS, held_out_rows
+from pars_fast.benchmark import held_out_rows, mean_tau
 from pars_fast.data import CONSENSUS, LengthFile, LengthRow, distinct_prompts, label_prompts
 from pars_fast.errors import DataError, require_extra
 from pars_fast.metrics import kendall_tau
@@ -121,7 +121,7 @@ def across_sets(
         here = slice(starts[index], starts[index + 1])
         own = _ridge(features, training.log_length, training.group == index, measured[here])
         others = _ridge(features, training.log_length, training.group != index, measured[here])
-        taus = (_mean_tau(file, rows, scores) for scores in (own, from_all[here], others))
+        taus = (mean_tau(scores, rows, file.models) for scores in (own, from_all[here], others))
         results.append(SetTransfer(file.name, *taus))
     return results
 
@@ -152,13 +152,3 @@ def _ridge(features: Floats, targets: Floats, rows: NDArray[np.bool_], measured:
     ridge.fit((features[rows] - centre) / spread, targets[rows])
     scores: Floats = ridge.predict((measured - centre) / spread)
     return scores
-
-
-def _mean_tau(file: LengthFile, rows: Sequence[LengthRow], scores: Floats) -> float:
-    taus = []
-    for model in file.models:
-        lengths = np.array([row.output_tokens.get(model, np.nan) for row in rows], dtype=float)
-        there = ~np.isnan(lengths)
-        if there.sum() >= MIN_ROWS:
-            taus.append(kendall_tau(scores[there], lengths[there]))
-    return float(np.nanmean(taus))

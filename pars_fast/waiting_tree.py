@@ -98,14 +98,16 @@ def make_tree(limit: Limit, capacity: int = MIN_CAPACITY) -> WaitingTree:
     )
 
 
-def regrown(tree: WaitingTree, limit: Limit, returning: int = EMPTY) -> WaitingTree:
+def regrown(tree: WaitingTree, limit: Limit, out: Ints, returning: int = EMPTY) -> WaitingTree:
     """The waiting requests without the places of those who left, and with room for as many again.
 
-    `returning`: seq of a request that comes back and has no place any more: it gets one.
+    Args:
+        out: (n,) seqs, ascending, of requests that were taken and may come back: they keep their places.
+        returning: seq of a request that comes back and has no place any more: it gets one.
     """
-    needed = 2 * (int(tree.count[_NUM_WAITING]) + 1)
+    needed = 2 * (int(tree.count[_NUM_WAITING]) + len(out) + 1)
     new = make_tree(limit, max(MIN_CAPACITY, 1 << (needed - 1).bit_length()))
-    _copy(*tree, *new, returning)
+    _copy(*tree, *new, out, returning)
     return new
 
 
@@ -466,9 +468,12 @@ def _settle(t: WaitingTree, node: int) -> None:
 
 @_compiled
 def _slacks(t: WaitingTree, place: int) -> tuple[float, float]:
-    """(slack, capped slack) of a waiting place."""
+    """(slack, capped slack) of a waiting place, or of one that was taken as if it had come back."""
     node = t.ints.shape[0] + place
     free, capped = t.slack[node, _SLACK], t.slack[node, _CAPPED]
+    if t.ints[place, _STATE] == TAKEN:
+        free = t.floats[place, _KEPT] + t.slack[node, _ADDED]
+        capped = t.floats[place, _KEPT_CAPPED] + t.slack[node, _ADDED_CAPPED]
     while node > 1:
         node >>= 1
         free += t.slack[node, _ADDED]
@@ -509,14 +514,19 @@ def _copy(
     new_floats: Floats,
     new_first: Floats,
     new_slack: Floats,
+    out: Ints,
     returning: int,
 ) -> None:
-    """What waits, and the peaks that concern it, go into an empty tree; see `regrown`."""
+    """Who waits or is out, and the peaks that concern them, go into an empty tree; see `regrown`."""
     t = WaitingTree(count, limit, ints, floats, first, slack)
     new = WaitingTree(new_count, new_limit, new_ints, new_floats, new_first, new_slack)
+    next_out = 0
     for place in range(count[_USED]):
-        seq = ints[place, _SEQ]
-        if ints[place, _STATE] != WAITING:
+        seq, state = ints[place, _SEQ], ints[place, _STATE]
+        while next_out < len(out) and out[next_out] < seq:
+            next_out += 1
+        is_out = state == TAKEN and next_out < len(out) and out[next_out] == seq
+        if state != WAITING and not is_out:
             continue
         if returning != EMPTY and returning < seq:
             _make_place(t, new, returning)
@@ -552,7 +562,7 @@ def _make_place(t: WaitingTree, new: WaitingTree, seq: int) -> None:
 def _copy_place(t: WaitingTree, new: WaitingTree, place: int) -> int:
     copy = new.count[_USED]
     new.count[_USED] += 1
-    new.ints[copy, _SEQ], new.ints[copy, _STATE] = t.ints[place, _SEQ], WAITING
+    new.ints[copy, _SEQ], new.ints[copy, _STATE] = t.ints[place, _SEQ], t.ints[place, _STATE]
     new.floats[copy, _KEY], new.floats[copy, _TOKENS] = t.floats[place, _KEY], t.floats[place, _TOKENS]
     _keep_peak(t, new, t.ints[place, _SEQ])
     return copy

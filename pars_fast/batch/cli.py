@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -33,8 +34,8 @@ def _batch(arguments: argparse.Namespace) -> None:
     limits = Limits(arguments.max_tokens, arguments.batch_tokens, arguments.max_batch)
     if min(limits.max_tokens, limits.batch_tokens, limits.max_batch) < 1:
         raise ParsFastError("--max-tokens, --batch-tokens and --max-batch must be at least 1")
-    if not arguments.temperature >= 0:
-        raise ParsFastError(f"--temperature must be >= 0, got {arguments.temperature}")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ParsFastError(f"--temperature must be a number >= 0, got {arguments.temperature}")
     from pars_fast.batch.store import CompletionStore
     from pars_fast.collect import read_prompt_lines
 
@@ -42,11 +43,8 @@ def _batch(arguments: argparse.Namespace) -> None:
     prompts = [prompt for _, prompt in lines]
     make_writable(arguments.out.parent)
     require_extra("vllm", "vllm")
-    settings = {
-        name: getattr(arguments, name) for name in ("model", "max_tokens", "temperature", "seed", "chat")
-    }
     path = arguments.out.with_name(arguments.out.name + ".sqlite")
-    with closing(CompletionStore(path, json.dumps(settings), prompts)) as store:
+    with closing(CompletionStore(path, _settings(arguments), prompts)) as store:
         if store.missing():
             engine = _engine(arguments)
             _check_room(arguments.prompts, lines, engine)
@@ -58,6 +56,12 @@ def _batch(arguments: argparse.Namespace) -> None:
     print(f"{len(prompts)} completions written to {arguments.out}")
 
 
+def _settings(arguments: argparse.Namespace) -> str:
+    """What completions depend on: those made under other settings are not mixed in."""
+    names = ("model", "max_tokens", "temperature", "seed", "chat", "engine")
+    return json.dumps({name: getattr(arguments, name) for name in names}, sort_keys=True)
+
+
 def json_object(text: str) -> dict[str, Any]:
     """An option's value. Raises: ValueError, ArgumentTypeError: if it is none."""
     settings = json.loads(text)
@@ -67,11 +71,16 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def _engine(arguments: argparse.Namespace) -> Engine:
+    """Raises: ParsFastError: if vLLM knows no such model or argument."""
     from vllm import LLM
 
     from pars_fast.batch.vllm_engine import VllmEngine
 
-    llm = LLM(arguments.model, **arguments.engine)
+    try:
+        llm = LLM(arguments.model, **arguments.engine)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())  # pydantic's has several lines
+        raise ParsFastError(f"vLLM refuses --model or --engine: {reason}") from error
     return VllmEngine(llm, temperature=arguments.temperature, seed=arguments.seed, chat=arguments.chat)
 
 

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Sequence
 
 from pars_fast.batch.job import Engine, Piece
-from pars_fast.errors import ParsFastError
 
 UNKNOWN_TOKENS = 256.0  # where no answer to the question held a number
 _QUESTION = (
@@ -52,12 +51,9 @@ class Perception:
 def ranker_lengths(name: str, prompts: Sequence[str]) -> list[float]:
     """Expected output tokens by a ranker: `default`, `small`, or a directory.
 
-    Raises: CheckpointError: if it cannot be loaded. ParsFastError: if it has no map to tokens.
+    Raises: CheckpointError: if it cannot be loaded, or has no map to tokens.
     """
     from pars_fast.ranker import Ranker
 
-    ranker = Ranker.from_pretrained(name)
-    if ranker.token_map is None:
-        raise ParsFastError(f"{name}: the ranker has no map from scores to tokens")
-    expected: list[float] = ranker.token_map(ranker.score(prompts).numpy()).tolist()
+    expected: list[float] = Ranker.from_pretrained(name).expected_tokens(prompts).tolist()
     return expected

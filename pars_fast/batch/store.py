@@ -1,13 +1,12 @@
 """What a batch job has done so far: an SQLite file, so that a job that is killed goes on where it was."""
 
 import json
-import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pars_fast.errors import DataError
+from pars_fast.sqlite_store import SqliteStore
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS completions (
@@ -26,14 +25,14 @@ class Completion:
     finish_reason: str | None
 
 
-class CompletionStore:
+class CompletionStore(SqliteStore):
     """Completions of a list of prompts under some settings; each is committed as it comes.
 
     Rows are known by the prompt itself, and a prompt that occurs several times by which time it is: so the
     input may be extended or put in another order between runs. Completions under other settings are kept and
     not used.
 
-    Raises: DataError: if the file is something else, or cannot be written.
+    Raises: DataError: if the file is something else, or cannot be read or written; so does each method.
     """
 
     def __init__(self, path: Path, settings: str, prompts: Sequence[str]) -> None:
@@ -43,20 +42,12 @@ class CompletionStore:
             self._keys.append((settings, prompt, seen[prompt]))
             seen[prompt] += 1
         self._prompts = prompts
-        try:
-            self._connection = sqlite3.connect(path)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(SCHEMA)
-        except sqlite3.Error as error:
-            raise DataError(f"{path}: not a file of completions ({error}); give another --out") from error
-
-    def close(self) -> None:
-        self._connection.close()
+        super().__init__(path, SCHEMA, "completions")
 
     def add(self, number: int, completion: Completion) -> None:
         """Keep the completion of prompt `number`."""
         row = (*self._keys[number], completion.text, completion.output_tokens, completion.finish_reason)
-        with self._connection:
+        with self._named("the completion cannot be kept"), self._connection:
             self._connection.execute("INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def get(self, number: int) -> Completion | None:
@@ -64,7 +55,8 @@ class CompletionStore:
             "SELECT text, output_tokens, finish_reason FROM completions "
             "WHERE settings = ? AND prompt = ? AND occurrence = ?"
         )
-        row = self._connection.execute(query, self._keys[number]).fetchone()
+        with self._named("cannot be read"):
+            row = self._connection.execute(query, self._keys[number]).fetchone()
         return None if row is None else Completion(*row)
 
     def missing(self) -> list[int]:

@@ -15,14 +15,13 @@ from pars_fast.batch.store import Completion
 
 
 class VllmEngine:
-    """`chat` puts a prompt into the model's chat template, as a user's turn. `steps` counts engine steps."""
+    """`chat` puts a prompt into the model's chat template, as a user's turn."""
 
     def __init__(
         self, llm: LLM, *, temperature: float = 0.0, seed: int | None = None, chat: bool = False
     ) -> None:
         self._llm, self._temperature, self._seed, self._chat = llm, temperature, seed, chat
         self.max_model_len: int = llm.llm_engine.vllm_config.model_config.max_model_len
-        self.steps = 0
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._token_ids(prompts)]
@@ -32,7 +31,6 @@ class VllmEngine:
         for piece, ids in zip(pieces, self._token_ids([piece.prompt for piece in pieces]), strict=True):
             engine.add_request(str(piece.number), {"prompt_token_ids": ids}, self.sampling(piece))
         while engine.has_unfinished_requests():
-            self.steps += 1
             for output in engine.step():
                 if output.finished:
                     yield int(output.request_id), self.completion(int(output.request_id), output.outputs[0])

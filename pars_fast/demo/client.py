@@ -65,7 +65,8 @@ def closed_loop_capacity(
 ) -> float:
     """Output tokens per second while `clients` clients each send their next prompt as one is answered.
 
-    Measured until the last prompt is sent: after that the engine runs empty.
+    Measured until the last prompt is sent: after that the engine runs empty. So it takes several prompts a
+    client; with one or fewer it is 0.
     """
     return asyncio.run(_closed_loop_capacity(url, model, sample, clients, done))
 

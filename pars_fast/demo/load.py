@@ -35,6 +35,7 @@ from pars_fast.demo.run import (
 )
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.kept_rows import append_row, read_rows
+from pars_fast.latency_columns import rounded
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.step_time import StepTime
 
@@ -88,7 +89,8 @@ def run_load(
         kept: JSON-lines file of finished runs and of the capacity; those found there are not served again,
             unless engine, ranker, commit or machine were others. None keeps nothing.
         display: shows progress.
-    Raises: ServerError: if the server does not start. OutputError: if `kept` cannot be written.
+    Raises: ServerError: if the server does not start, ends, or answers nothing. OutputError: if `kept` cannot
+        be written.
     """
     sample = load_sample()
     with tempfile.TemporaryDirectory(prefix="pars-fast-load-") as name:
@@ -225,7 +227,8 @@ def _row(run: Run, capacity_tok_s: float) -> dict[str, Any]:
 def means_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each load and policy: means over repeats, `<column>_ratio` to arrival order, gains captured.
 
-    Gains are of `fcfs` towards `oracle` at the same load, None without both or where there is under 5 %.
+    Gains are of `fcfs` towards `oracle` at the same load, None where one of the three is missing or completed
+    nothing, or where there is under 5 %.
     """
     groups: dict[tuple[Load, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -237,7 +240,8 @@ def means_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             known = base is not None and base[column] and mean[column] is not None
             mean[f"{column}_ratio"] = round(mean[column] / base[column], 4) if known and base else None
         for name, column in GAINS.items():
-            gain = gain_captured(base[column], mean[column], best[column]) if base and best else None
+            ends: list[Any] = [row and row[column] for row in (base, mean, best)]
+            gain = None if None in ends else gain_captured(*ends)
             mean[name] = None if gain is None else round(gain, 4)
     return list(means.values())
 
@@ -246,7 +250,7 @@ def _mean(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mean: dict[str, Any] = {"load": group[0]["load"], "policy": group[0]["policy"], "repeats": len(group)}
     for column in group[0].keys() - {"load", "policy", "repeat", "stock"}:
         values = [row[column] for row in group if row[column] is not None]
-        mean[column] = float(f"{np.mean(values):.6g}") if values else None
+        mean[column] = rounded(float(np.mean(values))) if values else None
     return mean
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from pars_fast.page import DASH, Markup, escape, join, number, percent, tag
+from pars_fast.page import DASH, Markup, against_arrival_order, escape, join, number, percent, tag
 from pars_fast.simulation.charts import Point, figure, line_chart, section
 
 _Row = Mapping[str, Any]
@@ -107,10 +107,7 @@ def _headline(means: Sequence[_Row]) -> tuple[str, str, str]:
     if row is None:
         return "A real server, ", "measured", ""
     ratio = row["mean_latency_per_token_s_ratio"]
-    if 0.98 < ratio < 1.02:
-        return f"{_where(row['load'])}, mean latency per token ", "about the same", " as in arrival order"
-    factor = f"{number(max(ratio, 1 / ratio), 2)}\u00d7 {'lower' if ratio < 1 else 'higher'}"
-    return f"{_where(row['load'])}, mean latency per token ", factor, " than in arrival order"
+    return against_arrival_order(f"{_where(row['load'])}, mean latency per token ", ratio)
 
 
 def _lead(result: Mapping[str, Any]) -> str:

@@ -7,19 +7,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pars_fast.latency_columns import latency_columns, rounded
 from pars_fast.simulation.step_time import StepTime
 
 Named = Literal["saturated", "light", "burst"]
 Load = Named | float  # a number is the offered tokens/s over the engine's capacity
 STEP_TIMES = ("base_s", "prefill_token_s", "decode_seq_s", "kv_token_s")  # columns: what `StepTime` has
+_RESAMPLES = 2000  # of a bootstrap
 
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
-    """One request as its client saw it; times in seconds since the run's first arrival was due.
+    """One request as its client saw it; times in seconds since the start of the run.
 
     `index` is the request's place in the arrivals, the same request in every run. `output_tokens` is the
-    recorded real length that was asked for. `first_token_s` and `finish_s` are None if it never finished.
+    recorded real length that was asked for. `first_token_s` is None if no token came, `finish_s` if not all
+    of them did.
     """
 
     index: int
@@ -76,74 +79,32 @@ class Run:
     step_time: StepTime | None = None
 
     def columns(self) -> dict[str, Any]:
-        """The row of this run in tables and JSON; latencies over completed requests, in seconds."""
-        done = [request for request in self.requests if request.completed]
-        first = np.array([request.time_to_first_token for request in done])
-        end_to_end = np.array([request.end_to_end_latency for request in done])
-        per_output_token = end_to_end / np.array([request.output_tokens for request in done])
-        after_first = np.array([x for request in done if (x := request.time_per_output_token) is not None])
-        tokens = sum(request.output_tokens for request in done)
-        makespan = max(request.finish_s or 0.0 for request in done) if done else float("nan")
+        """The row of this run in tables and JSON."""
         return {
             "policy": self.policy,
             "load": self.load,
             "repeat": self.repeat,
             "stock": self.stock,
-            "requests": len(self.requests),
-            "completed": len(done),
-            **_summary("latency_per_token_s", per_output_token),
-            **_summary("ttft_s", first),
-            **_summary("tpot_s", after_first),
-            **_summary("e2e_s", end_to_end),
-            "max_wait_s": _rounded(first.max()) if done else None,
-            "throughput_tok_s": _rounded(tokens / makespan) if done else None,
-            "throughput_to_last_arrival_tok_s": self._throughput_to_last_arrival(),
-            "makespan_s": _rounded(makespan) if done else None,
+            **latency_columns(*self.times_s(), np.array([r.output_tokens for r in self.requests], np.int64)),
             "preemptions": self.preemptions,
             "scored_total": self.scored_total,
             "fallback_total": self.fallback_total,
-            "mean_score_latency_s": self.mean_score_latency_s and _rounded(self.mean_score_latency_s),
+            "mean_score_latency_s": self.mean_score_latency_s and rounded(self.mean_score_latency_s),
             "step_overhead_us_p50": self.step_overhead_us_p50,
             **self.step_times(),
         }
 
+    def times_s(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Arrival, first token and finish of all requests, each (n,); the last two are NaN if one did not
+        complete."""
+        times = [(r.arrival_s, r.first_token_s, r.finish_s) if r.completed else (r.arrival_s, None, None)
+                 for r in self.requests]
+        arrival_s, first_token_s, finish_s = np.array(times, dtype=np.float64).reshape(-1, 3).T
+        return arrival_s, first_token_s, finish_s
+
     def step_times(self) -> dict[str, float | None]:
         """Columns `STEP_TIMES`, seconds."""
         return {name: getattr(self.step_time, name, None) for name in STEP_TIMES}
-
-    def _throughput_to_last_arrival(self) -> float | None:
-        done = [request for request in self.requests if request.completed]
-        times = np.array([(request.first_token_s, request.finish_s) for request in done], dtype=np.float64)
-        tokens = np.array([request.output_tokens for request in done])
-        last_arrival = max((request.arrival_s for request in self.requests), default=0.0)
-        first_token_s, finish_s = times.reshape(-1, 2).T
-        return throughput_until(first_token_s, finish_s, tokens, last_arrival)
-
-
-def throughput_until(first_token_s: NDArray[np.float64], finish_s: NDArray[np.float64],
-                     output_tokens: NDArray[np.int64], until_s: float) -> float | None:
-    """Output tokens a second up to a moment; an unfinished answer counts as far as it has come.
-
-    Arrays are (n,), times in seconds from the first arrival. None without a request or a second.
-    """
-    if not len(output_tokens) or until_s <= 0:
-        return None
-    span = np.maximum(finish_s - first_token_s, 1e-12)
-    share = np.clip((until_s - first_token_s) / span, 0.0, 1.0)
-    made = np.where(until_s < first_token_s, 0.0, 1 + (output_tokens - 1) * share)
-    return _rounded(float(made.sum()) / until_s)
-
-
-def _summary(name: str, values: np.ndarray) -> dict[str, float | None]:
-    if not len(values):
-        return {f"{statistic}_{name}": None for statistic in ("mean", "p50", "p90", "p99")}
-    p50, p90, p99 = np.percentile(values, [50, 90, 99])
-    return {f"mean_{name}": _rounded(values.mean()), f"p50_{name}": _rounded(p50),
-            f"p90_{name}": _rounded(p90), f"p99_{name}": _rounded(p99)}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def mean_over_repeats(runs: Sequence[Run], policy: str, load: Load, column: str) -> float | None:
@@ -162,8 +123,7 @@ def gain_captured(fcfs: float, policy: float, oracle: float) -> float | None:
 
 
 def paired_ratio(runs: Sequence[Run], policy: str, base: str, load: Load,
-                 measure: Callable[[ServedRequest], float | None], *, resamples: int = 2000,
-                 ) -> dict[str, Any] | None:
+                 measure: Callable[[ServedRequest], float | None]) -> dict[str, Any] | None:
     """Mean of a measure under `policy` over that under `base`, with a 95 % bootstrap interval.
 
     A pair is the same request of the same repeat under both policies; pairs are resampled. None without any.
@@ -178,6 +138,6 @@ def paired_ratio(runs: Sequence[Run], policy: str, base: str, load: Load,
     if not common:
         return None
     ours, others = (np.array([pairs[name][key] for key in common]) for name in (policy, base))
-    picks = np.random.default_rng(0).integers(len(common), size=(resamples, len(common)))
+    picks = np.random.default_rng(0).integers(len(common), size=(_RESAMPLES, len(common)))
     low, high = np.percentile(ours[picks].mean(axis=1) / others[picks].mean(axis=1), [2.5, 97.5])
     return {"mean": float(ours.mean() / others.mean()), "ci95": [float(low), float(high)]}

@@ -260,7 +260,7 @@ def _stand_in(data: Data) -> list[str]:
         f"Machine: {data.text('device')}. Its seconds are its own; compare policies.",
         f"Arrivals: Poisson with one burst, at 1.2 of the measured capacity of {capacity} tok/s; "
         "light load at 0.5 of it.",
-        f"Load achieved: {shown or _DASH}.",
+        f"Load achieved, tokens served until the last arrival over the capacity: {shown or _DASH}.",
         _switch_check(data),
     ]
 

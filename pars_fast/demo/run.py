@@ -1,6 +1,7 @@
 """The demo itself: one server for all policies, the same arrivals for each, then a stock server."""
 
 import contextlib
+import math
 import os
 import platform
 import tempfile
@@ -24,7 +25,7 @@ from pars_fast.demo.model import MAX_MODEL_LEN, NUM_LAYERS, make_tiny_model
 from pars_fast.demo.records import Load, Run, gain_captured, mean_over_repeats, paired_ratio
 from pars_fast.demo.sample import SOURCES, SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import POLICY_FILE_VARIABLE
-from pars_fast.demo.server import read_metrics, vllm_server
+from pars_fast.demo.server import ServerError, read_metrics, vllm_server
 from pars_fast.errors import ParsFastError
 from pars_fast.metrics import kendall_tau
 from pars_fast.packaged import serving_ranker
@@ -38,6 +39,7 @@ SEED = 1203
 WARM_UP_REQUESTS = 3 * MAX_NUM_SEQS
 LIGHT_EVERY = 3  # repeats; a light run takes longest and varies least
 CLOSED_LOOP_CLIENTS = 2 * MAX_NUM_SEQS
+CAPACITY_REQUESTS = 4 * CLOSED_LOOP_CLIENTS  # at least: counted are answers until the last request is sent
 POLICIES: dict[Load, tuple[str, ...]] = {
     "saturated": ("fcfs", "pars_fast", "oracle"),
     "light": ("fcfs", "pars_fast"),  # no order to choose, so an oracle has nothing to know
@@ -83,7 +85,8 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
         ranker: as the setting PARS_RANKER.
         repeats: runs per policy and load, each repeat with its own arrivals, the same for all policies.
         display: shows progress.
-    Raises: ServerError: if a server does not start; CheckpointError: if the ranker cannot be loaded.
+    Raises: ServerError: if a server does not start, ends, or answers nothing; CheckpointError: if the ranker
+        cannot be loaded.
     """
     sample = load_sample()
     expected = expected_tokens(ranker, sample)
@@ -99,12 +102,13 @@ def run_demo(*, model: str | None, ranker: str, repeats: int, display: Display) 
 
 
 def expected_tokens(ranker: str, sample: Sequence[SamplePrompt]) -> list[float]:
-    """What the ranker expects of each answer, read as by the server."""
+    """What the ranker expects of each answer, read as by the server, in tokens.
+
+    Raises: CheckpointError: if it cannot be loaded, or has no map to tokens.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = Ranker.from_pretrained(serving_ranker(ranker, device), device=device)
-    assert loaded.token_map is not None
-    scores = loaded.score([prompt.prompt for prompt in sample]).numpy()
-    expected: list[float] = loaded.token_map(scores).tolist()
+    expected: list[float] = loaded.expected_tokens([prompt.prompt for prompt in sample]).tolist()
     return expected
 
 
@@ -126,7 +130,7 @@ def served_model(model: str | None, folder: Path, sample: Sequence[SamplePrompt]
 def switchable_server(served: Served, ranker: str, folder: Path) -> Iterator[SwitchableServer]:
     """Such a server while the block runs.
 
-    Raises: ServerError: if it does not start.
+    Raises: ServerError: if it does not start, or ends while it is used.
     """
     policy_file, step_log = folder / "policy", StepLog(folder / "steps")
     policy_file.write_text("fcfs")
@@ -155,9 +159,19 @@ def warm_up(url: str, served: Served, sample: Sequence[Offered], display: Displa
 
 
 def measure_capacity(url: str, served: Served, sample: Sequence[Offered], display: Display) -> float:
-    """Output tokens per second of the sample in a closed loop, in arrival order: load 1."""
-    with display.task("capacity (closed loop, fcfs)", len(sample)) as advance:
-        return closed_loop_capacity(url, served.model, sample, CLOSED_LOOP_CLIENTS, advance)
+    """Output tokens per second of the sample in a closed loop, in arrival order: load 1.
+
+    A short sample is sent again and again, `CAPACITY_REQUESTS` or more.
+
+    Raises: ServerError: if no token came back.
+    """
+    prompts = [*sample] * math.ceil(CAPACITY_REQUESTS / len(sample))
+    with display.task("capacity (closed loop, fcfs)", len(prompts)) as advance:
+        capacity_tok_s = closed_loop_capacity(url, served.model, prompts, CLOSED_LOOP_CLIENTS, advance)
+    if capacity_tok_s == 0:
+        raise ServerError(f"the server answered none of {len(prompts)} requests; see that its model "
+                          "completes prompts, and that they fit its context")
+    return capacity_tok_s
 
 
 def rotated(policies: Sequence[str], repeat: int) -> list[str]:
@@ -296,18 +310,12 @@ def _gain(runs: Sequence[Run], column: str) -> float | None:
     return None if None in means else gain_captured(*means)  # type: ignore[arg-type]
 
 
-def _achieved_load(runs: Sequence[Run], capacity_tok_s: float) -> dict[str, float]:
-    """Offered tokens/s until the last arrival over the capacity, by policy; mean over its saturated runs."""
-
-    def achieved(run: Run) -> float:
-        offered = sum(request.output_tokens for request in run.requests)
-        return offered / max(request.arrival_s for request in run.requests) / capacity_tok_s
-
-    saturated = [run for run in runs if run.load == "saturated" and not run.stock]
-    return {
-        policy: float(np.mean([achieved(run) for run in saturated if run.policy == policy]))
-        for policy in dict.fromkeys(run.policy for run in saturated)
-    }
+def _achieved_load(runs: Sequence[Run], capacity_tok_s: float) -> dict[str, float | None]:
+    """Tokens/s served up to the last arrival over the capacity, by policy; mean over its saturated runs."""
+    policies = dict.fromkeys(run.policy for run in runs if run.load == "saturated" and not run.stock)
+    served = {policy: mean_over_repeats(runs, policy, "saturated", "throughput_to_last_arrival_tok_s")
+              for policy in policies}
+    return {policy: None if tok_s is None else tok_s / capacity_tok_s for policy, tok_s in served.items()}
 
 
 def _tau_within_source(sample: Sequence[SamplePrompt], expected: Sequence[float]) -> float:

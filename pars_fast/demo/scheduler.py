@@ -24,7 +24,7 @@ class _PolicySwitch(StampedScheduler):
     """Mixed into a ranked scheduler, which then runs under whichever policy the file names."""
 
     def add_request(self, request: Request) -> None:
-        if not self.requests:
+        if not self.requests and not self._failed:  # after that there is no order to change
             name, guard = parse_policy(Path(os.environ[POLICY_FILE_VARIABLE]).read_text().strip())
             policy = self._make_policy(replace(self._settings, policy=name))
             self._preemption = Preemption(self, self.waiting) if policy.preempts else None

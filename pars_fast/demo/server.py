@@ -15,10 +15,11 @@ from pars_fast.errors import ParsFastError
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 2.0
 
 
 class ServerError(ParsFastError):
-    """The vLLM server did not start; the message holds the end of its log."""
+    """The vLLM server did not start, ended, or answered nothing; of one that ended, its log's end is told."""
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def vllm_server(
 
     `environment` is added to this process's, less its own `PARS_*` variables. The log goes to `log`.
 
-    Raises: ServerError: if the server ends or is not healthy within START_TIMEOUT_S.
+    Raises: ServerError: if the server is not healthy within START_TIMEOUT_S, or ended and the block failed.
     """
     port = _free_port()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PARS_")}
@@ -44,7 +45,12 @@ def vllm_server(
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, process, log)
-        yield url
+        try:
+            yield url
+        except Exception as error:
+            if _has_ended(process):  # the likely cause, and its log may not outlive the block's caller
+                raise ServerError(f"the vLLM server ended; {_tail(log)}") from error
+            raise
     finally:
         _stop(process)
 
@@ -70,8 +76,19 @@ def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path)
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
             return
         time.sleep(0.25)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    raise ServerError(f"the vLLM server did not start; the end of {log}:\n{tail}")
+    raise ServerError(f"the vLLM server did not start; {_tail(log)}")
+
+
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Waits a little: one that takes no more connections may be about to end."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_TIMEOUT_S)
+    return process.returncode is not None
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(["the end of its log:", *lines[-20:]])
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

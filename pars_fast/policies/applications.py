@@ -2,6 +2,7 @@
 
 Over HTTP: `"vllm_xargs": {"pars_app": "run-17", "pars_app_type": "map_reduce"}`; both are read from
 `sampling_params.extra_args`. What a caller says is trusted: one that gives many ids gets many shares.
+A trace has both in one column, as `map_reduce/17`, or an id alone.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +13,16 @@ class Application(NamedTuple):
 
     id: str
     type: str
+
+    @classmethod
+    def parse(cls, name: str) -> "Application":
+        """Of the name that a trace has for it; all of it is the id."""
+        kind, slash, _ = name.partition("/")
+        return cls(name, kind if slash else "")
+
+    def xargs(self) -> dict[str, str]:
+        """The fields by which a request says so."""
+        return {"pars_app": self.id} | ({"pars_app_type": self.type} if self.type else {})
 
 
 def application_of(request: Any) -> Application:

@@ -9,6 +9,8 @@ Source: Justitia (arXiv 2510.17015), virtual-time fair queuing.
 
 import heapq
 
+_MIN_HEAP = 64
+
 
 class FairShare:
     """Applications in ideal sharing. Joining takes O(log n), serving O(log n) for each that is done.
@@ -19,27 +21,36 @@ class FairShare:
     def __init__(self) -> None:
         self.virtual_time = 0.0
         self._finish: dict[str, float] = {}
-        self._next: list[tuple[float, str]] = []  # heap
+        self._next: list[tuple[float, str]] = []  # heap; what is not in `_finish` is out of date
 
     def __len__(self) -> int:
         """Number of applications that still have demand in the ideal."""
         return len(self._finish)
 
-    def finish_of(self, application: str) -> float | None:
-        """Virtual finish time, None if the application is not there, or had its share."""
-        return self._finish.get(application)
-
     def join(self, application: str, demand: float) -> float:
         """An application that is not there arrives with a demand > 0; its virtual finish time."""
-        finish = self._finish[application] = self.virtual_time + demand
-        heapq.heappush(self._next, (finish, application))
+        finish = self.virtual_time + demand
+        self.move(application, finish)
         return finish
+
+    def move(self, application: str, finish: float) -> None:
+        """Give an application, there or not, another virtual finish time; with one that is past it leaves."""
+        if finish <= self.virtual_time:
+            self._finish.pop(application, None)
+            return
+        self._finish[application] = finish
+        heapq.heappush(self._next, (finish, application))
+        if len(self._next) > max(_MIN_HEAP, 2 * len(self._finish)):
+            self._next = [(finish, application) for application, finish in self._finish.items()]
+            heapq.heapify(self._next)
 
     def until_next(self) -> float:
         """Service after which the next application has had its share; infinity if there is none."""
-        return (
-            max(0.0, self._next[0][0] - self.virtual_time) * len(self._next) if self._next else float("inf")
-        )
+        while self._next and self._finish.get(self._next[0][1]) != self._next[0][0]:
+            heapq.heappop(self._next)
+        if not self._next:
+            return float("inf")
+        return max(0.0, self._next[0][0] - self.virtual_time) * len(self._finish)
 
     def serve(self, service: float) -> list[str]:
         """So much was done, whoever got it in reality; what nobody has a demand for is dropped.
@@ -47,11 +58,11 @@ class FairShare:
         Returns: the applications that have now had their share, in order.
         """
         done = []
-        while self._next and (needed := self.until_next()) <= service:
+        while (needed := self.until_next()) <= service and self._next:
             service -= needed
             self.virtual_time, application = heapq.heappop(self._next)
             del self._finish[application]
             done.append(application)
-        if self._next:
-            self.virtual_time += service / len(self._next)
+        if self._finish:
+            self.virtual_time += service / len(self._finish)
         return done

@@ -4,9 +4,10 @@ Source: "perception only" of LTR (arXiv 2408.15792), after Sequence Scheduling (
 instruction asks for an estimate before the answer.
 
 What is filled here: each request is served twice, first the prompt with an instruction, answered by an
-estimate of a few tokens (`faithful.py` says how many), then the prompt itself, whose KV cache is then in the
-prefix cache as far as it was kept. Estimates run first, being the shortest. How good the model's estimates
-are is a setting of the simulation, like a ranker's; a small model's are worse than a trained ranker's.
+estimate of a few tokens (`simulated_requests.py` says how many), then the prompt itself, whose KV cache is
+then in the prefix cache as far as it was kept. Estimates run first, being the shortest. How good the model's
+estimates are is a setting of the simulation, like a ranker's; a small model's are worse than a trained
+ranker's.
 """
 
 from pars_fast.policies.ranked import Ranked

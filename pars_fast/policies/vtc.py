@@ -3,8 +3,8 @@
 Source: VTC (arXiv 2401.00588), algorithm 2. A counter for each client, here an application, rises by the
 prompt's tokens when a request is admitted and by 2 for every output token; the waiting request of the lowest
 counter is admitted, its oldest one first. A client that comes back is lifted to the lowest counter of those
-that wait, or to that of the last one that left the queue, so that idleness earns nothing. Weights 1 and 2 are
-the paper's. A request that is preempted or skipped pays for its prompt once.
+that wait, or to what the counter of the last one that left the queue has come to, so that idleness earns
+nothing. Weights 1 and 2 are the paper's. A request that is preempted or skipped pays for its prompt once.
 
 An application of which nothing is unfinished is forgotten once the lift would wipe its counter out anyway.
 """
@@ -29,7 +29,7 @@ class VirtualTokenCounter(SharingPolicy):
         self._unfinished: dict[str, tuple[Any, str]] = {}  # by request id: request and application
         self._charged: set[str] = set()  # request ids
         self._lowest: list[tuple[float, str]] = []  # heap over `_waiting`; counters there may be out of date
-        self._left_with = 0.0  # counter of the last application that left the queue
+        self._last_left: str | None = None  # the last application that left the queue
         self._sweep_at = _SWEEP_FROM
 
     def key_on_arrival(self, request: Any) -> float:
@@ -78,10 +78,10 @@ class VirtualTokenCounter(SharingPolicy):
             waiting.discard(request_id)
             if not waiting:
                 del self._waiting[application]
-                self._left_with = self._counters[application]
+                self._last_left = application
 
     def _lift(self) -> float:
-        """The lowest counter of those that wait; if there is none, that of the last one that left."""
+        """The lowest counter of those that wait; if there is none, the present one of the last that left."""
         while self._lowest:
             counter, application = self._lowest[0]
             if application not in self._waiting:
@@ -90,13 +90,13 @@ class VirtualTokenCounter(SharingPolicy):
                 heapq.heapreplace(self._lowest, (self._counters[application], application))
             else:
                 return counter
-        return self._left_with
+        return 0.0 if self._last_left is None else self._counters[self._last_left]
 
     def _sweep(self) -> None:
         lift, busy = self._lift(), {application for _, application in self._unfinished.values()}
         self._counters = {
             application: counter
             for application, counter in self._counters.items()
-            if counter > lift or application in busy
+            if counter > lift or application in busy or application == self._last_left
         }
         self._sweep_at = max(_SWEEP_FROM, 2 * len(self._counters))

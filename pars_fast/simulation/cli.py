@@ -8,6 +8,7 @@ from typing import Any
 
 from pars_fast.errors import ParsFastError, make_writable, require_extra
 from pars_fast.output import wide_console, write_json
+from pars_fast.simulation.options import require_at_least
 
 _TABLES = ("frontier", "robustness", "no_harm", "fleet", "agreement", "policies", "latency_load")
 
@@ -32,7 +33,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     predictors = "--lengths: folder of `baseline`, whose predictors score for the policies they came with"
     add("--predictors", type=Path, metavar="DIR", help=predictors)
     add("--requests", type=int, metavar="N", help="only the first N of a trace; so many prompts (2000)")
-    add("--poisson", action="store_true", help="--trace: Poisson arrivals instead of its own")
+    add("--poisson", action="store_true", help="--trace alone: Poisson arrivals instead of its own")
     add("--burst", type=float, default=0.0, metavar="SHARE", help="of the requests, all at once half-way")
     policies = "by comma, or all that the engine has and the scores allow (%(default)s)"
     add("--policies", default="all", help=policies)
@@ -106,6 +107,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     path = arguments.out / f"{arguments.table}.csv"
     given = {"requests": arguments.requests} if hasattr(arguments, "requests") else {}
+    require_at_least(1, "--requests", *given.values())
     study = Study(find_traces(arguments.traces), path.with_suffix(".rows.jsonl"), workers=arguments.workers,
                   on_progress=lambda line: print(line, end="\r", flush=True), **given)
     write_table(path, run_study(arguments.table, study))
@@ -129,6 +131,10 @@ def add_serving_gain(parser: argparse.ArgumentParser) -> None:
 
 
 def _serving_gain(arguments: argparse.Namespace) -> None:
+    sizes = ("requests", "max_prompts_per_file")
+    given = {name: getattr(arguments, name) for name in sizes if hasattr(arguments, name)}
+    for name, number in {"seeds": arguments.seeds, **given}.items():
+        require_at_least(1, "--" + name.replace("_", "-"), number)
     require_extra("numba", "simulate")
     make_writable(arguments.csv.parent)  # minutes before it is written
     from pars_fast.baselines import load_predictor
@@ -141,8 +147,6 @@ def _serving_gain(arguments: argparse.Namespace) -> None:
     for text in arguments.ranker:
         name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)
         predictors[name] = load_predictor(path)
-    sizes = ("requests", "max_prompts_per_file")
-    given = {name: getattr(arguments, name) for name in sizes if hasattr(arguments, name)}
     rows = serving_gain(read_length_files(arguments.data_dir), predictors, traces, loads=arguments.load,
                         seeds=range(arguments.seeds), on_progress=lambda line: print(line, flush=True),
                         **given)

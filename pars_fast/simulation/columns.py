@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pars_fast.demo.records import throughput_until
+from pars_fast.latency_columns import latency_columns
 from pars_fast.simulation.workload import Workload
 
 
@@ -31,43 +31,13 @@ class Served:
 
 
 def columns(workload: Workload, served: Served) -> dict[str, Any]:
-    """The row of one run in tables and JSON; latencies over completed requests, in seconds.
-
-    Throughput is up to the last arrival, the makespan beside it; a wait is the time to the first token, as in
-    the demo.
-    """
-    done = np.isfinite(served.finished_s)
-    arrival, tokens = workload.arrival_s[done], workload.output_tokens[done]
-    first, finished = served.first_token_s[done], served.finished_s[done]
-    end_to_end, ttft = finished - arrival, first - arrival
-    longer = tokens > 1
-    per_token_after_first = (finished - first)[longer] / (tokens[longer] - 1)
-    last_arrival = float(workload.arrival_s[-1])
+    """The row of one run in tables and JSON."""
     return {
-        "requests": len(workload),
-        "completed": int(done.sum()),
+        **latency_columns(workload.arrival_s, served.first_token_s, served.finished_s,
+                          workload.output_tokens),
         "refused": served.refused,
-        **_summary("latency_per_token_s", end_to_end / tokens),
-        **_summary("ttft_s", ttft),
-        **_summary("tpot_s", per_token_after_first),
-        **_summary("e2e_s", end_to_end),
-        "max_wait_s": _rounded(ttft.max()) if len(ttft) else None,
-        "throughput_tok_s": throughput_until(first, finished, tokens, last_arrival),
-        "makespan_s": _rounded(finished.max()) if len(finished) else None,
         "preemptions": served.preemptions,
         "recomputed_tokens": served.recomputed_tokens,
         "prefix_hit_tokens": served.prefix_hit_tokens,
         "steps": served.steps,
     }
-
-
-def _summary(name: str, values: NDArray[np.float64]) -> dict[str, float | None]:
-    if not len(values):
-        return {f"{statistic}_{name}": None for statistic in ("mean", "p50", "p90", "p99")}
-    p50, p90, p99 = np.percentile(values, [50, 90, 99])
-    return {f"mean_{name}": _rounded(float(values.mean())), f"p50_{name}": _rounded(p50),
-            f"p90_{name}": _rounded(p90), f"p99_{name}": _rounded(p99)}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

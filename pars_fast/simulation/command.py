@@ -20,6 +20,7 @@ from pars_fast.policies import POLICIES, needs_distribution
 from pars_fast.simulation.arrays import Floats
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fleet import FAST_POLICIES, ROUTERS
+from pars_fast.simulation.options import require_at_least
 from pars_fast.simulation.step_time import load_profile
 from pars_fast.simulation.sweep import grid, make_setup, parse_guards, run_sweep
 from pars_fast.simulation.workload import (
@@ -43,6 +44,8 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: `{"runs": [one row per case], ...}` and what is needed to remake it.
     Raises: ParsFastError: says which option cannot be.
     """
+    require_at_least(1, "--fleet", *arguments.fleet)
+    require_at_least(0, "--seed", *arguments.seed)
     routers = _chosen("router", arguments.router, list(ROUTERS))
     guards = parse_guards(arguments.guards)
     step_time, engine = load_profile(arguments.profile)
@@ -98,26 +101,32 @@ def allowed_policies(engine: str, *, has_scores: bool) -> list[str]:
 
 def make_workload(arguments: argparse.Namespace, seed: int) -> Workload:
     """The requests before any load is set."""
-    if arguments.requests is not None and arguments.requests < 1:
-        raise ParsFastError(f"--requests must be at least 1, got {arguments.requests}")
+    if arguments.requests is not None:
+        require_at_least(1, "--requests", arguments.requests)
     if arguments.lengths is not None:
-        file = read_length_file(arguments.lengths)
-        workload = _drawn(arguments, file, seed, _scorer(arguments.ranker))
-    else:
-        workload = read_trace(arguments.trace)
-        if arguments.requests is not None:
-            workload = workload.take(np.arange(min(arguments.requests, len(workload))))
-        if arguments.poisson:
-            workload = poisson(workload, seed=seed)
-    return with_burst(workload, arguments.burst, seed=seed) if arguments.burst else workload
+        if arguments.poisson and arguments.trace is not None:
+            raise ParsFastError("--poisson is not for the times of --trace: leave out one of them")
+        return _drawn(arguments, read_length_file(arguments.lengths), seed, _scorer(arguments.ranker))
+    workload = read_trace(arguments.trace)
+    if arguments.requests is not None:
+        workload = workload.take(np.arange(min(arguments.requests, len(workload))))
+    if arguments.poisson:
+        workload = poisson(workload, seed=seed)
+    return _with_burst(arguments, workload, seed)
 
 
 def _drawn(arguments: argparse.Namespace, file: LengthFile, seed: int,
            scorer: PromptScorer | None) -> Workload:
-    """Prompts of a length file, at the times of `--trace` if there is one."""
+    """Prompts of a length file, at the times of `--trace` if there is one; the same ones with any scorer."""
     arrivals = None if arguments.trace is None else read_trace(arguments.trace)
-    return from_lengths(file, arguments.model_column or file.first_model,
-                        arguments.requests or _DEFAULT_PROMPTS, seed=seed, scorer=scorer, arrivals=arrivals)
+    workload = from_lengths(file, arguments.model_column or file.first_model,
+                            arguments.requests or _DEFAULT_PROMPTS, seed=seed, scorer=scorer,
+                            arrivals=arrivals)
+    return _with_burst(arguments, workload, seed)
+
+
+def _with_burst(arguments: argparse.Namespace, workload: Workload, seed: int) -> Workload:
+    return with_burst(workload, arguments.burst, seed=seed) if arguments.burst else workload
 
 
 def _own_scores(arguments: argparse.Namespace, policies: Sequence[str]) -> dict[tuple[int, str], Floats]:
@@ -161,10 +170,7 @@ def _scorer(ranker: str) -> PromptScorer | None:
         return None
     from pars_fast.ranker import Ranker
 
-    loaded = Ranker.from_pretrained(ranker)
-    if loaded.token_map is None:
-        raise ParsFastError(f"{ranker}: the ranker has no map from scores to tokens")
-    return _in_tokens(loaded, loaded.token_map)
+    return Ranker.from_pretrained(ranker).expected_tokens
 
 
 def real_tau(workload: Workload) -> float | None:

@@ -23,11 +23,10 @@ import numpy as np
 from pars_fast.simulation.arrays import Floats, Ints, Records, compiled
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.heaps import EMPTY, tournament
+from pars_fast.simulation.queue_guards import IDLE_QUANTUM, Order
+from pars_fast.simulation.queue_state import Queue
 from pars_fast.simulation.step_time import StepTime
 from pars_fast.simulation.waiting_queue import (
-    IDLE_QUANTUM,
-    Order,
-    Queue,
     admit,
     finish,
     hand_over,

@@ -75,7 +75,8 @@ class Applications:
 
     @property
     def types(self) -> list[str]:
-        return [name.partition("/")[0] for name in self.names.tolist()]
+        """Of each, (A,); "" where its name has none."""
+        return [Application.parse(name).type for name in self.names.tolist()]
 
     def finished_s(self, served: Served) -> NDArray[np.float64]:
         """When the last request of each finished, (A,); NaN if one was refused."""
@@ -125,18 +126,6 @@ def train_demand(workload: Workload, *, seed: int = 0) -> MlpDemand:
     """Fit the networks to finished applications. Raises: DataError: as `Applications.of`."""
     applications = Applications.of(workload)
     return fit_demand(applications.types, applications.first_prompt_tokens, applications.demand, seed=seed)
-
-
-def demand_errors(demand: Demand, applications: Applications) -> NDArray[np.float64]:
-    """Predicted over true demand, (A,)."""
-    predicted = [
-        demand(Application(name, kind), int(prompt))
-        for name, kind, prompt in zip(
-            applications.names.tolist(), applications.types, applications.first_prompt_tokens, strict=True
-        )
-    ]
-    ratios: NDArray[np.float64] = np.array(predicted) / applications.demand
-    return ratios
 
 
 # --- The table ----------------------------------------------------------------------------------------------

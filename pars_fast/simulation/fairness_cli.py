@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from pars_fast.errors import ParsFastError, make_writable, require_extra
+from pars_fast.errors import make_writable, require_extra
+from pars_fast.simulation.options import require_at_least
 
 
 def add_fairness(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,8 @@ def _add_applications(parser: argparse.ArgumentParser) -> None:
 
 
 def _applications(arguments: argparse.Namespace) -> None:
-    _at_least_one(arguments.applications)
+    require_at_least(1, "--applications", arguments.applications)
+    require_at_least(0, "--seed", arguments.seed)
     make_writable(arguments.out.parent)
     from pars_fast.simulation.applications import make_applications, read_sources, write_trace
     from pars_fast.simulation.workload import read_trace
@@ -50,6 +52,7 @@ def _add_demand(parser: argparse.ArgumentParser) -> None:
 
 
 def _demand(arguments: argparse.Namespace) -> None:
+    require_at_least(0, "--seed", arguments.seed)
     require_extra("sklearn", "train")
     make_writable(arguments.out.parent)
     from pars_fast.simulation.fairness import train_demand
@@ -72,7 +75,8 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    _at_least_one(arguments.applications)
+    require_at_least(1, "--applications", arguments.applications)
+    require_at_least(1, "--workers", arguments.workers)
     for module, extra in (("numba", "simulate"), ("vllm", "vllm"), ("sklearn", "train")):
         require_extra(module, extra)
     make_writable(arguments.out.parent)  # minutes before it is written
@@ -86,8 +90,3 @@ def _table(arguments: argparse.Namespace) -> None:
         write_table(arguments.out, rows)  # as far as it is done
         print(f"{len(rows)} of {setup.cases}", end="\r", flush=True)
     print(f"table written to {arguments.out}")
-
-
-def _at_least_one(applications: int) -> None:
-    if applications < 1:
-        raise ParsFastError(f"--applications must be at least 1, got {applications}")

@@ -10,46 +10,37 @@ GPUs use, plans one step ahead.
 
 Three policies ask for more. A length that is predicted again (`repredict_tokens`) has the relative error of
 the first prediction, on what really remains. A model that is asked (`asks_model`) first serves the prompt
-with `QUESTION_TOKENS` more, and answers `ESTIMATE_TOKENS`; the request itself arrives when it has. KV cache
-that is swapped (`swaps_kv`) is not computed again, but takes `SWAP_TOKEN_S` a token, both ways together,
-nothing of it hidden behind other work; vLLM's token budget counts it all the same.
+with a question behind it (`simulated_requests.py`); the request itself arrives when that is answered. KV
+cache that is swapped (`swaps_kv`) is not computed again, but takes `SWAP_TOKEN_S` a token, both ways
+together, nothing of it hidden behind other work; vLLM's token budget counts it all the same.
 Source: vllm/v1/engine/core.py, vllm/v1/core/sched/scheduler.py (0.32).
 """
 
-import functools
-import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from transformers import Qwen2Config
-from vllm import SamplingParams
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
-from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
+from pars_fast.integration.process_runtime import ProcessRuntime
 from pars_fast.integration.prompt_window import MAX_IDS
-from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored
+from pars_fast.integration.runtime import READY, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES, Policy
 from pars_fast.settings import Settings
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
+from pars_fast.simulation.simulated_requests import is_question, make_question, make_request
 from pars_fast.simulation.step_time import StepTime, step_work
-from pars_fast.simulation.workload import HASHED_TOKENS, Workload
+from pars_fast.simulation.vllm_scheduler import make_scheduler
+from pars_fast.simulation.workload import Workload
 
 _TOKEN = 0  # what the model says
-QUESTION_TOKENS, ESTIMATE_TOKENS = 40, 6  # an instruction of two sentences; a number and its end
-_QUESTION = -1  # the token of instructions, in the names of their KV blocks
 # Llama-3.1-8B: 131,072 bytes of KV cache a token in bf16, half of that in 8 bits; 25 GB/s by PCIe 4.0 x16.
 SWAP_TOKEN_S = 2 * 65_536 / 25e9
 
@@ -120,6 +111,7 @@ class DelayedRanker:
     """A `RankerRuntime` that knows its answers, by the request's number in the first token of its prompt."""
 
     max_in_flight = ProcessRuntime.max_in_flight
+    weighs_prompts = False
 
     def __init__(self, workload: Workload, delay_s: float, clock: VirtualClock) -> None:
         self._workload, self._delay_s, self._clock = workload, delay_s, clock
@@ -176,7 +168,7 @@ def serve(
     Raises: ParsFastError: if the scheduler plans nothing although requests wait.
     """
     record = _Record(workload)
-    make = _question if ask_model else _request
+    make = make_question if ask_model else make_request
     arrived, planned = 0, True
     while True:
         while arrived < len(workload) and workload.arrival_s[arrived] <= clock.time_s:
@@ -197,7 +189,7 @@ def serve(
         planned = output.total_num_scheduled_tokens > 0
         if planned:
             for number in _step(scheduler, output, step_time, clock, record, swap_kv=swap_kv):
-                scheduler.add_request(_request(workload, number, engine.block_size, estimated=True))
+                scheduler.add_request(make_request(workload, number, engine.block_size, estimated=True))
 
 
 def _step(
@@ -252,7 +244,7 @@ class _Record:
             most = self._computed.get(request_id, 0)
             recomputed += max(0, min(now, most) - before)
             self._computed[request_id] = max(now, most)
-            if _is_question(request_id):
+            if is_question(request_id):
                 continue
             number = int(request_id)
             if number in self._waiting:
@@ -270,7 +262,7 @@ class _Record:
             if finished:
                 self._preemptions += request.num_preemptions
                 del self._computed[request.request_id]
-            if _is_question(request.request_id):
+            if is_question(request.request_id):
                 answered += [request.prompt_token_ids[0]] * finished
                 continue
             number = int(request.request_id)
@@ -291,121 +283,4 @@ class _Record:
             refused=self.refused,
             recomputed_tokens=self._recomputed_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
-        )
-
-
-def _request(workload: Workload, number: int, block_size: int, *, estimated: bool = False) -> Request:
-    """vLLM's request; every token of its prompt is its number. `estimated`: the model said how long it is."""
-    extra_args = _application(workload, number)
-    if estimated:
-        extra_args["pars_score"] = float(workload.expected_tokens[number])
-    sampling_params = SamplingParams(
-        max_tokens=int(workload.output_tokens[number]), ignore_eos=True, extra_args=extra_args or None
-    )
-    return Request(
-        request_id=str(number),
-        prompt_token_ids=[number] * int(workload.prompt_tokens[number]),
-        sampling_params=sampling_params,
-        pooling_params=None,
-        arrival_time=float(workload.arrival_s[number]),
-        block_hasher=_block_hasher(workload, number, block_size),
-    )
-
-
-def _question(workload: Workload, number: int, block_size: int) -> Request:
-    """The prompt with an instruction behind it; it is expected to be answered by a few tokens."""
-    sampling_params = SamplingParams(
-        max_tokens=ESTIMATE_TOKENS, ignore_eos=True, extra_args={"pars_score": ESTIMATE_TOKENS}
-    )
-    return Request(
-        request_id=f"question {number}",
-        prompt_token_ids=[number] * int(workload.prompt_tokens[number]) + [_QUESTION] * QUESTION_TOKENS,
-        sampling_params=sampling_params,
-        pooling_params=None,
-        arrival_time=float(workload.arrival_s[number]),
-        block_hasher=_block_hasher(workload, number, block_size),
-    )
-
-
-def _is_question(request_id: str) -> bool:
-    return request_id.startswith("question")
-
-
-def _application(workload: Workload, number: int) -> dict[str, str | float]:
-    if workload.app is None or not workload.app[number]:
-        return {}
-    app = str(workload.app[number])
-    return {"pars_app": app, "pars_app_type": app.partition("/")[0] if "/" in app else ""}
-
-
-def block_hasher(block_size: int, hash_ids: Sequence[int] = ()) -> Callable[[Request], list[BlockHash]]:
-    """What names the KV blocks of a request whose id is its number; `hash_ids` are as in `Workload`."""
-    return functools.partial(_new_block_hashes, block_size, hash_ids)
-
-
-def _block_hasher(
-    workload: Workload, number: int, block_size: int
-) -> Callable[[Request], list[BlockHash]]:
-    return block_hasher(block_size, () if workload.hash_ids is None else workload.hash_ids[number])
-
-
-def _new_block_hashes(block_size: int, hash_ids: Sequence[int], request: Request) -> list[BlockHash]:
-    """Names of the blocks that have become full: prompt and place say what is in them.
-
-    Of the prompt, a block has the name of the hashed tokens that it ends in, if there are `hash_ids`. A
-    question's blocks are its request's as far as the prompt goes.
-    """
-    name, prompt_tokens = request.request_id, request.num_prompt_tokens
-    if _is_question(name):
-        prompt_tokens -= QUESTION_TOKENS
-    number = name.removeprefix("question ")
-    names = []
-    for block in range(len(request.block_hashes), request.num_tokens // block_size):
-        last = (block + 1) * block_size - 1
-        if last >= prompt_tokens:
-            owner = name
-        else:
-            owner = f"shared {hash_ids[last // HASHED_TOKENS]}" if hash_ids else number
-        names.append(BlockHash(f"{owner}:{block}".encode()))
-    return names
-
-
-def make_scheduler(scheduler_cls: type[Scheduler], engine: EngineSettings) -> Any:
-    """A scheduler with the engine's room, for a model that is never loaded."""
-    config = _vllm_config(engine)
-    num_blocks = engine.num_blocks + 1  # vLLM keeps one for itself
-    config.cache_config.num_gpu_blocks = num_blocks
-    spec = FullAttentionSpec(
-        block_size=engine.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
-    )
-    return scheduler_cls(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=engine.block_size,
-    )
-
-
-@functools.cache
-def _vllm_config(engine: EngineSettings) -> VllmConfig:
-    """vLLM's defaults, but for the engine's room."""
-    with tempfile.TemporaryDirectory() as model:
-        Qwen2Config(
-            architectures=["Qwen2ForCausalLM"],
-            num_hidden_layers=1,
-            max_position_embeddings=engine.max_model_len,
-        ).save_pretrained(model)
-        return VllmConfig(
-            model_config=ModelConfig(
-                model=model, skip_tokenizer_init=True, dtype="float32", max_model_len=engine.max_model_len
-            ),
-            scheduler_config=SchedulerConfig(
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
-                max_model_len=engine.max_model_len,
-                is_encoder_decoder=False,
-            ),
-            cache_config=CacheConfig(
-                block_size=engine.block_size, enable_prefix_caching=engine.enable_prefix_caching
-            ),
         )

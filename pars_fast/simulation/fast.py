@@ -31,9 +31,7 @@ def simulate(
     return simulate_fleet(workload, policy, guard, engine, step_time, ranker_delay_s=ranker_delay_s)
 
 
-def capacity_tok_s(
-    workload: Workload, engine: EngineSettings, step_time: StepTime, *, seed: int = 0
-) -> float:
+def capacity_tok_s(workload: Workload, engine: EngineSettings, step_time: StepTime) -> float:
     """Output tokens/s of a full engine in arrival order on this mix: what a load of 1 offers.
 
     All requests wait from the start, in random order, as many times over as fills the seats 40 times. Counted
@@ -41,14 +39,14 @@ def capacity_tok_s(
 
     Raises: ParsFastError: if no request fits the engine.
     """
-    closed, finished = closed_loop(workload, engine, step_time, seed=seed)
+    closed, finished = closed_loop(workload, engine, step_time)
     start, end = np.quantile(finished, [0.1, 0.9])
     counted = closed.output_tokens[(finished > start) & (finished <= end)]
     return float(counted.sum() / (end - start))
 
 
 def closed_loop(
-    workload: Workload, engine: EngineSettings, step_time: StepTime, *, seed: int = 0
+    workload: Workload, engine: EngineSettings, step_time: StepTime
 ) -> tuple[Workload, NDArray[np.float64]]:
     """The mix, waiting from the start in random order, 40 times the seats, and when each finished, in s.
 
@@ -57,7 +55,7 @@ def closed_loop(
     fitting = np.flatnonzero(fits(workload, engine))
     if not len(fitting):
         raise ParsFastError(f"{workload.name}: no request fits the engine")
-    rng = np.random.default_rng((seed, 3))
+    rng = np.random.default_rng((0, 3))
     rounds = -(-_FILLS * engine.max_num_seqs // len(fitting))
     drawn = np.concatenate([rng.permutation(fitting) for _ in range(rounds)])
     closed = Workload(workload.name, np.zeros(len(drawn)), workload.prompt_tokens[drawn],

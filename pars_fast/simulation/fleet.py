@@ -15,10 +15,15 @@ from typing import Literal, get_args
 import numpy as np
 from numba import njit
 
+import pars_fast.guards.passing_limit as passing_limit_module
+import pars_fast.policies.prompt_size as prompt_size_module
 import pars_fast.simulation.arrays as arrays_module
+import pars_fast.simulation.charge_tree as charge_tree_module
 import pars_fast.simulation.engines as engines_module
 import pars_fast.simulation.heaps as heaps_module
-import pars_fast.simulation.waiting_queue as queue_module
+import pars_fast.simulation.queue_guards as queue_guards_module
+import pars_fast.simulation.queue_state as queue_state_module
+import pars_fast.simulation.waiting_queue as waiting_queue_module
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
 from pars_fast.policies import POLICIES, SharingPolicy, prompt_work
@@ -41,8 +46,10 @@ from pars_fast.simulation.engines import (
     steps_begun,
 )
 from pars_fast.simulation.heaps import least, set_value, tournament
+from pars_fast.simulation.queue_guards import Order, guard_order
+from pars_fast.simulation.queue_state import INITIAL_MEDIAN, Queue, make_queue
 from pars_fast.simulation.step_time import StepTime
-from pars_fast.simulation.waiting_queue import INITIAL_MEDIAN, Order, Queue, arrive, guard_order, make_queue
+from pars_fast.simulation.waiting_queue import arrive
 from pars_fast.simulation.workload import Workload
 
 Router = Literal["round_robin", "least_loaded", "predicted_work"]
@@ -75,7 +82,7 @@ def simulate_fleet(
         guard: bounds the order; None is the policy's own guard.
         router: who gets a request; by predicted work, one without a score counts as one of the median score,
             and scores are there at once.
-        ranker_delay_s: from handing prompts over (at most 8 are out at once) to having their scores.
+        ranker_delay_s: from handing prompts over (`MAX_IN_FLIGHT` at once) to having their scores.
     Raises: ParsFastError: if there is no such policy or router, or a number is out of range.
     """
     _check(policy, router, engines, ranker_delay_s)
@@ -168,7 +175,7 @@ def _set_load(s: Engines, q: Queue, limits: Limits, e: int, router: int, load: F
 
 def _compiled(sources: int) -> Callable[..., None]:
     """The loop over events. Numba keeps compiled code by this file alone and by what a function closes over,
-    so a checksum of all files that are compiled into it stands there too."""
+    so a checksum of all files whose code or constants are compiled into it stands there too."""
 
     @njit(cache=True, error_model="numpy", _nrt=False)  # as `compiled`
     def serve(s: Engines, q: Queue, order: Order, costs: Costs, limits: Limits, r: Records, router: int,
@@ -198,5 +205,8 @@ def _compiled(sources: int) -> Callable[..., None]:
     return serve
 
 
-_SOURCES = (arrays_module, engines_module, heaps_module, queue_module)
+_SOURCES = (
+    arrays_module, charge_tree_module, engines_module, heaps_module, passing_limit_module, prompt_size_module,
+    queue_guards_module, queue_state_module, waiting_queue_module,
+)
 _SERVE = _compiled(zlib.crc32(b"".join(Path(source.__file__ or "").read_bytes() for source in _SOURCES)))

@@ -10,7 +10,7 @@ one that the server measured in each run.
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ JUDGED = ("mean_e2e_s", "mean_latency_per_token_s")
 COMPARED = (*JUDGED, "mean_ttft_s", "mean_tpot_s", "p99_e2e_s", "max_wait_s")
 TOLERANCE = 0.15
 _KEYS = {"runs", "capacity_tok_s", "seed", "repeats", "arrivals_sha256", "served_model", "engine_settings"}
+_COLUMNS = {"stock", "policy", "load", "repeat", *STEP_TIMES, *COMPARED}  # of a run
 BATCH_DELAY_S = 0.15  # where it was not measured: 4 prompts, on the fifth of a core that a full server leaves
 
 
@@ -52,7 +53,7 @@ def live_check(
         `COMPARED`, the live and the simulated mean over the repeats (`live_`, `simulated_`), the error of
         the latter as a ratio less 1, both ratios to `fcfs` (`_ratio`) and the error of the simulated one.
         `columns` has, by column, the largest error of a mean and of a ratio and how many rows are within
-        `TOLERANCE`. `agrees` says whether all rows of the `JUDGED` columns are, in both.
+        `TOLERANCE`. `agrees` says whether there are rows and all are, of the `JUDGED` columns, in both.
     Raises: DataError: if the figures do not belong to the shipped sample, or a run has no step time.
     """
     sample = load_sample()
@@ -83,9 +84,9 @@ def live_check(
         simulated.append(columns(workload, served))
     rows = compare(live, simulated)
     summary = {column: _judge(rows, column) for column in COMPARED}
-    agrees = all(summary[column][f"{kind}_within"] == summary[column][f"{kind}_rows"]
+    within = all(summary[column][f"{kind}_within"] == summary[column][f"{kind}_rows"]
                  for column in JUDGED for kind in ("mean", "ratio"))
-    return {"rows": rows, "columns": summary, "tolerance": TOLERANCE, "agrees": agrees}
+    return {"rows": rows, "columns": summary, "tolerance": TOLERANCE, "agrees": bool(rows) and within}
 
 
 def step_time_of(row: Mapping[str, Any]) -> StepTime | None:
@@ -97,15 +98,20 @@ def step_time_of(row: Mapping[str, Any]) -> StepTime | None:
 def read_result(path: Path) -> dict[str, Any]:
     """What `pars-fast demo --json` or `pars-fast load --json` wrote.
 
-    Raises: DataError: if it is something else.
+    Raises: DataError: if it is something else, or was written by a version whose runs had fewer columns.
     """
     try:
         result: dict[str, Any] = json.loads(path.read_text())
         missing = _KEYS - result.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        runs = [] if missing else [row for row in result["runs"] if not row.get("stock")]
+        missing_columns = {column for row in runs for column in _COLUMNS - row.keys()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: not what `pars-fast demo` or `load` wrote ({error})") from error
     if missing:
         raise DataError(f"{path}: not what `pars-fast demo` or `load` wrote (no {sorted(missing)[0]})")
+    if missing_columns:
+        raise DataError(f"{path}: a run has no {sorted(missing_columns)[0]}, as in a file of an earlier "
+                        "version; run `pars-fast demo` or `pars-fast load` again")
     return result
 
 
@@ -128,7 +134,7 @@ def compare(
     for real, model in zip(live, simulated, strict=True):
         groups.setdefault((real["load"], real["policy"]), []).append((real, model))
     means = {
-        key: {column: tuple(_mean(run[side][column] for run in runs) for side in (0, 1))
+        key: {column: tuple(_mean([run[side][column] for run in runs]) for side in (0, 1))
               for column in compared}
         for key, runs in groups.items()
     }
@@ -151,19 +157,21 @@ def compare(
 
 
 def _judge(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
-    """Over all rows, but of ratios over those that are not arrival order's own."""
+    """Means are judged in all rows, and one that is missing is not within the tolerance; ratios in those that
+    have one and are not arrival order's own."""
+    means = [row[f"{column}_error"] for row in rows]
+    ratios = [row[f"{column}_ratio_error"] for row in rows if row["policy"] != BASELINE]
     judged: dict[str, Any] = {}
-    for kind, name in (("mean", f"{column}_error"), ("ratio", f"{column}_ratio_error")):
-        errors = [abs(row[name]) for row in rows
-                  if row[name] is not None and (kind == "mean" or row["policy"] != BASELINE)]
-        judged |= {f"worst_{kind}_error": max(errors, default=None), f"{kind}_rows": len(errors),
-                   f"{kind}_within": sum(error <= TOLERANCE for error in errors)}
+    for kind, errors in (("mean", means), ("ratio", [error for error in ratios if error is not None])):
+        known = [abs(error) for error in errors if error is not None]
+        judged |= {f"worst_{kind}_error": max(known, default=None), f"{kind}_rows": len(errors),
+                   f"{kind}_within": sum(error <= TOLERANCE for error in known)}
     return judged
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def _mean(values: Sequence[Any]) -> float | None:
+    """None if one is missing: the other side's mean would be over other repeats."""
+    return None if None in values else float(np.mean(values))
 
 
 def _over(value: float | None, base: float | None) -> float | None:

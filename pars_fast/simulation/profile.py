@@ -43,7 +43,7 @@ class Profile:
         return asdict(self)
 
 
-def measure_profile(model: str | None, log: Path | None = None) -> Profile:
+def measure_profile(model: str | None) -> Profile:
     """Serve `model` (None: the demo's tiny one) for about a minute and fit its steps.
 
     Raises: ServerError: if vLLM does not start; ParsFastError: if it made too few steps to fit.
@@ -56,7 +56,7 @@ def measure_profile(model: str | None, log: Path | None = None) -> Profile:
         arguments = (*served.arguments, "--no-async-scheduling",
                      "--scheduler-cls", "pars_fast.simulation.step_stamps.StampedScheduler")
         environment = {**served.environment, STEP_LOG_VARIABLE: str(step_log.path)}
-        with vllm_server(served.model, arguments, environment, log or folder / "server.log") as url:
+        with vllm_server(served.model, arguments, environment, folder / "server.log") as url:
             engine = replace(step_log.engine, enable_prefix_caching=True)  # off only while steps are timed
             prompts = _prompts(sample, np.random.default_rng(0))
             warm_up = (next(prompts) for _ in range(WARM_UP_REQUESTS))

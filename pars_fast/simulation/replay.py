@@ -6,7 +6,6 @@ So an order can be tried on traffic of one's own, and those that share the engin
 seen in a live engine.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,8 +32,10 @@ from pars_fast.demo.run import (
 from pars_fast.demo.sample import load_sample
 from pars_fast.demo.scheduler_switch import parse_policy
 from pars_fast.errors import DataError
+from pars_fast.latency_columns import rounded
 from pars_fast.packaged import AUTO
 from pars_fast.policies import POLICIES
+from pars_fast.policies.applications import Application
 from pars_fast.settings import Settings
 from pars_fast.simulation.columns import Served as Outcome
 from pars_fast.simulation.columns import columns
@@ -96,7 +97,7 @@ def replay(
             those of `COMPLETION`, None where the trace names no applications, and those of `STEP_TIMES`.
 
     Returns: how it was measured, with the capacity (tokens/s in arrival order) that is load 1.
-    Raises: ServerError: if the server does not start.
+    Raises: ServerError: if the server does not start, ends, or answers nothing.
     """
     workload, prompts = plan.workload, prompts_of(plan.workload)
     with tempfile.TemporaryDirectory(prefix="pars-fast-replay-") as name:
@@ -161,8 +162,7 @@ def xargs_of(workload: Workload, scored: bool) -> list[dict[str, Any]]:
     said: list[dict[str, Any]] = [{} for _ in range(len(workload))]
     if workload.app is not None:
         for request, app in zip(said, workload.app.tolist(), strict=True):
-            kind, slash, _ = app.partition("/")
-            request |= ({"pars_app": app} if app else {}) | ({"pars_app_type": kind} if slash else {})
+            request |= Application.parse(app).xargs() if app else {}
     if scored:
         for request, score in zip(said, workload.expected_tokens.tolist(), strict=True):
             request["pars_score"] = score
@@ -171,13 +171,9 @@ def xargs_of(workload: Workload, scored: bool) -> list[dict[str, Any]]:
 
 def outcome_of(run: Run) -> Outcome:
     """A real run in the form of a simulated one. When a request was admitted, its client does not see."""
-    first, finished = (
-        np.array([value if request.completed and value is not None else math.nan
-                  for request in run.requests for value in (getattr(request, name),)])
-        for name in ("first_token_s", "finish_s")
-    )
-    admitted = np.full(len(run.requests), math.nan)
-    return Outcome(admitted, first, finished, run.preemptions, steps=0, refused=0)
+    _, first_token_s, finished_s = run.times_s()
+    admitted_s = np.full(len(run.requests), np.nan)
+    return Outcome(admitted_s, first_token_s, finished_s, run.preemptions, steps=0, refused=0)
 
 
 def _figures(workload: Workload, outcome: Outcome) -> dict[str, Any]:
@@ -196,7 +192,7 @@ def _completion(workload: Workload, outcome: Outcome) -> dict[str, float | None]
     if not len(took):
         return dict.fromkeys(COMPLETION)
     values = float(took.mean()), float(np.quantile(took, 0.99))
-    return {name: float(f"{value:.6g}") for name, value in zip(COMPLETION, values, strict=True)}
+    return {name: rounded(value) for name, value in zip(COMPLETION, values, strict=True)}
 
 
 def _with_settings(served: Served, demand: Path | None) -> Served:

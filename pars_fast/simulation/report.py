@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from pars_fast.guards import guard_text
-from pars_fast.page import DASH, Markup, escape, join, number, percent, tag
+from pars_fast.page import DASH, Markup, against_arrival_order, escape, join, number, percent, tag
 from pars_fast.policies import POLICIES
 from pars_fast.simulation.charts import Point, figure, line_chart, section
+from pars_fast.simulation.page_rows import guard_name, values_of
+from pars_fast.simulation.sweep import served_alike
 
 _Row = Mapping[str, Any]
 _BASELINE, _OURS, _ORACLE = "fcfs", "pars_fast", "oracle"
@@ -36,7 +38,8 @@ _CURVES = (  # column, title, what the horizontal axis says, whether larger is b
 )
 _TABLE = (  # column, title
     ("mean_latency_per_token_s", "mean s/token"), ("mean_ttft_s", "mean TTFT"), ("mean_e2e_s", "mean e2e"),
-    ("p99_e2e_s", "p99 e2e"), ("max_wait_s", "max wait"), ("throughput_tok_s", "tok/s"),
+    ("p99_e2e_s", "p99 e2e"), ("max_wait_s", "max wait"),
+    ("throughput_to_last_arrival_tok_s", "tok/s to last arrival"),
     ("preemptions", "preempted"), ("recomputed_tokens", "computed again"),
     ("prefix_hit_tokens", "found in cache"), ("completed", "completed"),
 )
@@ -88,8 +91,8 @@ def _mean(values: Sequence[Any]) -> Any:
 
 def _baseline(rows: Sequence[_Row], row: _Row) -> _Row | None:
     """Arrival order where `row` was run."""
-    same = [other for other in rows if other["policy"] == _BASELINE
-            and all(other[name] == row[name] for name in ("load", "engines", "router"))]
+    same = [other for other in rows
+            if other["policy"] == _BASELINE and served_alike(other) == served_alike(row)]
     return same[0] if same else None
 
 
@@ -100,14 +103,6 @@ def _ratio(rows: Sequence[_Row], row: _Row, column: str) -> float | None:
     return float(row[column] / base[column])
 
 
-def _values(rows: Sequence[_Row], column: str) -> list[Any]:
-    return sorted({row[column] for row in rows if row[column] is not None})
-
-
-def _guard(row: _Row) -> str:
-    return str(row["guard"]).split(":")[0]
-
-
 def _one(rows: Sequence[_Row]) -> list[_Row]:
     """Rows of a single engine with a prompt ranker and every request scored."""
     return [row for row in rows
@@ -116,7 +111,7 @@ def _one(rows: Sequence[_Row]) -> list[_Row]:
 
 def _best_tau(rows: Sequence[_Row]) -> float | None:
     """The tau that the frontier is drawn for, if scores are noisy: the one nearest to a real ranker's."""
-    taus = _values([row for row in rows if row["policy"] == _OURS], "tau")
+    taus = values_of([row for row in rows if row["policy"] == _OURS], "tau")
     return min(taus, key=lambda tau: abs(tau - 0.5)) if taus else None
 
 
@@ -128,10 +123,7 @@ def _headline(rows: Sequence[_Row]) -> tuple[str, str, str]:
     ratio = None if row is None else _ratio(rows, row, "mean_latency_per_token_s")
     if row is None or ratio is None:
         return "Policies and guards, ", "simulated", ""
-    if 0.98 < ratio < 1.02:
-        return f"At load {row['load']:g}, mean latency per token ", "about the same", " as in arrival order"
-    factor = f"{number(max(ratio, 1 / ratio), 2)}\u00d7 {'lower' if ratio < 1 else 'higher'}"
-    return f"At load {row['load']:g}, mean latency per token ", factor, " than in arrival order"
+    return against_arrival_order(f"At load {row['load']:g}, mean latency per token ", ratio)
 
 
 def _shown(rows: Sequence[_Row]) -> _Row | None:
@@ -168,7 +160,7 @@ def _pareto_section(rows: Sequence[_Row]) -> Markup:
     if len({row["policy"] for row in own}) < _POLICIES_TO_COMPARE:
         return Markup("")
     figures = []
-    for load in _values(own, "load"):
+    for load in values_of(own, "load"):
         for title, across, up in _PARETO:
             points = {row["policy"]: (x, y) for row in own if row["load"] == load
                       and (x := _ratio(rows, row, across)) and (y := _ratio(rows, row, up))}
@@ -196,7 +188,7 @@ def _frontier_sections(rows: Sequence[_Row]) -> list[Markup]:
             continue
         noisy = policy == _OURS and tau is not None
         title = f"{meaning} (tau {tau:g})" if noisy else meaning
-        figures = [_frontier(rows, chosen, load, frontier) for load in _values(chosen, "load")
+        figures = [_frontier(rows, chosen, load, frontier) for load in values_of(chosen, "load")
                    for frontier in _FRONTIERS]
         lead = ("Each line is one guard from tight to loose; a point is one setting. 1 is arrival order. "
                 "Lower is faster on average, further left is kinder to those who wait longest.")
@@ -211,7 +203,7 @@ def _frontier(rows: Sequence[_Row], chosen: Sequence[_Row], load: float,
     for row in chosen:
         point = _ratio(rows, row, across), _ratio(rows, row, up)
         if row["load"] == load and point[0] and point[1]:
-            lines.setdefault(_guard(row), []).append((point[0], point[1]))
+            lines.setdefault(guard_name(row), []).append((point[0], point[1]))
     for points in lines.values():
         points.sort()
     chart = line_chart(f"{chosen[0]['policy']}-{across}-{load:g}", f"{title}, load {load:g}", lines,
@@ -226,12 +218,12 @@ def _curve_sections(rows: Sequence[_Row]) -> list[Markup]:
         neutral = {"tau": _best_tau(rows), "ranker_delay_s": 0.0, "unscored_share": 0.0}
         ours = [row for row in rows if row["policy"] == _OURS and row["engines"] == 1
                 and all(row[name] == value for name, value in neutral.items() if name != column)]
-        by_guard = [[row for row in ours if row["guard"] == guard] for guard in _values(ours, "guard")]
-        chosen = max(by_guard, key=lambda group: len(_values(group, column)), default=[])
-        if len(_values(chosen, column)) < 2:
+        by_guard = [[row for row in ours if row["guard"] == guard] for guard in values_of(ours, "guard")]
+        chosen = max(by_guard, key=lambda group: len(values_of(group, column)), default=[])
+        if len(values_of(chosen, column)) < 2:
             continue
         figures = []
-        for load in _values(chosen, "load"):
+        for load in values_of(chosen, "load"):
             lines = {name: sorted((float(row[column]), float(row[gain])) for row in chosen
                                   if row["load"] == load and row[gain] is not None)
                      for name, gain in (("per token", "gain_captured"), ("end to end", "gain_captured_e2e"))}
@@ -248,11 +240,11 @@ def _curve_sections(rows: Sequence[_Row]) -> list[Markup]:
 
 
 def _fleet_section(rows: Sequence[_Row]) -> Markup:
-    if len(_values(rows, "engines")) < 2:
+    if len(values_of(rows, "engines")) < 2:
         return Markup("")
     figures = []
     tau = _best_tau(rows)
-    for load in _values(rows, "load"):
+    for load in values_of(rows, "load"):
         for policy in (_BASELINE, _OURS):
             chosen = [row for row in rows if row["load"] == load and row["policy"] == policy
                       and row["tau"] in (None, tau)]
@@ -280,7 +272,7 @@ def _table(rows: Sequence[_Row]) -> Markup:
     heads = ["policy", "guard", *(name.replace("_", " ") for name in given), *(title for _, title in _TABLE),
              "gain/token", "gain e2e"]
     bodies = []
-    for load in _values(rows, "load"):
+    for load in values_of(rows, "load"):
         body = [tag("tr", tag("th", f"Load {load:g}", colspan=len(heads), scope="rowgroup"))]
         body += [_table_row(row, given) for row in rows if row["load"] == load]
         bodies.append(tag("tbody", *body))

@@ -142,7 +142,12 @@ def _read(path: Path, requests: int | None) -> Workload:
 
 
 def _pieces(workload: Workload, count: int) -> dict[int, Workload]:
-    """`count` successive parts of equal length, by number."""
+    """`count` successive parts of equal length, by number.
+
+    Raises: DataError: if there are too few requests.
+    """
+    if len(workload) < count:
+        raise DataError(f"{workload.name}: {len(workload)} requests are too few for {count} pieces")
     size = len(workload) // count
     return {k: workload.take(np.arange(k * size, (k + 1) * size)) for k in range(count)}
 
@@ -206,7 +211,7 @@ def _no_harm(study: Study) -> list[_Row]:
     cases = grid([BASELINE, OURS], None, _LIGHT_LOADS, seeds=range(_PIECES), taus=[0.0, TAU])
     rows: list[_Row] = []
     for path in study.traces:
-        ran = _run(study, _pieces(_read(path, None), _PIECES), cases)
+        ran = _run(study, _pieces(_read(path, study.requests), _PIECES), cases)
         base = {(row["load"], row["seed"]): row for row in ran if row["policy"] == BASELINE}
         ours = [row for row in ran if row["policy"] == OURS]
         ours.sort(key=lambda row: (row["load"], row["tau"]))
@@ -231,7 +236,7 @@ def _fleet(study: Study) -> list[_Row]:
     """Equal load per engine from 1 engine to 1,000, by each router, on lengths of one trace."""
     rows: list[_Row] = []
     trace = next((path for path in study.traces if "conv" in path.name), study.traces[0])
-    lengths = _read(trace, None)
+    lengths = _read(trace, study.requests)
     for engines in _ENGINES:
         cases = [*grid([BASELINE, ORACLE], [NoGuard()], (1.2,), taus=[TAU], engines=[engines],
                        routers=ROUTERS),

@@ -15,6 +15,7 @@ from pars_fast.guards import guard_text
 from pars_fast.page import Axis, Markup, escape, join, number, percent, svg, tag, text, x_axis
 from pars_fast.policies import POLICIES
 from pars_fast.simulation.charts import STYLES, Point, figure, line_chart, section
+from pars_fast.simulation.page_rows import guard_name, values_of
 from pars_fast.simulation.study import BASELINE, ORACLE, OURS, TABLES, TAU, read_table
 
 _Row = Mapping[str, Any]
@@ -80,16 +81,8 @@ def _share(part: float, whole: float, scale: float) -> float | None:
     return part / whole if whole > 0.05 * scale else None
 
 
-def _guard(row: _Row) -> str:
-    return str(row["guard"]).split(":")[0]
-
-
 def _own(row: _Row) -> bool:
     return bool(row["guard"] == guard_text(POLICIES[OURS].default_guard))
-
-
-def _values(rows: Iterable[_Row], column: str) -> list[Any]:
-    return sorted({row[column] for row in rows if row[column] is not None})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -132,11 +125,11 @@ def _strip_section(rows: Sequence[_Row]) -> Markup:
     """Of each guard, the setting that keeps most among those tight enough in the median of all runs."""
     compared = [row for row in rows if row["policy"] == OURS and row["guard"] != "none"]
     best: dict[str, list[_Row]] = {}
-    for setting in _values(compared, "guard"):
+    for setting in values_of(compared, "guard"):
         of_it = [row for row in compared if row["guard"] == setting]
         waits = sorted(row["max_wait_s"] for row in of_it)
-        if waits[len(waits) // 2] <= _LOOSEST and _kept(of_it) > _kept(best.get(_guard(of_it[0]), [])):
-            best[_guard(of_it[0])] = of_it
+        if waits[len(waits) // 2] <= _LOOSEST and _kept(of_it) > _kept(best.get(guard_name(of_it[0]), [])):
+            best[guard_name(of_it[0])] = of_it
     if not best:
         return Markup("")
     lead = ("Each dot is a trace at one load, bursts included; each row one guard, with the setting that "
@@ -161,12 +154,12 @@ def _strip(guards: Sequence[Sequence[_Row]]) -> Markup:
              text(_LABELS, 14, "longest wait, times arrival order's"),
              text(_WIDTH, 14, "gain kept: per token, end to end", text_anchor="end")]
     for place, rows in enumerate(guards):
-        y, style = top + _ROW * (place + 0.5), STYLES.get(_guard(rows[0]), "other0")
+        y, style = top + _ROW * (place + 0.5), STYLES.get(guard_name(rows[0]), "other0")
         ends = [x(pick(row["max_wait_s"] for row in rows)) for pick in (min, max)]
         kept = ", ".join(percent(_mean(row[f"kept_{column}"] for row in rows))
                          for column in (_PER_TOKEN, _END_TO_END))
         setting = str(rows[0]["guard"]).partition(":")[2].split(",")[0].replace("=", " ").replace("_", " ")
-        parts += [text(0, y + 4.5, _guard(rows[0]).replace("_", " "), class_=f"name {style}"),
+        parts += [text(0, y + 4.5, guard_name(rows[0]).replace("_", " "), class_=f"name {style}"),
                   text(_LABELS - 16, y + 4.5, setting, text_anchor="end"),
                   tag("line", x1=ends[0], x2=ends[1], y1=y, y2=y, class_=f"leader {style}"),
                   *(tag("circle", cx=float(x(row["max_wait_s"])), cy=y, r=4.5, class_=f"mark {style}")
@@ -190,7 +183,7 @@ def _frontiers(rows: Sequence[_Row]) -> Markup:
     for policy, title in titles.items():
         compared = _compared(rows, policy)
         figures = [_frontier(compared, workload, _LOAD, pair, workload)
-                   for workload in _values(compared, "workload") for pair in _PAIRS]
+                   for workload in values_of(compared, "workload") for pair in _PAIRS]
         if figures:
             sections.append(section(f"frontier-{policy}", title, lead, *figures))
     ours = [row for row in rows if row["policy"] == OURS]
@@ -210,7 +203,7 @@ def _frontier(rows: Sequence[_Row], workload: str, load: float, pair: tuple[str,
     chosen = [row for row in rows if (row["workload"], row["load"]) == (workload, load)]
     lines: dict[str, list[Point]] = {}
     for row in chosen:
-        lines.setdefault(_guard(row), []).append((row[across], row[up]))
+        lines.setdefault(guard_name(row), []).append((row[across], row[up]))
     name = f"{chosen[0]['policy']}-{workload}-{load:g}-{across}".replace(" ", "-")
     chart = line_chart(name, f"{caption}: {up_name}", {guard: sorted(at) for guard, at in lines.items()},
                        f"{across_name}, times arrival order's", f"{up_name}, times arrival order's",
@@ -248,7 +241,7 @@ def _no_harm(rows: Sequence[_Row]) -> Markup:
     worse = [row for row in rows if row["low"] > 0]
     cells = [(row["workload"], f"{row['load']:g}", f"{row['tau']:g}", row["column"], number(row["fcfs"]),
               f"{row['change']:+.1%}", f"{row['low']:+.1%} to {row['high']:+.1%}") for row in worse]
-    loads = ", ".join(f"{load:g}" for load in _values(rows, "load"))
+    loads = ", ".join(f"{load:g}" for load in values_of(rows, "load"))
     said = (f"{len(worse)} of {len(rows)} columns are worse beyond their 95 % interval, with scores of tau 0 "
             f"and {TAU:g}, at loads {loads}; paired over {rows[0]['pieces']:g} pieces of each trace. By "
             "chance alone it would be one in 40.")

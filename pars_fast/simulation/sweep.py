@@ -1,9 +1,11 @@
 """Many simulations: a grid of cases on all cores, each row kept as soon as it is there.
 
-A row is keyed by a hash of everything that it depends on and appended to a JSON-lines file beside the result,
-so that a sweep that was interrupted, or is extended, runs only what is missing.
+A row is keyed by a hash of everything that it depends on, the code's commit included, and appended to a
+JSON-lines file beside the result, so that a sweep that was interrupted, or is extended, runs only what is
+missing.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pars_fast import __version__
+from pars_fast.bench_results import commit
 from pars_fast.demo.records import gain_captured
 from pars_fast.distribution import LengthDistribution, fit_length_distribution
 from pars_fast.errors import ParsFastError
@@ -60,6 +63,7 @@ FRONTIER: tuple[Guard, ...] = (  # each guard from tight to loose, for queues of
 
 _OTHER_DRAW = 1000  # added to a seed
 _GAINS = (("gain_captured", "mean_latency_per_token_s"), ("gain_captured_e2e", "mean_e2e_s"))
+_commit = functools.cache(commit)  # git is asked once a process
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +174,7 @@ def run_case(setup: Setup, case: Case) -> dict[str, Any]:
         served = simulate_fleet(workload, case.policy, guard, setup.engine, setup.step_time,
                                 engines=case.engines, router=case.router, ranker_delay_s=case.ranker_delay_s)
     row = columns(workload, served)
-    throughput = row["throughput_tok_s"]
+    throughput = row["throughput_to_last_arrival_tok_s"]
     achieved = None if throughput is None else round(throughput / (capacity * case.engines), 4)
     return {**asdict(case), "workload": workload.name, "simulator": setup.simulator,
             "arrivals_sha256": workload.sha256(), "capacity_tok_s": round(capacity, 3),
@@ -251,7 +255,7 @@ def _run_here(case: Case) -> dict[str, Any]:
 def _key(setup: Setup, case: Case) -> str:
     given = {**asdict(case), "workload": setup.workloads[case.seed].sha256(), "engine": asdict(setup.engine),
              "capacity": setup.capacity_tok_s[case.seed], "step_time": asdict(setup.step_time),
-             "simulator": setup.simulator, "version": __version__}
+             "simulator": setup.simulator, "version": __version__, "commit": _commit()}
     if case.tau is None and (own := _own_scores(setup, case)) is not None:
         given["scores"] = hashlib.sha256(np.ascontiguousarray(own).tobytes()).hexdigest()
     if case.tau is None and setup.lengths is not None and needs_distribution(case.policy):
@@ -262,14 +266,14 @@ def _key(setup: Setup, case: Case) -> str:
 def with_gains(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with `gain_captured` (latency per token) and `gain_captured_e2e`.
 
-    Both are against FCFS and the unguarded oracle of the same workload, load, seed, fleet and router; None
-    where one of them is missing or the oracle gains under 5 %.
+    Both are against FCFS and the unguarded oracle of the same seed, `served_alike`; None where one of them is
+    missing or the oracle gains under 5 %.
     """
     with_gain = [dict(row) for row in rows]
-    ends = {(row["policy"], _group(row)): row for row in with_gain
+    ends = {(row["policy"], row["seed"], *served_alike(row)): row for row in with_gain
             if row["policy"] == "fcfs" or (row["policy"], row["guard"]) == ("oracle", NoGuard.name)}
     for row in with_gain:
-        fcfs, oracle = (ends.get((policy, _group(row))) for policy in ("fcfs", "oracle"))
+        fcfs, oracle = (ends.get((policy, row["seed"], *served_alike(row))) for policy in ("fcfs", "oracle"))
         for name, column in _GAINS:
             values: list[Any] = [end and end[column] for end in (fcfs, row, oracle)]
             row[name] = None
@@ -279,5 +283,12 @@ def with_gains(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return with_gain
 
 
-def _group(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("workload", "load", "seed", "engines", "router", "simulator"))
+def served_alike(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row has in common with those that it is compared with, but for the seed.
+
+    A router that goes by predicted work sends even FCFS's requests by their scores.
+    """
+    names = ["workload", "load", "engines", "router", "simulator"]
+    if row["router"] == "predicted_work":
+        names += ["tau", "unscored_share"]
+    return tuple(row[name] for name in names)

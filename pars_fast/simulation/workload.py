@@ -311,14 +311,17 @@ def with_ties_shuffled(workload: Workload, *, seed: int) -> Workload:
     return workload.take(order)
 
 
-def with_burst(workload: Workload, share: float, *, at: float = 0.5, seed: int) -> Workload:
-    """Move a random `share` of the requests to one moment, the fraction `at` of the span of arrivals."""
-    if not (0 <= share <= 1 and 0 <= at <= 1):
-        raise DataError(f"a burst's share and place must be from 0 to 1, got {share} and {at}")
+def with_burst(workload: Workload, share: float, *, seed: int) -> Workload:
+    """Move a random `share` of the requests to one moment, the middle of the span of arrivals.
+
+    Raises: DataError: if the share is not from 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise DataError(f"the share of a burst must be from 0 to 1, got {share}")
     rng = np.random.default_rng(seed)
     moved = rng.choice(len(workload), round(share * len(workload)), replace=False)
     times = workload.arrival_s.copy()
-    times[moved] = times[0] + at * (times[-1] - times[0])
+    times[moved] = times[0] + 0.5 * (times[-1] - times[0])
     return make_workload(workload.name, times, workload.prompt_tokens, workload.output_tokens,
                          workload.expected_tokens, workload.app, workload.hash_ids)
 
@@ -326,11 +329,14 @@ def with_burst(workload: Workload, share: float, *, at: float = 0.5, seed: int) 
 def at_load(workload: Workload, load: float, capacity_tok_s: float) -> Workload:
     """Stretch the arrivals so that the output tokens offered a second are `load` times the capacity.
 
-    Raises: DataError: if the load is not positive, or all requests arrive at once and there is no span to
-        stretch.
+    Raises: DataError: if the load or the capacity is not positive, or all requests arrive at once and there
+        is no span to stretch.
     """
     if not 0 < load < math.inf:
         raise DataError(f"a load must be positive, got {load}")
+    if not 0 < capacity_tok_s < math.inf:
+        raise DataError(f"a capacity must be positive, got {capacity_tok_s} tokens/s; measure it on "
+                        "more requests")
     times = workload.arrival_s - workload.arrival_s[0]
     if times[-1] == 0:
         raise DataError(f"{workload.name}: all requests arrive at once, so no load can be set; "

@@ -10,7 +10,7 @@ import torch
 from bench import gpu, gpu_providers
 from bench.gpu_cases import Case, all_cases
 from bench.timers import Call
-from pars_fast.bench_results import NOT_MEASURED, ROOT, read_csv
+from pars_fast.bench_results import NOT_MEASURED, ROOT, machine, read_csv
 from pars_fast.cli import main
 from pars_fast.packed_weights import PackedWeights
 from pars_fast.tokenization import pack
@@ -33,7 +33,6 @@ def test_every_case_is_listed(cases: list[Case]) -> None:
             "peak_matmul": 1,
             "score": 40,
             "queue_topk": 32,
-            "queue_pop_16": 8,
             "device_order": 4,
             "decode_step": 5,
             "arrival_to_order": 1,
@@ -109,6 +108,52 @@ def test_a_case_that_fails_costs_no_other_its_row(
     assert [row.time_us for row in read_csv(path).rows] == [None, (1.0, 2.0, 3.0)]
 
 
+def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Op by op, or after it was cut off: what the file has from this machine and commit is not run again."""
+    ran: list[str] = []
+
+    def case(op: str, provider: str) -> Case:
+        name = f"{op} {provider}"
+        return Case(op, provider, {"prompts": 1}, lambda: lambda: ran.append(name), timer=clock)
+
+    def clock(call: Call) -> tuple[float, float, float]:
+        call()
+        if ran[-1] == stop_at:
+            raise KeyboardInterrupt
+        return 1.0, 2.0, 3.0
+
+    cases = [case("score", "torch_compile_bucketed"), case("score", "ours"), case("top", "ours")]
+    monkeypatch.setattr(gpu, "all_cases", lambda: iter(cases))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = tmp_path / "gpu.csv"
+
+    def run(*options: str) -> list[str]:
+        ran.clear()
+        monkeypatch.setattr("sys.argv", ["bench.gpu", "--csv", str(path), *options])
+        assert gpu.main() == 0
+        return list(ran)
+
+    stop_at = ""
+    assert run("--only", "top") == ["top ours"]
+    stop_at = "score torch_compile_bucketed"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert ran == ["score ours", "score torch_compile_bucketed"]  # what compiles for minutes comes last
+    stop_at = ""
+    assert run() == ["score torch_compile_bucketed"]
+    assert [row.case for row in read_csv(path).rows] == [case.row(None).case for case in cases]
+    monkeypatch.setattr(gpu, "machine", lambda threads: machine(threads) | {"commit": "another"})
+    assert len(run()) == 3
+
+
+def test_an_op_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.gpu", "--csv", str(tmp_path / "gpu.csv"), "--only", "sort"])
+    assert gpu.main() == 1
+    assert "no op of sort; there are: peak_copy, peak_matmul, score, queue_topk" in capsys.readouterr().err
+
+
 def test_the_command_gives_the_suite_an_absolute_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_report: MakeReport
 ) -> None:
@@ -123,8 +168,8 @@ def test_the_command_gives_the_suite_an_absolute_path(
 
     monkeypatch.setattr("pars_fast.bench_table.subprocess.run", run)
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "gpu", "--csv", "gpu.csv"]) == 1
-    assert ran[0][-2:] == ["--csv", str(tmp_path / "gpu.csv")]
+    assert main(["bench", "gpu", "--csv", "gpu.csv", "--only", "score"]) == 1
+    assert ran[0][-4:] == ["--csv", str(tmp_path / "gpu.csv"), "--only", "score"]
 
 
 def test_buckets_hold_every_prompt_once() -> None:

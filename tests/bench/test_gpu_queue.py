@@ -1,12 +1,9 @@
 """The GPU queue bench without a GPU: what it compares is the same order, and it refuses to time it here."""
 
-import itertools
-
 import pytest
 import torch
 
-from bench import gpu_queue
-from bench.gpu_queue import POPS, Pops, make_table, packed_urgency, pop_time, slot_changes
+from bench.gpu_queue import make_table, packed_urgency, slot_changes
 from pars_fast.kernels.queue_topk import TopkWorkspace, queue_topk, queue_topk_reference
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would be timed")
@@ -30,17 +27,3 @@ def test_the_incremental_provider_rebuilds_as_many_tiles_as_it_says() -> None:
     assert int((workspace.dirty != 0).sum()) == 3
     slots = queue_topk(**table, k=16, workspace=workspace)
     assert slots.tolist() == queue_topk_reference(**table, k=16).tolist()
-
-
-@pytest.mark.parametrize("hinted", [False, True])
-def test_pops_are_timed_from_a_full_queue(hinted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_queue, "POP_ROUNDS", 3)
-    pops = Pops(100, hinted=hinted)
-    p20, p50, p80 = pop_time(pops)
-    assert 0 < p20 <= p50 <= p80
-    pops.refill()
-    assert len(pops.index) == 100
-    before = [entry.seq for entry in itertools.islice(pops.index, POPS)]
-    pops()
-    assert len(pops.index) == 100 - POPS
-    assert before[0] not in {entry.seq for entry in pops.index}

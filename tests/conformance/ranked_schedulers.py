@@ -89,6 +89,7 @@ class _NoRanker:
     """A runtime that is never ready: scores come from the queue's own `add_request`."""
 
     max_in_flight = 0
+    weighs_prompts = False
 
     def start(self) -> None: ...
 

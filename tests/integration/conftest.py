@@ -134,6 +134,7 @@ class FakeRuntime:
     """
 
     max_in_flight = 8
+    weighs_prompts = True
 
     def __init__(self, answer: Callable[[Prompt], float] | None = None) -> None:
         self.answer = answer

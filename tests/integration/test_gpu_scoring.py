@@ -1,30 +1,40 @@
-"""The device's order of scored requests, on CPU tensors through Triton's interpreter."""
+"""The device's order of scored requests; through Triton's interpreter where there is no GPU."""
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from pars_fast import Ranker
 from pars_fast.calibration import TokenMap
+from pars_fast.errors import KernelError
+from pars_fast.graphed import GraphedScorer
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
-from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer
+from pars_fast.integration import gpu_scoring
+from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer, make_gpu_scorer
 from pars_fast.integration.runtime import Prompt
+from pars_fast.integration.scoring import PromptScorer
+from pars_fast.kernels.small_batch_score import MAX_PROMPTS
 from pars_fast.policies import POLICIES, prompt_work
 from pars_fast.priority_class import Entry
 from pars_fast.slot_table import MAX_BATCH, SlotTable
 from pars_fast.tokenization import PackedBatch, pack
+from tests.host_cuda import use_host_cuda
 
 IDENTITY = TokenMap((0.0, 2048.0), (0.0, 2048.0))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNBOUNDED = OvertakingBudget(beta=1e9, floor_tokens=1e9)
 
 
 @pytest.fixture
 def table() -> SlotTable:
-    return SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64)
+    return SlotTable(IDENTITY, capacity=64, device=DEVICE, max_order=64)
 
 
 @pytest.fixture
@@ -43,7 +53,7 @@ def add(
     for first in range(0, len(scored), MAX_BATCH):
         seqs, scores = map(list, zip(*scored[first : first + MAX_BATCH], strict=True))
         order.begin(seqs, prompt_work[first : first + MAX_BATCH])
-        tokens += order.finish(seqs, table.publish(torch.tensor(scores, dtype=torch.float32)))
+        tokens += order.finish(seqs, table.publish(torch.tensor(scores, dtype=torch.float32, device=DEVICE)))
     return tokens
 
 
@@ -69,8 +79,17 @@ def test_a_full_table_gives_no_order_until_it_has_emptied(table: SlotTable, orde
     assert order.first == [70]
 
 
+def test_a_request_that_is_scored_again_keeps_its_slot(table: SlotTable, order: DeviceOrder) -> None:
+    for tokens in (30.0, 20.0, 5.0):
+        add(table, order, [(0, 10.0), (1, tokens)])
+    assert order.first == [1, 0]
+    order.remove([0, 1])
+    assert len(table) == 0
+    assert all(table.acquire() for _ in range(64))  # all slots are free again
+
+
 def test_only_the_first_k_are_given() -> None:
-    table = SlotTable(IDENTITY, capacity=64, device="cpu", max_order=64)
+    table = SlotTable(IDENTITY, capacity=64, device=DEVICE, max_order=64)
     order = DeviceOrder(table, k=2)
     add(table, order, [(0, 30.0), (1, 10.0), (2, 20.0)])
     assert order.first == [1, 2]
@@ -90,7 +109,7 @@ def lengths_as_scores(table: SlotTable) -> Callable[[PackedBatch], torch.Tensor]
     """Scores as a ranker's kernels do; NaN for a prompt of 13 tokens."""
 
     def score(batch: PackedBatch) -> torch.Tensor:
-        lengths = batch.cu_seqlens.diff().float()
+        lengths = batch.cu_seqlens.diff().float().to(DEVICE)
         return table.publish(torch.where(lengths == 13, torch.nan, lengths))
 
     return score
@@ -110,7 +129,7 @@ def test_scorer_orders_what_it_scored(table: SlotTable, order: DeviceOrder) -> N
 
 
 def test_scorer_takes_any_number_of_prompts() -> None:
-    table = SlotTable(IDENTITY, capacity=2 * MAX_BATCH, device="cpu", max_order=256)
+    table = SlotTable(IDENTITY, capacity=2 * MAX_BATCH, device=DEVICE, max_order=256)
     scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), DeviceOrder(table, k=256), None, 0.0)
     prompts = [whole(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)]
     assert len(scorer(prompts)) == MAX_BATCH + 5
@@ -162,3 +181,66 @@ def test_host_index_admits_by_the_devices_order_as_by_its_own(
                 index.remove(entry)
         admitted.append([index.pop().seq for _ in range(len(index))])
     assert admitted[0] == admitted[1]
+
+
+@pytest.fixture
+def load_scorer(
+    ranker_dir: Path, served_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], GpuScorer]:
+    """The scorer of an engine's GPU, graphs and all; on the host where there is no GPU."""
+    if DEVICE.type == "cpu":
+        use_host_cuda(monkeypatch)
+        monkeypatch.setattr(Ranker, "uses_kernels", True)
+        monkeypatch.setattr(gpu_scoring, "SlotTable", partial(SlotTable, capacity=256))
+        load = Ranker.from_pretrained
+
+        def load_small(directory: Path, *, device: torch.device) -> Ranker:
+            ranker = load(directory, device=device)
+            ranker.max_tokens = 8
+            return ranker
+
+        monkeypatch.setattr(Ranker, "from_pretrained", load_small)  # few and small graphs
+        monkeypatch.setattr(gpu_scoring, "MAX_BATCH", MAX_PROMPTS + 1)
+    return partial(
+        make_gpu_scorer, str(ranker_dir), str(served_model), None, device=DEVICE, prompt_work=0.0
+    )
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # in padding
+def test_graphs_score_and_order_as_the_ranker_does(
+    load_scorer: Callable[[], GpuScorer],
+    ranker_dir: Path,
+    served_model: Path,
+    make_prompts: Callable[[int], list[str]],
+) -> None:
+    from transformers import AutoTokenizer
+
+    scorer = load_scorer()
+    tokenizer = AutoTokenizer.from_pretrained(served_model)
+    prompts = [whole(seq, tokenizer(text)["input_ids"]) for seq, text in enumerate(make_prompts(12))]
+    scored = [each for batch in (prompts[:1], prompts[1:3], prompts[3:]) for each in scorer(batch)]
+    with_torch = PromptScorer(Ranker.from_pretrained(ranker_dir, device="cpu"), str(served_model), None)
+    expected = [each.expected_tokens for each in with_torch(prompts)]
+    rounding = 1e-3 if DEVICE.type == "cpu" else 0.05  # fp16 on a GPU
+    assert [each.expected_tokens for each in scored] == pytest.approx(expected, rel=rounding)
+    assert scorer.order() == sorted(range(12), key=lambda seq: (scored[seq].expected_tokens, seq))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("wrong", ["score", "order"])
+def test_kernels_that_compute_something_else_are_refused(
+    load_scorer: Callable[[], GpuScorer], wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong == "score":
+        score = GraphedScorer.score
+        monkeypatch.setattr(GraphedScorer, "score", lambda *arguments: score(*arguments) + 0.5)
+    else:
+        order = SlotTable.order
+
+        def reversed_order(table: SlotTable, k: int) -> torch.Tensor | None:
+            slots = order(table, k)
+            return None if slots is None else slots.flip(0)
+
+        monkeypatch.setattr(SlotTable, "order", reversed_order)
+    with pytest.raises(KernelError, match=f"the kernels' {wrong}.*; set PARS_DEVICE=cpu"):
+        load_scorer()

@@ -41,6 +41,24 @@ def test_a_restarted_engine_starts_from_zero(tmp_path: Path) -> None:
     assert read_counters(tmp_path)["0"]["pars_scored"] == 0
 
 
+def test_two_engines_of_one_number_do_not_touch_each_others_counters(tmp_path: Path) -> None:
+    """As two `LLM`s of one process; to cut a file that is mapped would end its engine by a signal."""
+    first, second = CounterFile(str(tmp_path), 0), CounterFile(str(tmp_path), 0)
+    second.values["pars_scored"] = 2.0
+    second.write()
+    first.values["pars_scored"] = 9.0
+    first.write()
+    assert read_counters(tmp_path)["0"]["pars_scored"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["engine_0.bin"]
+
+
+def test_a_folder_that_is_gone_stops_no_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counters = CounterFile(str(tmp_path / "gone"), 0)
+    counters.values["pars_scored"] += 1
+    counters.write()
+    assert "pars-fast: counters do not come to /metrics: [Errno 2] No such file or directory" in caplog.text
+
+
 def test_without_a_folder_counters_stay_in_memory() -> None:
     counters = CounterFile(None, 0)
     counters.values["pars_scored"] += 1

@@ -1,6 +1,7 @@
 """What the order believes to be cached is what vLLM finds, and no fault of it reaches a step."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pars_fast.integration.prefix_cache import PrefixCache
-from pars_fast.simulation import faithful
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.faithful import VirtualClock, make_scheduler, serve, simulate
+from pars_fast.simulation.faithful import VirtualClock, serve, simulate
+from pars_fast.simulation.simulated_requests import make_request
 from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.vllm_scheduler import make_scheduler
 from pars_fast.simulation.workload import HASHED_TOKENS, Workload, make_workload
 
 STEP = StepTime(0.01, 1e-5, 1e-4, 1e-7, "a test")
@@ -46,9 +48,9 @@ def test_it_says_what_vllm_finds(served_turns: list[tuple[int, int]]) -> None:
     serve(scheduler, workload, ENGINE, STEP, VirtualClock())
     lookup = PrefixCache(scheduler.kv_cache_manager, ENGINE.block_size)
     for number in range(len(workload)):
-        request = faithful._request(workload, number, ENGINE.block_size)
+        request = make_request(workload, number, ENGINE.block_size)
         assert lookup(request) == found_by_vllm(scheduler, request) > 0
-    unknown = faithful._request(conversations([(9, 3)]), 0, ENGINE.block_size)
+    unknown = make_request(conversations([(9, 3)]), 0, ENGINE.block_size)
     assert lookup(unknown) == 0
     scheduler.shutdown()
 
@@ -62,12 +64,25 @@ def test_what_is_evicted_is_not_cached() -> None:
     workload = conversations([(conversation, 2) for conversation in range(20)])
     serve(scheduler, workload, small, STEP, VirtualClock())
     lookup = PrefixCache(scheduler.kv_cache_manager, small.block_size)
-    cached = [lookup(faithful._request(workload, number, small.block_size)) for number in range(20)]
+    cached = [lookup(make_request(workload, number, small.block_size)) for number in range(20)]
     assert cached[0] == 0 < cached[-1]
     for number in range(20):
-        request = faithful._request(workload, number, small.block_size)
+        request = make_request(workload, number, small.block_size)
         assert cached[number] == found_by_vllm(scheduler, request)
     scheduler.shutdown()
+
+
+def test_of_a_preempted_request_the_prompt_alone_counts() -> None:
+    """Blocks of its answer are cached as well: less than no prompt cannot be left to compute."""
+    manager = SimpleNamespace(
+        enable_caching=True,
+        kv_cache_config=SimpleNamespace(kv_cache_groups=["one"]),
+        block_pool=SimpleNamespace(get_cached_block=lambda block_hash, groups: ["a block"]),
+    )
+    request: Any = SimpleNamespace(
+        block_hashes=list(range(9)), num_tokens=300, num_prompt_tokens=96, skip_reading_prefix_cache=False
+    )
+    assert PrefixCache(manager, 32)(request) == 64
 
 
 @pytest.mark.parametrize(("policy", "first"), [("pars_fast", 3), ("pars", 2)])
@@ -103,7 +118,7 @@ def test_a_cache_that_cannot_be_asked_counts_as_empty(caplog: pytest.LogCaptureF
             raise AttributeError("another vLLM")
 
     lookup = PrefixCache(Broken(), 32)
-    request = faithful._request(conversations([(0, 2)]), 0, 32)
+    request = make_request(conversations([(0, 2)]), 0, 32)
     with caplog.at_level(logging.WARNING, "vllm.pars_fast"):
         assert [lookup(request), lookup(request)] == [0, 0]
     assert sum("count as if none" in record.message for record in caplog.records) == 1

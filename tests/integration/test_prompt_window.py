@@ -140,3 +140,25 @@ def test_what_is_given_is_of_the_prompt_in_its_order_and_keeps_its_end(
         assert is_subsequence(got, ids)
         assert min(len(ids), LEAST_IDS) <= len(got) <= MAX_IDS
         assert got[-LEAST_IDS:] == ids[-LEAST_IDS:]
+
+
+def test_prompts_with_a_long_common_beginning_are_not_compared_id_by_id() -> None:
+    compared = 0
+
+    class Id(int):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    def prompt(seed: int) -> list[int]:
+        return [Id(each) for each in (*range(8000), *fresh(1000, seed))]  # nothing is the same object
+
+    window = PromptWindow()
+    for seed in range(8):
+        window(prompt(seed))
+    compared = 0
+    assert window.cut(prompt(8)).ids == fresh(1000, 8)[:256] + fresh(1000, 8)[-256:]
+    assert compared < 4000

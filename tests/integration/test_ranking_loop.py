@@ -245,6 +245,41 @@ def test_restarts_come_at_growing_intervals(bench: Bench, caplog: pytest.LogCapt
     assert len(bench.queue) == 1
 
 
+def test_a_ranker_that_never_comes_up_is_tried_for_weeks(bench: Bench) -> None:
+    bench.runtime.ready_on_start = False
+    bench.runtime.start()
+    for _ in range(5_000):
+        bench.runtime.reason = "no checkpoint"
+        bench.step(seconds=MAX_RESTART_DELAY_S)
+    assert bench.fallbacks("ranker") > 2_000
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("no new thread")])
+def test_a_system_without_room_for_the_ranker_is_asked_again(
+    error: Exception, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine starts and serves meanwhile."""
+    tries = []
+
+    def fail() -> None:
+        tries.append(bench.now)
+        raise error
+
+    bench.runtime.answer = descending
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.runtime, "start", fail)
+        bench.loop = bench.make_loop()
+        requests = bench.add(4)
+        for _ in range(10):
+            bench.step(seconds=1.0)
+        assert list(bench.queue) == requests
+    assert len(tries) == bench.fallbacks("ranker") == 4  # after 0, 1, 3, and 7 s
+    assert f"pars-fast: the ranker cannot be started: {error}; the queue is in arrival order" in caplog.text
+    for _ in range(9):
+        bench.step(seconds=1.0)
+    assert list(bench.queue) == requests[::-1]
+
+
 def test_a_prompt_that_kills_every_ranker_does_not_make_it_restart_ever_faster(bench: Bench) -> None:
     """Coming up is no recovery: only a score is."""
     bench.add()
@@ -488,6 +523,7 @@ def test_a_length_is_predicted_again_from_prompt_and_answer(bench: Bench) -> Non
     bench.runtime.answer = lambda prompt: float(len(prompt.ids))
     bench.step()
     assert (bench.expected(request), bench.expected(longer)) == (60, MAX_IDS + 50)
+    assert bench.counters["pars_submitted"] == bench.counters["pars_scored"] == 4
 
 
 def test_close_ends_the_ranker(bench: Bench) -> None:
@@ -526,3 +562,21 @@ def test_a_device_order_is_dropped_where_applications_differ(bench: Bench, polic
         bench.step()
         bench.step()
         assert index._hint.tolist() == ([1, 0] if kept else [])
+
+
+@pytest.mark.parametrize("weighs_prompts", [True, False])
+def test_the_prefix_cache_is_asked_only_for_a_ranker_that_weighs_prompts(
+    bench: Bench, weighs_prompts: bool
+) -> None:
+    asked: list[Request] = []
+
+    def cached_tokens(request: Any) -> int:
+        asked.append(request)
+        return 4
+
+    bench.runtime.weighs_prompts = weighs_prompts
+    bench.queue.index.policy.cached_tokens = cached_tokens
+    requests = bench.add(3, num_prompt_tokens=10)
+    bench.step()
+    assert [prompt.num_tokens for prompt in bench.runtime.submitted] == [6 if weighs_prompts else 10] * 3
+    assert asked == (requests[::-1] if weighs_prompts else [])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ from transformers import AutoTokenizer
 
 from pars_fast import Ranker
 from pars_fast.integration import gpu_scoring
+from pars_fast.integration.process_runtime import ProcessRuntime
 from pars_fast.integration.ranker_process import BATCH_PROMPTS
-from pars_fast.integration.runtime import READY, ProcessRuntime, Prompt, Scored, ThreadRuntime
+from pars_fast.integration.runtime import READY, Prompt, Scored, ThreadRuntime
 from pars_fast.integration.runtime_choice import make_runtime
 from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.settings import Settings
@@ -44,6 +46,8 @@ def start_process(ranker_dir: Path, served_model: Path) -> Iterator[Callable[...
     yield start
     for runtime in started:
         runtime.close()
+        for process in runtime._killed:
+            process.wait()
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = START_TIMEOUT_S) -> Any:
@@ -117,7 +121,7 @@ def test_a_process_scores_as_the_library_does_and_survives_a_kill(
 
     process = process_of(runtime)
     runtime.close()
-    assert process.poll() is not None
+    assert process.wait(10.0) == -signal.SIGKILL
     runtime.close()
 
 
@@ -143,18 +147,27 @@ def test_a_missing_or_damaged_checkpoint_is_a_failure_not_a_crash(
 
 OWNER = """
 import sys, time
-from pars_fast.integration.runtime import ProcessRuntime
+from pars_fast.integration.process_runtime import ProcessRuntime
+from pars_fast.integration.runtime import Prompt
 runtime = ProcessRuntime(sys.argv[1], sys.argv[2], None, 1)
 runtime.start()
 while not runtime.poll():
     time.sleep(0.01)
+if num_prompts := int(sys.argv[3]):
+    runtime.submit([Prompt(seq, [7, 8, 9], 3) for seq in range(num_prompts)])
+    while not runtime.poll():
+        time.sleep(0.01)
 print(runtime._process.pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_the_process_ends_when_its_engine_is_killed(ranker_dir: Path, served_model: Path) -> None:
-    command = [sys.executable, "-c", OWNER, str(ranker_dir), str(served_model)]
+@pytest.mark.parametrize("num_prompts", [0, 50_000], ids=["idle", "busy"])
+def test_the_process_ends_when_its_engine_is_killed(
+    num_prompts: int, ranker_dir: Path, served_model: Path
+) -> None:
+    """A busy one scores for half a minute, and has answers that nobody takes."""
+    command = [sys.executable, "-c", OWNER, str(ranker_dir), str(served_model), str(num_prompts)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
         try:
             assert owner.stdout is not None
@@ -162,6 +175,44 @@ def test_the_process_ends_when_its_engine_is_killed(ranker_dir: Path, served_mod
         finally:
             owner.kill()
     wait_for(lambda: not is_running(ranker_pid))  # first it imports torch, at idle priority
+
+
+def test_what_is_no_process_needs_no_socket() -> None:
+    code = "import sys, pars_fast.integration.runtime; print({'zmq', 'msgspec'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert shown.stdout == "set()\n", shown.stderr
+
+
+def test_nobody_waits_for_a_process_that_is_ended(
+    start_process: Callable[..., ProcessRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hang in a driver, where no signal reaches it; when it has ended it is reaped all the same."""
+    runtime = start_process()
+    first = process_of(runtime)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "wait", lambda *_, **__: pytest.fail("it waits"))
+        runtime.start()
+        wait_for(lambda: not is_running(first.pid))
+        runtime.start()
+        runtime.close()
+    assert first.returncode == -signal.SIGKILL
+    assert first not in runtime._killed
+
+
+def test_a_start_that_fails_is_an_os_error_and_the_next_one_may_succeed(
+    start_process: Callable[..., ProcessRuntime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = start_process()
+    long = tmp_path / ("long" * 30)  # more than the name of a socket may have
+    long.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(long))
+        with pytest.raises(OSError, match="is longer than 107 characters"):
+            runtime.start()
+    assert runtime.failure() is None
+    runtime.start()
+    assert process_of(runtime).poll() is None
+    assert not list(long.iterdir())
 
 
 class ToyScorer:

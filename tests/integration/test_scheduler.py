@@ -22,6 +22,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from pars_fast.arrival_index import ArrivalIndex
 from pars_fast.demo.scheduler import SwitchableAsyncScheduler, SwitchableScheduler
 from pars_fast.guards import IdleQuantum, NoGuard, PassingLimit
 from pars_fast.integration import scheduler as scheduler_module
@@ -452,6 +453,64 @@ def test_a_raising_hook_falls_back_and_all_are_served(
     assert runtime.closed
     assert not engine.scheduler.waiting.arrivals
     assert len(engine.scheduler.waiting.entries) <= 1  # the last one, until the next step
+    assert isinstance(engine.scheduler.waiting.index, ArrivalIndex)  # which keeps nothing of those who left
+
+
+def test_what_is_shown_goes_on_when_the_order_fails(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A counter does not begin anew, and how many wait is not that of the last good step."""
+    monkeypatch.setattr(scheduler_module, "SHOWN_EVERY_STEPS", 1)
+    runtime = use_policy("pars_fast")
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    engine.add([make_request(str(i), max_tokens=3) for i in range(8)])
+    engine.step()
+    runtime.score(lambda prompt: 500.0 - prompt[0])
+    values = engine.scheduler._counters.values
+    while not values["pars_overtaken"]:
+        engine.step()
+    overtaken = values["pars_overtaken"]
+    monkeypatch.setattr(engine.scheduler.waiting.index, "set_expected_tokens", lambda *_: 1 / 0)
+    engine.add([make_request("late", max_tokens=3)])
+    while not runtime.pending:
+        engine.step()
+    runtime.score(lambda prompt: 5.0)
+    while engine.scheduler.has_requests():
+        engine.step()
+        assert values["pars_overtaken"] >= overtaken
+    assert values["pars_fallback_error"] == 1
+    assert (values["pars_active"], values["pars_waiting"]) == (0, 0)
+
+
+@both_schedulers
+def test_admissions_are_counted_that_were_really_made(
+    scheduler_cls: type,
+    make_engine: Any,
+    make_request: MakeRequest,
+    use_policy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who is planned and finds no seat, or is skipped, is not; else a counter would fall again."""
+    monkeypatch.setattr(scheduler_module, "SHOWN_EVERY_STEPS", 1)
+    use_policy("oracle")
+    engine = make_engine(scheduler_cls, max_num_seqs=2)
+    blocked = {"38", "39"}  # the shortest, so that nobody goes ahead of them
+    monkeypatch.setattr(
+        engine.scheduler, "_handle_blocked_waiting_request", lambda request: request.request_id not in blocked
+    )
+    engine.add([make_request(str(i), max_tokens=50 - i) for i in range(40)])
+    while len(engine.finished) < 40:
+        engine.step()
+        if len(engine.finished) == 30:
+            blocked.clear()
+        order = list(map(int, engine.admitted))
+        waiting = set(range(40)) - set(order)
+        overtakes = 0
+        for number in reversed(order):
+            overtakes += any(older < number for older in waiting)
+            waiting.add(number)
+        assert engine.scheduler._counters.values["pars_overtaken"] == overtakes
+    assert engine.scheduler._counters.values["pars_overtaken"] > 30
 
 
 @both_schedulers
@@ -759,3 +818,104 @@ def test_the_demos_switch_changes_policy_and_guard_between_runs(
     assert len(steps) == sum(bool(step) for step in engine.steps)
     assert steps[:, :2].sum() == sum(sum(step.values()) for step in engine.steps)
     assert (steps[:, 3] > 0).all()
+
+
+@both_schedulers
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_what_a_client_calls_its_priority_counts_only_under_vllms_policy_of_that_name(
+    scheduler_cls: type, policy: str, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy("oracle")
+    engine = make_engine(scheduler_cls, max_num_seqs=1, policy=policy)
+    lengths, priorities = [30, 20, 10], [-5, 0, -9]
+    engine.add([make_request(str(i), max_tokens=lengths[i], priority=priorities[i]) for i in range(3)])
+    engine.run()
+    assert engine.admitted == (["2", "1", "0"] if policy == "fcfs" else ["2", "0", "1"])
+
+
+def test_nor_does_it_keep_a_running_request_from_yielding(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy("srpt")
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    engine.add([make_request("long", max_tokens=40, priority=-5)])
+    for _ in range(6):
+        engine.step()
+    engine.add([make_request("short", max_tokens=3)])
+    engine.run()
+    assert engine.preemptions == 1
+    assert len(engine.tokens["long"]) == 40
+
+
+@pytest.mark.parametrize("mode", ["on", "shadow"])
+@pytest.mark.parametrize("policy", ["oracle", "prompt_length", "justitia"])
+def test_shadow_mode_keeps_arrival_order_without_a_ranker_too(
+    policy: str, mode: str, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy(policy, PARS_MODE=mode)
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    engine.add([make_request(str(i), max_tokens=30 - i, num_prompt_tokens=40 - i) for i in range(8)])
+    engine.run()
+    assert engine.admitted == [str(i) for i in (range(8) if mode == "shadow" else range(7, -1, -1))]
+    assert engine.scheduler._counters.values["pars_active"] == (mode == "on")
+
+
+def test_the_queue_is_not_called_ranked_where_the_policy_is_order_of_arrival(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy("fcfs")
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    engine.add([make_request(max_tokens=5) for _ in range(4)])
+    engine.run()
+    assert engine.scheduler._counters.values["pars_active"] == 0
+
+
+@pytest.mark.parametrize("policy", ["oracle", "justitia"])
+def test_without_a_ranker_nothing_piles_up_for_one(
+    policy: str, make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    use_policy(policy, PARS_TRUST_CALLER="1")
+    engine = make_engine(RankedScheduler, max_num_seqs=2)
+    engine.add([make_request(max_tokens=3, pars_score=7) for _ in range(20)])
+    engine.run()
+    engine.step()
+    waiting = engine.scheduler.waiting
+    assert [len(kept) for kept in (waiting.finished, waiting.forgotten, waiting.arrivals)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("where", ["before", "in it", "nowhere"])
+def test_what_was_recorded_is_written_at_the_end_whatever_failed(
+    where: str, make_engine: Any, make_request: MakeRequest, use_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_policy("oracle")
+    scheduler = make_engine(RankedScheduler).scheduler
+    flushed: list[float] = []
+    monkeypatch.setattr(scheduler, "_recorder", SimpleNamespace(flush=flushed.append))
+    if where == "before":
+        scheduler._fall_back(RuntimeError("a bug of ours"))
+    if where == "in it":
+        monkeypatch.setattr(scheduler._learning, "flush", lambda: 1 / 0)
+    scheduler.shutdown()
+    assert flushed == [scheduler_module.RECORD_FLUSH_S]
+    assert scheduler._failed == (where != "nowhere")
+
+
+def test_a_preempted_session_whose_turn_ends_leaves_nothing_behind(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any
+) -> None:
+    """Its last output was on its way by then: vLLM puts it into the queue again, and takes it out."""
+    use_policy("fcfs")
+    engine = make_engine(RankedScheduler, max_num_seqs=1)
+    engine.add([make_request("session", max_tokens=9, resumable=True), make_request("next", max_tokens=3)])
+    for _ in range(3):
+        engine.step()
+    scheduler = engine.scheduler
+    session = scheduler.requests["session"]
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert session.status is RequestStatus.PREEMPTED
+    scheduler._handle_stopped_request(session)
+    assert [request.request_id for request in scheduler.waiting].count("session") == 1
+    scheduler.waiting.remove_requests([session])
+    scheduler.deferred_waiting.discard(session)
+    assert [request.request_id for request in scheduler.waiting] == ["next"]
+    assert len(scheduler.waiting) == 1

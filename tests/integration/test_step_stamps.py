@@ -10,10 +10,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from pars_fast.simulation import step_stamps
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.faithful import VirtualClock, make_scheduler, serve
+from pars_fast.simulation.faithful import VirtualClock, serve
 from pars_fast.simulation.step_log import STEP_LOG_VARIABLE, StepLog
 from pars_fast.simulation.step_stamps import StampedScheduler
 from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.vllm_scheduler import make_scheduler
 from pars_fast.simulation.workload import make_workload
 
 ENGINE = EngineSettings(

@@ -23,7 +23,8 @@ from pars_fast.integration.runtime import READY, Prompt, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.settings import Settings
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.faithful import block_hasher, make_scheduler
+from pars_fast.simulation.simulated_requests import block_hasher
+from pars_fast.simulation.vllm_scheduler import make_scheduler
 
 SEATS, LONGEST, KV_TOKENS = 4, 60, 320
 ENGINE = EngineSettings(
@@ -52,6 +53,7 @@ class MadeUpRanker:
     """A `RankerRuntime` whose scores are looked up by the request's number, its prompt's first token."""
 
     max_in_flight = 4
+    weighs_prompts = False
 
     def __init__(self, score: Callable[[int], float], silence: float, rng: random.Random) -> None:
         self._score, self._silence, self._rng = score, silence, rng
@@ -110,7 +112,8 @@ class Run:
             "_read_settings": lambda self: Settings(policy="pars_fast", guard=guard, calibration=False),
             "_make_runtime": lambda self, settings: ranker,
         }
-        self.scheduler: Any = make_scheduler(type("Ranked", (with_ranking(Scheduler),), members), ENGINE)
+        ranked = type("Ranked", (with_ranking(Scheduler),), members)
+        self.scheduler: Any = make_scheduler(ranked, ENGINE, "priority" if priorities > 1 else "fcfs")
         self.arrivals: dict[str, Arrival] = {}
         self.admitted: list[str] = []
         self.aborted: set[str] = set()

@@ -9,10 +9,11 @@ import torch
 
 from pars_fast import Ranker
 from pars_fast.baselines import load_predictor
-from pars_fast.benchmark import CEILING, benchmark, held_out_rows, read_length_files
+from pars_fast.benchmark import CEILING, benchmark, held_out_rows, mean_tau, read_length_files
 from pars_fast.data import read_length_file
 from pars_fast.distribution import LengthDistribution
 from pars_fast.errors import DataError
+from pars_fast.metrics import kendall_tau
 
 WriteLengths = Callable[..., Path]
 PROMPTS = [" ".join("abcdefghij"[: 1 + n % 9]) + " z" * n for n in range(40)]
@@ -80,8 +81,6 @@ def test_the_ceiling_is_the_order_of_the_other_models(file: Any) -> None:
     # `few` is another model too, on the five prompts that it answered
     few = np.log([row.output_tokens.get("few", np.nan) for row in file.select("test").rows])
     others = np.nanmean(np.column_stack([centred[:, 1:], few - np.nanmean(few)]), axis=1)
-    from pars_fast.metrics import kendall_tau
-
     assert ceiling["models"]["m"]["kendall_tau"] == pytest.approx(kendall_tau(others, logs[:, 0]), abs=1e-6)
 
 
@@ -104,6 +103,15 @@ def test_a_ranker_with_a_distribution_has_its_coverage_measured(file: Any, tiny_
 def test_a_sample_of_a_large_file(file: Any) -> None:
     result = results([file], {"x": [Exact(len)]}, most=25)["arena_hard_v0.1"]
     assert result["n"] == result["predictors"]["x"]["models"]["m"]["n"] == 25
+
+
+def test_the_mean_tau_is_over_models_with_enough_answers(file: Any) -> None:
+    rows, _ = held_out_rows(file)
+    scores = np.array([float(len(row.prompt)) for row in rows])
+    columns = {model: np.array([row.output_tokens[model] for row in rows]) for model in "mno"}
+    expected = np.mean([kendall_tau(scores, lengths) for lengths in columns.values()])
+    assert mean_tau(scores, rows, ["m", "n", "o", "few"]) == pytest.approx(expected)
+    assert np.isnan(mean_tau(scores, rows, ["few"]))
 
 
 def test_val_stands_in_for_a_missing_test_split(write_lengths: WriteLengths) -> None:

@@ -176,6 +176,23 @@ def test_an_interrupt_is_one_line(
     assert capsys.readouterr().err == "pars-fast: interrupted\n"
 
 
+def test_sigterm_skips_no_cleaning_up() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from pars_fast import cli\n"
+        "def serve(_):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('server stopped')\n"
+        "cli._evaluate = serve\n"
+        "cli.main(['evaluate', '--data', 'x'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (128 + 15, "server stopped\n")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["nope"], ["train"], ["evaluate", "--data", "x", "--split", "dev"]], ids=str
 )

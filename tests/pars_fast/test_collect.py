@@ -269,6 +269,25 @@ def test_a_folder_as_output_is_refused_before_anybody_is_asked(server: FakeServe
     assert not server.asked
 
 
+def test_a_file_whose_answers_are_not_there_is_not_replaced(server: FakeServer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("lengths of another machine")
+    with pytest.raises(OutputError, match=r"out\.jsonl\.sqlite .* is not there; give another --out, or move"):
+        collect(PROMPTS, out, asking(server))
+    assert not server.asked
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_run_without_an_answer_leaves_the_file_as_it_was(server: FakeServer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    collect(PROMPTS, out, asking(server))
+    before = out.read_text()
+    server.failures = {prompt: [401] for prompt in PROMPTS}
+    with pytest.raises(CollectError):
+        collect(PROMPTS, out, asking(server, max_tokens=5))
+    assert out.read_text() == before
+
+
 def test_a_file_that_is_no_database_is_named(server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.sqlite").write_text("notes" * 99)
     with pytest.raises(DataError, match=r"out\.jsonl\.sqlite: not a file of collected answers"):

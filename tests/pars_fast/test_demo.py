@@ -1,10 +1,12 @@
-"""The demo's sample, arrivals, client and figures; the server itself is tested in tests/integration."""
+"""The demo's sample, arrivals, client, figures and a server's end; a real one is in tests/integration."""
 
 import asyncio
 import json
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ from aiohttp import web
 
 from pars_fast.demo.arrivals import BURST_SHARE, LOADS, arrival_times, arrivals_hash
 from pars_fast.demo.client import closed_loop_capacity, serve_arrivals
+from pars_fast.demo.display import Display
 from pars_fast.demo.model import TINY, make_tiny_model
 from pars_fast.demo.records import Run, ServedRequest, gain_captured
+from pars_fast.demo.run import Served, measure_capacity, summarise
 from pars_fast.demo.sample import MAX_OUTPUT_TOKENS, REQUESTS, SOURCES, SamplePrompt, load_sample
+from pars_fast.demo.server import ServerError, vllm_server
+from pars_fast.simulation.engine import EngineSettings
 
 
 def test_sample_is_what_its_rule_says() -> None:
@@ -58,6 +64,19 @@ def test_columns_leave_out_what_never_finished() -> None:
     assert columns["mean_latency_per_token_s"] == 0.5
     assert columns["mean_tpot_s"] == pytest.approx(4 / 9, rel=1e-5)
     assert (columns["max_wait_s"], columns["throughput_tok_s"]) == (1.0, pytest.approx(10 / 6, rel=1e-5))
+
+
+def test_the_load_achieved_is_what_was_served() -> None:
+    """Of 20 tokens offered within 2 s 3 were made by then."""
+    requests = (ServedRequest(0, "a", 5, 10, 10, arrival_s=0.0, first_token_s=0.0, finish_s=9.0),
+                ServedRequest(1, "a", 5, 10, 10, arrival_s=2.0, first_token_s=5.0, finish_s=9.0))
+    lost = tuple(replace(request, received_tokens=0, finish_s=None) for request in requests)
+    runs = [Run("fcfs", "saturated", 0, requests), Run("oracle", "saturated", 0, lost)]
+    sample = load_sample()
+    expected = [float(prompt.output_tokens) for prompt in sample]
+    summary = summarise(runs, sample, expected, capacity_tok_s=10.0, engine=EngineSettings(), served="m",
+                        repeats=1)
+    assert summary["achieved_load"] == {"fcfs": pytest.approx(0.15), "oracle": None}
 
 
 @pytest.fixture
@@ -106,6 +125,65 @@ def test_client_counts_tokens_and_keeps_failures(server: str) -> None:
 def test_closed_loop_capacity_is_a_rate(server: str) -> None:
     sample = [SamplePrompt("a", "m", f"hello {i}", 8) for i in range(40)]
     assert closed_loop_capacity(server, "m", sample, 4, lambda: None) > 0
+
+
+def capacity_of(server: str, *prompts: str) -> float:
+    sample = [SamplePrompt("a", "m", prompt, 8) for prompt in prompts]
+    return measure_capacity(server, Served("m", "a made-up server", (), {}), sample, Display())
+
+
+def test_few_prompts_measure_the_capacity(server: str) -> None:
+    """As many as the clients are all sent at once, before any token is back."""
+    assert capacity_of(server, "one", "two", "three") > 0
+
+
+def test_a_server_that_answers_nothing_has_no_capacity(server: str) -> None:
+    with pytest.raises(ServerError, match="the server answered none of 128 requests"):
+        capacity_of(server, "fail", "fail again")
+
+
+FAKE_VLLM = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/end":
+            print("no memory left", flush=True)
+            os._exit(1)
+        self.send_response(200)
+        self.end_headers()
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path) -> dict[str, str]:
+    """Variables with which a Python finds a vLLM that is healthy until it is asked to end."""
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(FAKE_VLLM)
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_a_server_that_ends_in_use_leaves_its_log(fake_vllm: dict[str, str], tmp_path: Path) -> None:
+    with (
+        pytest.raises(ServerError, match=r"server ended; the end of its log:\n(.*\n)*no memory left$"),
+        vllm_server("m", (), fake_vllm, tmp_path / "log") as url,
+    ):
+        urllib.request.urlopen(f"{url}/end")
+
+
+def test_another_error_stays_what_it_is(
+    fake_vllm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pars_fast.demo.server.END_TIMEOUT_S", 0.1)
+    with pytest.raises(KeyError), vllm_server("m", (), fake_vllm, tmp_path / "log"):
+        raise KeyError
 
 
 def test_the_tiny_model_has_the_layers_it_says(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_what_nobody_demands_is_dropped() -> None:
     share = FairShare()
     share.join("a", 10.0)
     assert share.serve(1000.0) == ["a"]
-    assert (len(share), share.finish_of("a"), share.virtual_time) == (0, None, 10.0)
+    assert (len(share), share.virtual_time) == (0, 10.0)
     assert share.until_next() == float("inf")
     assert share.join("b", 5.0) == 15.0
 
@@ -129,3 +129,28 @@ def test_a_share_that_is_served_in_part() -> None:
     assert share.serve(8.0) == ["a"]
     assert share.serve(19.0) == []
     assert share.serve(1.0) == ["b"]
+
+
+def test_whoever_needs_less_than_it_said_leaves_earlier() -> None:
+    """At once if the ideal has given it that much already, and it may come back."""
+    share = FairShare()
+    a, b = share.join("a", 100.0), share.join("b", 30.0)
+    share.serve(20.0)
+    share.move("a", 25.0)
+    assert share.serve(30.0) == ["a"]
+    assert share.virtual_time == 25.0
+    share.move("a", a)
+    assert share.serve(10.0) == ["b"]
+    assert share.virtual_time == b == 30.0
+    share.move("a", 30.0)
+    assert (len(share), share.until_next(), share.serve(10.0)) == (0, float("inf"), [])
+
+
+def test_nothing_is_kept_of_those_that_left_early() -> None:
+    share = FairShare()
+    share.join("for ever", 1e12)
+    for number in range(5000):
+        share.join(str(number), 1e6)
+        share.move(str(number), 0.0)
+    assert len(share) == 1
+    assert len(share._next) < 200

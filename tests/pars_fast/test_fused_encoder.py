@@ -165,7 +165,7 @@ class TestRankerOnKernels:
         tiny_ranker.model.to(DEVICE)
         before = tiny_ranker.score(["yes"])
         tiny_ranker.save_pretrained(tmp_path / "ranker")
-        loaded = Ranker.from_pretrained(tmp_path / "ranker", device="cpu")
+        loaded = Ranker.from_pretrained(tmp_path / "ranker", device=DEVICE)
         torch.testing.assert_close(loaded.score(["yes"]), before, atol=5e-3, rtol=1e-2)
         query = tiny_ranker.model.encoder.layer[1].get_submodule("attention.self.query")
         assert isinstance(query, torch.nn.Linear)

@@ -3,16 +3,26 @@
 import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pars_fast import waiting_tree
-from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget, PassingLimit
+from pars_fast.guards import (
+    FixedThreshold,
+    Guard,
+    IdleQuantum,
+    NoGuard,
+    OvertakingBudget,
+    PassingLimit,
+    RelativeAgeing,
+    UniBoost,
+)
 from pars_fast.host_index import MAX_EXPECTED_TOKENS, HostIndex, RunningMedian, warm_up
 from pars_fast.policies import POLICIES
-from pars_fast.priority_class import Entry
+from pars_fast.priority_class import Entry, PriorityClass
 from pars_fast.waiting_tree import MIN_CAPACITY
 
 NO_GUARD = OvertakingBudget(beta=0.0, floor_tokens=math.inf)
@@ -20,7 +30,9 @@ INITIAL = 128.0
 
 
 class Request:
-    """What the oracle reads of a request."""
+    """What policies read of a request."""
+
+    request_id, num_prompt_tokens, num_output_tokens = "a", 3, 0
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -303,12 +315,13 @@ def test_a_plan_made_ahead_stays_as_it_is_while_nothing_happens() -> None:
     for seq in range(20):
         _add(index, seq, expected=float(20 - seq))
     index.plan_ahead()
-    plan, counted = index._plans[0], index.overtakes
+    planned = list(index.planned)
+    index._ranked_plan = None  # type: ignore[method-assign, assignment]
     for step in range(3):  # without a free seat
         index.begin_step(float(step))
         index.plan_ahead()
-    assert index._plans == [plan]
-    assert index.overtakes == counted
+    assert index.planned == planned != []
+    assert index.overtakes == 0  # so far nobody was admitted
 
 
 def test_more_news_than_are_noted_at_a_time_undo_a_plan_made_ahead() -> None:
@@ -319,6 +332,77 @@ def test_more_news_than_are_noted_at_a_time_undo_a_plan_made_ahead() -> None:
         _add(index, seq, expected=50.0)
     index.begin_step(0.0)
     assert _drain(index) == [*range(1, 400), 0]
+
+
+def test_a_step_that_skips_a_thousand_requests_plans_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one free seat, and all but the last one of them blocked, as by an adapter or a grammar."""
+    index = HostIndex(POLICIES["pars"](), PassingLimit())
+    for seq in range(1001):
+        _add(index, seq, expected=float(1001 - seq))
+    plan_next, plans = PriorityClass.plan_next, 0
+
+    def counted(group: PriorityClass, *arguments: Any) -> Any:
+        nonlocal plans
+        plans += 1
+        return plan_next(group, *arguments)
+
+    monkeypatch.setattr(PriorityClass, "plan_next", counted)
+    index.room = 1
+    for step in range(2):
+        index.begin_step(float(step))
+        skipped = [index.pop() for _ in range(1000)]
+        assert [entry.seq for entry in skipped] == list(range(1000, 0, -1))
+        assert index.head().seq == 0
+        for entry in reversed(skipped):
+            index.put_back(entry)
+        assert index.overtakes == 0
+        index.plan_ahead()
+    assert plans < 60
+    assert _drain(index) == list(range(1000, -1, -1))
+
+
+def test_who_is_skipped_is_no_admission_and_who_comes_back_later_was_one() -> None:
+    index = HostIndex(POLICIES["pars"](), NoGuard())
+    _add(index, 0, expected=100.0)
+    short = _add(index, 1, expected=10.0)
+    for _ in range(2):
+        assert index.pop() is short
+        assert index.overtakes == 1
+        index.put_back(short)
+        assert index.overtakes == 0
+    assert index.pop() is short
+    index.begin_step(0.0)
+    index.put_back(short)  # a session's next turn
+    assert index.overtakes == 1
+
+
+@pytest.mark.parametrize(
+    "guard", [FixedThreshold(60.0), RelativeAgeing(), UniBoost(), IdleQuantum(1, 1000)], ids=lambda g: g.name
+)
+def test_who_was_admitted_in_arrival_order_is_not_put_first_afterwards(guard: Guard) -> None:
+    index = HostIndex(POLICIES["pars"](), guard)
+    for seq in range(3):
+        _add(index, seq)
+    index.ranking = False
+    assert index.pop().seq == 0
+    index.ranking = True
+    for time_s in (1e6, 2e6):
+        index.begin_step(time_s)
+    assert _drain(index) == [1, 2]
+
+
+@pytest.mark.parametrize(("policy", "ranking"), [("pars", False), ("vtc", True)])
+@pytest.mark.parametrize("guard", [FixedThreshold(), IdleQuantum()], ids=lambda g: g.name)
+def test_a_guard_keeps_nothing_of_those_who_left(guard: Guard, policy: str, ranking: bool) -> None:
+    """In arrival order, or under a policy that asks no guard."""
+    index = HostIndex(POLICIES[policy](), guard)
+    index.ranking = ranking
+    for seq in range(1000):
+        _add(index, seq)
+        index.begin_step(0.0)
+        index.pop()
+    kept = [value for value in vars(index._classes[0].watch).values() if isinstance(value, list | dict)]
+    assert sum(map(len, kept)) < 200
 
 
 def test_an_empty_index_says_so() -> None:

@@ -93,3 +93,12 @@ def test_the_command(
     printed = capsys.readouterr().out
     assert "by prompts" in printed
     assert "all" in printed
+
+
+def test_a_curve_without_a_run_is_refused(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--data", str(toy), "--data-dir", str(tmp_path), "--csv", str(tmp_path / "curve.csv")]
+    runs = ["--out", str(tmp_path / "runs"), "--seeds", "0", "--layer-seeds", "0"]
+    assert main(["learning-curve", *files, *runs]) == 2
+    assert "give --seeds or --layer-seeds of at least 1" in capsys.readouterr().err

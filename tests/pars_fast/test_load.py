@@ -9,15 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pars_fast.cli import main
 from pars_fast.demo import load as module
 from pars_fast.demo.arrivals import BURST_LENGTHS, arrivals_hash, traffic
 from pars_fast.demo.load import LoadPlan, means_of, run_load
+from pars_fast.demo.load_cli import print_means
 from pars_fast.demo.load_page import render_page
-from pars_fast.demo.records import Load, Run, ServedRequest, paired_ratio, throughput_until
+from pars_fast.demo.records import Load, Run, ServedRequest, paired_ratio
 from pars_fast.demo.run import Served, SwitchableServer
 from pars_fast.demo.sample import SamplePrompt, load_sample
 from pars_fast.demo.scheduler_switch import parse_policy, split_policies
@@ -140,13 +140,6 @@ def test_a_list_of_policies() -> None:
         split_policies("fcfs/never")
 
 
-def test_throughput_counts_what_was_made_by_then() -> None:
-    first, finish, tokens = np.array([0.0, 4.0]), np.array([1.0, 8.0]), np.array([10, 5])
-    assert throughput_until(first, finish, tokens, 6.0) == pytest.approx((10 + 3) / 6, rel=1e-5)
-    assert throughput_until(first, finish, tokens, 2.0) == pytest.approx(10 / 2)
-    assert throughput_until(first, finish, tokens, 0.0) is None
-
-
 def test_paired_ratio_pairs_the_same_request_of_the_same_repeat() -> None:
     def made(policy: str, repeat: int, waits: list[float]) -> Run:
         requests = (ServedRequest(i, "a", 5, 10, 10, 0.0, wait, wait + 1) for i, wait in enumerate(waits))
@@ -188,6 +181,28 @@ def test_no_ratio_without_arrival_order() -> None:
            "offered_load": 1.2, "achieved_load": 1.0}
     mean, = means_of([row])
     assert mean["mean_e2e_s_ratio"] is mean["gain_captured"] is None
+
+
+def test_a_policy_that_completed_nothing_has_no_figures(
+    served: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., Run] = vars(module)["serve_switched"]
+
+    def failing(*arguments: Any) -> Run:
+        made = real(*arguments)
+        lost = (replace(request, received_tokens=0, first_token_s=None, finish_s=None)
+                for request in made.requests)
+        return made if made.policy != "pars_fast" else replace(made, requests=tuple(lost))
+
+    monkeypatch.setattr(module, "serve_switched", failing)
+    summary = run(LoadPlan(("fcfs", "pars_fast", "oracle"), (0.5, 1.2), 30, 1))
+    ours = [mean for mean in summary["means"] if mean["policy"] == "pars_fast"]
+    assert len(ours) == 3
+    for mean in ours:
+        assert mean["completed"] == 0
+        assert mean["mean_e2e_s"] is mean["gain_captured"] is mean["gain_captured_e2e"] is None
+    assert "Not every request completed: pars_fast at load 0.5, " in render_page(summary)
+    print_means(summary["means"])
 
 
 def test_an_interrupted_sweep_goes_on(

@@ -72,10 +72,13 @@ def test_the_differences_are_paired_by_seed() -> None:
     assert found["b"].p_value < 0.02
 
 
-def test_one_seed_is_refused(capsys: pytest.CaptureFixture[str], toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_fewer_than_two_seeds_are_refused(
+    capsys: pytest.CaptureFixture[str], toy: Path, tmp_path: Path, seeds: int
+) -> None:
     with pytest.raises(ParsFastError, match="at least two seeds"):
-        Comparison([read_length_file(toy)], seeds=(0,))
+        Comparison([read_length_file(toy)], seeds=range(seeds))
     files = ["--data", str(toy), "--data-dir", str(tmp_path)]
     out = ["--out", str(tmp_path / "runs"), "--csv", str(tmp_path / "losses.csv")]
-    assert main(["losses", *files, *out, "--seeds", "1"]) == 2
+    assert main(["losses", *files, *out, "--seeds", str(seeds)]) == 2
     assert "at least two seeds" in capsys.readouterr().err

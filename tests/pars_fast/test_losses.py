@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pars_fast.losses import LOSSES, huber, informative_pairs, listmle, margin, margin_unfiltered
+from pars_fast.losses import (
+    LOSSES,
+    huber,
+    informative_pairs,
+    length_buckets,
+    listmle,
+    margin,
+    margin_unfiltered,
+)
 
 LENGTHS = st.integers(1, 20_000)
 
@@ -87,3 +95,16 @@ def test_listmle_takes_lengths_of_one_bucket_in_any_order() -> None:
     torch.manual_seed(0)
     losses = {round(float(listmle(scores, log_lengths)), 3) for _ in range(30)}
     assert len(losses) == 2
+
+
+def test_a_length_is_in_its_bucket_up_to_the_edges() -> None:
+    lengths = torch.arange(1, 20_001)
+    log_lengths = lengths.double().log().float()  # as labels come
+    assert length_buckets(log_lengths).tolist() == (lengths // 10).tolist()
+
+
+def test_listmle_keeps_a_bucket_apart_from_the_next() -> None:
+    """Which 69 and 70 are, though exp(log 70) is less than 70 in float32."""
+    scores, log_lengths = torch.tensor([1.0, -1.0]), torch.tensor([69.0, 70.0], dtype=torch.float64).log()
+    losses = {round(float(listmle(scores, log_lengths.float())), 3) for _ in range(30)}
+    assert len(losses) == 1

@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from pars_fast.guards.passing_limit import GROWTH_FROM, MAX_GROWTH
 from pars_fast.host_index import HostIndex
 from pars_fast.policies import POLICIES
 from pars_fast.priority_class import Entry
-from pars_fast.waiting_tree import MIN_CAPACITY
+from pars_fast.waiting_tree import MIN_CAPACITY, regrown
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -245,3 +246,53 @@ def test_limit_holds_when_steps_are_planned_ahead(seed: int, beta: float, floor:
         index.plan_ahead()
     assert len(index) == len(waiting)
     assert overtakes or beta == floor == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, beta=st.sampled_from([0.0, 0.5]))
+def test_who_is_skipped_is_charged_when_the_tree_grows_in_the_midst_of_a_step(seed: int, beta: float) -> None:
+    """Those who came after the step was planned get their places in it, once more are asked for."""
+    rng = random.Random(seed)
+    guard = PassingLimit(beta, floor_requests=100)
+    index, reference = HostIndex(POLICIES["oracle"](), guard), ReferencePasses(guard)
+    entries: list[Entry] = []
+    for step in range(25):
+        for _ in range(rng.choice([0, 1, 40]) if len(reference.waiting) < 150 else 0):
+            entries.append(Entry(len(entries), 0, Request(rng.randint(1, 9))))
+            index.add(entries[-1])
+            reference.arrive(entries[-1].seq)
+        index.begin_step(float(step))
+        index.room = rng.choice([1, 30])
+        popped = [index.pop() for _ in range(min(rng.choice([0, 5, 30]), len(reference.waiting)))]
+        for entry in popped:
+            reference.leave(entry.seq)
+        for entry in popped:
+            if rng.random() < 0.3:
+                index.put_back(entry)
+                reference.rejoin(entry.seq)
+        for seq in rng.sample(sorted(reference.waiting), min(10, len(reference.waiting))):
+            assert index.slack(entries[seq]) == math.floor(reference.remaining(seq) + 1e-9)
+        index.plan_ahead()
+
+
+def test_the_skipped_keep_their_places_in_a_tree_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be copied once for each of them."""
+    index = HostIndex(POLICIES["pars"](), PassingLimit())
+    for seq in range(60):
+        add(index, seq)
+    index.plan_ahead()
+    for seq in range(60, 200):
+        add(index, seq)
+    copied = []
+
+    def counted(*arguments: Any) -> Any:
+        copied.append(arguments)
+        return regrown(*arguments)
+
+    monkeypatch.setattr("pars_fast.priority_class.regrown", counted)
+    index.begin_step(0.0)
+    skipped = [index.pop() for _ in range(100)]
+    for entry in reversed(skipped):
+        index.put_back(entry)
+    assert [index.pop().seq for _ in range(200)] == list(range(200))
+    assert len(copied) <= 2

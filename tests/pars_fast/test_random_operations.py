@@ -107,7 +107,9 @@ class Player:
     def play(self, operations: int) -> None:
         names = ("arrive", "score", "admit", "finish", "abort", "skip", "preempt", "switch")
         weights = (30, 25, 22, 18, 8, 4, 4, 0.2)
-        for name in self.rng.choices(names, weights, k=operations):
+        for number, name in enumerate(self.rng.choices(names, weights, k=operations)):
+            if number % 10 == 0:
+                self.index.begin_step(float(number))
             if getattr(self, f"_{name}")():
                 self.done[name] = self.done.get(name, 0) + 1
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,10 @@ from torch import Tensor
 from transformers import BertModel, BertTokenizerFast
 
 from pars_fast import Ranker
+from pars_fast.batch.lengths import ranker_lengths
 from pars_fast.calibration import TokenMap
+from pars_fast.demo.run import expected_tokens
+from pars_fast.demo.sample import SamplePrompt
 from pars_fast.errors import CheckpointError, PromptError
 from pars_fast.tokenization import PackedBatch, pack
 
@@ -83,6 +87,26 @@ class TestScoring:
         )
         with pytest.raises(PromptError, match="cu_seqlens must rise from 0 to 3, the number of ids"):
             tiny_ranker.score_ids(batch)
+
+
+class TestExpectedTokens:
+    def test_they_are_the_scores_through_the_map(self, tiny_ranker: Ranker) -> None:
+        tiny_ranker.token_map = TokenMap((-1.0, 2.5), (3.0, 400.0))
+        expected = tiny_ranker.expected_tokens(PROMPTS)
+        assert expected.dtype == np.float64
+        assert expected.shape == (len(PROMPTS),)
+        np.testing.assert_array_equal(expected, tiny_ranker.token_map(tiny_ranker.score(PROMPTS).numpy()))
+
+    def test_without_a_map_there_are_none(self, tiny_ranker: Ranker, checkpoint: Path) -> None:
+        sample = [SamplePrompt("source", "model", prompt, 1) for prompt in PROMPTS]
+        asked: list[Callable[[], Any]] = [
+            lambda: tiny_ranker.expected_tokens(PROMPTS),
+            lambda: ranker_lengths(str(checkpoint), PROMPTS),
+            lambda: expected_tokens(str(checkpoint), sample),
+        ]
+        for ask in asked:
+            with pytest.raises(CheckpointError, match="no map from scores to tokens; train it with"):
+                ask()
 
 
 class TestSaving:

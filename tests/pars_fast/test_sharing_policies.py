@@ -131,6 +131,82 @@ def test_an_application_that_has_had_its_share_joins_anew() -> None:
     assert queue.order() == ["0", "1", "2"]
 
 
+def run_to_its_end(policy: Justitia, served: Request, tokens: int) -> None:
+    """A request that makes so many tokens, each in a step of its own."""
+    for _ in range(tokens):
+        served.num_computed_tokens = served.num_tokens
+        step(policy, served)
+        served.append_output_token_ids(1)
+    policy.ended(served)
+
+
+def test_an_end_changes_nothing_where_the_demand_was_right() -> None:
+    """What runs first is done early, and shares the ideal with the others for as long as it would have."""
+    policy = Justitia(ByType())
+    first, second = request(0, "first", "750"), request(1, "second", "750")  # 10 * 30 + 30^2 / 2
+    keys = [policy.key_on_arrival(each) for each in (first, second)]
+    run_to_its_end(policy, first, 30)
+    served = sum(10 + made for made in range(30))
+    assert policy._share.virtual_time == pytest.approx(served / 2)
+    assert policy.key_on_arrival(request(2, "third", "100")) == pytest.approx(served / 2 + 100)
+    assert policy.key_on_arrival(request(3, "second", "750")) == keys[1] == 750
+
+
+def test_a_demand_that_was_too_large_is_not_served_in_the_ideal() -> None:
+    """Else those that are done would slow down virtual time, and whoever comes next would pass the others."""
+
+    def virtual_time(said: str) -> float:
+        policy = Justitia(ByType())
+        policy.key_on_arrival(request(0, "waits", "1e6"))
+        for number in range(1, 50):
+            short = request(number, str(number), said)
+            policy.key_on_arrival(short)
+            run_to_its_end(policy, short, 20)
+        return policy._share.virtual_time
+
+    right = 10 * 20 + 20 * 20 / 2
+    assert virtual_time("1e5") == pytest.approx(virtual_time(str(right)))
+
+
+def test_an_application_between_two_stages_keeps_its_finish_time() -> None:
+    policy = Justitia(ByType())
+    policy.key_on_arrival(request(0, "other", "5000"))
+    first = request(1, "stages", "1000")
+    key = policy.key_on_arrival(first)
+    run_to_its_end(policy, first, 5)
+    for number in range(2, 20):
+        passing = request(number, f"passing {number}", "50")
+        policy.key_on_arrival(passing)
+        run_to_its_end(policy, passing, 5)
+    assert 10 * 5 + 5 * 5 / 2 < policy._share.virtual_time < key  # it has had what it cost
+    assert policy.key_on_arrival(request(30, "stages", "1000")) == key
+
+
+def test_applications_that_have_ended_are_forgotten() -> None:
+    """Those of an engine that is never idle, whatever was said of them; of one that is, all."""
+    policy = Justitia(ByType())
+    last = request(0, "0", "1e15")
+    policy.key_on_arrival(last)
+    for number in range(1, 6000):
+        following = request(number, str(number), "1e15")
+        policy.key_on_arrival(following)
+        policy.ended(last)
+        last = following
+    assert (len(policy._busy), len(policy._unfinished)) == (1, 1)
+    assert len(policy._share) == 1
+    assert len(policy._paused) == 4096
+    policy.ended(last)
+    assert len(policy._share) == len(policy._busy) == len(policy._paused) == len(policy._unfinished) == 0
+
+
+def test_the_end_of_a_request_that_never_arrived_is_passed_over() -> None:
+    policy = Justitia(ByType())
+    policy.key_on_arrival(request(0, "app", "50"))
+    policy.ended(request(1, "app", "50"))
+    policy.ended(request(0, "app", "50"))  # another one of that id
+    assert policy._busy["app"].unfinished == 1
+
+
 # --- VTC ----------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +246,28 @@ def test_idleness_earns_nothing() -> None:
     queue.pop()
     queue.add(request(3, "late", prompt_tokens=5), request(4, "late"))  # lifted to 100
     assert queue.order() == ["1", "3", "4", "2"]
+
+
+def test_the_last_one_that_left_the_queue_is_looked_up_as_it_is_now() -> None:
+    """It went on decoding after it had left, and whoever comes then is lifted to all that it has got."""
+    policy = VirtualTokenCounter()
+    queue = Queue(policy)
+    queue.add(request(0, "a", prompt_tokens=10))
+    running = queue.pop()
+    step(policy, *[running] * 5)
+    assert policy.key_on_arrival(request(1, "b")) == 10 + 5 * 2
+
+
+def test_the_last_one_that_left_the_queue_is_not_forgotten() -> None:
+    policy = VirtualTokenCounter()
+    for number in range(2000):
+        served = request(number)
+        policy.key_on_arrival(served)
+        policy.admitted(served)
+        step(policy, served)
+        policy.ended(served)
+    assert len(policy._counters) < 2000
+    assert policy.key_on_arrival(request(2000)) == 2000 * (10 + 2)
 
 
 def test_a_preempted_request_pays_for_its_prompt_once() -> None:
@@ -226,14 +324,16 @@ def test_vtc_is_the_papers_algorithm(actions: list[tuple[str, Any, Any]]) -> Non
     counters: dict[str, float] = {}
     waiting: list[tuple[str, Request]] = []
     running: list[tuple[str, Request]] = []
-    last_left = 0.0
+    last_left: str | None = None
     for number, (action, app, prompt_tokens) in enumerate(actions):
         if action == "arrive":
             if app not in (name for name, _ in waiting):
-                lift = min((counters[name] for name, _ in waiting), default=last_left)
+                idle = 0.0 if last_left is None else counters[last_left]
+                lift = min((counters[name] for name, _ in waiting), default=idle)
                 counters[app] = max(counters.get(app, 0.0), lift)
             waiting.append((app, request(number, app, prompt_tokens=prompt_tokens)))
             queue.add(waiting[-1][1])
+            assert policy.key_now(waiting[-1][1], 0.0) == counters[app]
         elif action == "step":
             queue.index.begin_step(0.0)
             for name, _ in running:
@@ -247,7 +347,7 @@ def test_vtc_is_the_papers_algorithm(actions: list[tuple[str, Any, Any]]) -> Non
             running.append(chosen)
             counters[chosen[0]] += chosen[1].num_prompt_tokens
             if chosen[0] not in (name for name, _ in waiting):
-                last_left = counters[chosen[0]]
+                last_left = chosen[0]
 
 
 # --- Demand -------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 import json
-import shutil
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pars_fast import Ranker, training
+from pars_fast import Ranker, training, training_state
 from pars_fast.data import LengthFile, distinct_prompts, read_length_file
 from pars_fast.errors import CheckpointError, DataError, MissingExtraError, OutputError, ParsFastError
 from pars_fast.evaluation import evaluate
@@ -21,6 +21,7 @@ pytest.importorskip("accelerate")
 
 WriteLengths = Callable[..., Path]
 QUICK = Recipe(epochs=2, batch_prompts=8, learning_rate=1e-3, max_tokens=32, dropout=0.1)
+SHORT = Recipe(epochs=1, batch_prompts=16, max_tokens=32)
 
 
 def toy_rows(count: int, split: str, seed: int) -> Iterator[tuple[str, str, dict[str, int]]]:
@@ -55,7 +56,7 @@ def test_a_learnable_order_is_learnt(
     report = json.loads((tmp_path / "out" / "training.json").read_text())
     assert report["recipe"]["loss"] == loss
     assert report["validation_pair_accuracy"] > 0.75
-    expected = ranker.token_map(ranker.score(["a", "a b c d e f g h i j a b c d e f g h i"]))  # type: ignore[misc]
+    expected = ranker.expected_tokens(["a", "a b c d e f g h i j a b c d e f g h i"])
     assert expected[0] < expected[1]
 
 
@@ -147,19 +148,59 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert not [name for name, value in through.items() if not torch.equal(resumed[name], value)]
 
 
+def test_a_run_that_is_killed_while_it_writes_its_state_has_the_one_before(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", -1.0)
+    take_step = training._Run._step
+    saved: list[Path] = []
+
+    def killed(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata=metadata)
+        saved.append(path)
+        if len(saved) == 5:
+            path.write_bytes(path.read_bytes()[:100])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_state, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train([toy], str(tiny_encoder), QUICK, tmp_path / "out")
+    steps: list[int] = []
+
+    def counted(run: Any, indices: Any) -> float:
+        steps.append(run.progression.step)
+        return take_step(run, indices)
+
+    monkeypatch.setattr(training._Run, "_step", counted)
+    train([toy], str(tiny_encoder), QUICK, tmp_path / "out")
+    assert steps[0] == 4
+
+
 def leave_state(encoder: Path, toy: LengthFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave `out` as a run that was ended after its last step does."""
+    """Leave `out` as a run that is killed while it calibrates does."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda path, **options: None if options else stop())
+        patch.setattr(training, "calibrate", stop)
         with pytest.raises(KeyboardInterrupt):
-            train([toy], str(encoder), Recipe(epochs=1, batch_prompts=16, max_tokens=32), out)
+            train([toy], str(encoder), SHORT, out)
 
 
-@pytest.mark.parametrize("damage", ["start", "recipe", "data", "record", "weights"])
+def test_a_run_that_is_killed_while_it_calibrates_is_not_trained_again(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_state(tiny_encoder, toy, tmp_path, monkeypatch)
+    trained = weights(tmp_path)
+    monkeypatch.setattr(training._Run, "_step", lambda *_: pytest.fail("it is trained again"))
+    assert train([toy], str(tiny_encoder), SHORT, tmp_path).distribution is not None
+    assert not [name for name, value in weights(tmp_path).items() if not torch.equal(trained[name], value)]
+    assert not list(tmp_path.glob("state*"))
+
+
+@pytest.mark.parametrize("damage", ["start", "recipe", "data", "cut", "no record", "folder"])
 def test_a_state_that_is_foreign_or_damaged_is_refused(
     tiny_encoder: Path,
     toy: LengthFile,
@@ -168,21 +209,26 @@ def test_a_state_that_is_foreign_or_damaged_is_refused(
     write_lengths: WriteLengths,
     damage: str,
 ) -> None:
-    recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32)
-    out = tmp_path / "out"
+    recipe, out = SHORT, tmp_path / "out"
     leave_state(tiny_encoder, toy, out, monkeypatch)
     message = "is of a run with other starting weights, recipe or data; give another --out, or remove it"
     start = tiny_encoder
     if damage == "start":
         start = out
     elif damage == "recipe":
-        recipe = Recipe(epochs=1, batch_prompts=16, max_tokens=32, seed=7)
+        recipe = replace(SHORT, seed=7)
     elif damage == "data":
         toy = read_length_file(write_lengths([*toy_rows(50, "train", 5), *toy_rows(9, "val", 6)], "b.jsonl"))
     else:
-        message = "state is damaged"
-        name = {"record": "progression.json", "weights": "weights.safetensors"}[damage]
-        (out / "state" / name).write_bytes(b"{")
+        message, state = "state is damaged, or of an earlier version .* give another --out", out / "state"
+        content = state.read_bytes()
+        state.unlink()
+        if damage == "cut":
+            state.write_bytes(content[:-10])
+        elif damage == "no record":
+            save_file({"weight|score_head.bias": torch.zeros(1)}, state)
+        else:
+            state.mkdir()
     with pytest.raises(ParsFastError, match=message):
         train([toy], str(start), recipe, out)
 
@@ -259,10 +305,19 @@ def test_an_unwritable_folder_is_told_before_the_work(
     ("changes", "message"),
     [
         ({"loss": "ndcg"}, "loss must be one of margin, margin_unfiltered, listmle, huber, got 'ndcg'"),
-        ({"epochs": 0}, "need epochs >= 1 and batch_prompts >= 2, got 0, 16"),
-        ({"batch_prompts": 1}, "need epochs >= 1 and batch_prompts >= 2, got 3, 1"),
+        ({"pooling": "max"}, "pooling must be cls or mean, got 'max'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_prompts": 1}, "batch_prompts must be at least 2, .* got 1"),
+        ({"learning_rate": -1.0}, r"learning_rate must be a number >= 0, got -1\.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a number >= 0, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be a number >= 0, got inf"),
+        ({"warmup_fraction": 1.5}, r"warmup_fraction must be in 0\.\.1, got 1\.5"),
+        ({"clip_norm": 0.0}, r"clip_norm must be a number > 0, got 0\.0"),
+        ({"dropout": 1.5}, r"dropout must be >= 0 and < 1, got 1\.5"),
+        ({"max_prompts_per_file": 0}, "max_prompts_per_file must be at least 1, got 0"),
+        ({"seed": -1}, r"seed must be in 0\.\.2\*\*32 - 1, got -1"),
     ],
-    ids=["loss", "epochs", "batch"],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_a_recipe_that_cannot_be_run(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ParsFastError, match=message):

@@ -3,7 +3,7 @@
 import json
 import math
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pars_fast.batch import cli
 from pars_fast.batch.groups import Task, length_groups
 from pars_fast.batch.job import Limits, Piece, Report, run_job
 from pars_fast.batch.lengths import UNKNOWN_TOKENS, Perception
@@ -146,6 +147,30 @@ def test_other_settings_are_another_job(tmp_path: Path) -> None:
     assert not engine.batches
 
 
+def test_other_arguments_of_the_engine_are_another_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model answers otherwise in bf16; in which order the arguments are given is the same to it."""
+    engines: list[Numbers] = []
+
+    def start(_: object) -> Numbers:
+        engines.append(Numbers())
+        return engines[-1]
+
+    monkeypatch.setattr(cli, "_engine", start)
+    monkeypatch.setattr(cli, "require_extra", lambda *_: None)
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    files = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o.jsonl")]
+    first, reordered, other = (
+        '{"dtype": "float32", "seed": 3}',
+        '{"seed": 3, "dtype": "float32"}',
+        '{"dtype": "bfloat16", "seed": 3}',
+    )
+    for settings, started in ((first, 1), (reordered, 1), (other, 2), (first, 2)):
+        assert main(["batch", *files, "--model", "m", "--lengths", "none", "--engine", settings]) == 0
+        assert len(engines) == started
+
+
 def test_an_answer_is_cut_where_the_model_ends(tmp_path: Path) -> None:
     prompt = "150 " + "x " * 899  # leaves room for 100 tokens
     run(tmp_path, [prompt], Numbers(), truth)
@@ -248,8 +273,9 @@ def test_options_out_of_range_are_refused(tmp_path: Path, capsys: pytest.Capture
     command = ["batch", "--prompts", "p", "--out", str(tmp_path / "o"), "--model", "m"]
     assert main([*command, "--max-batch", "0"]) == 2
     assert "must be at least 1" in capsys.readouterr().err
-    assert main([*command, "--temperature", "-1"]) == 2
-    assert "--temperature must be >= 0" in capsys.readouterr().err
+    for temperature in ("-1", "nan", "inf"):
+        assert main([*command, "--temperature", temperature]) == 2
+        assert "--temperature must be a number >= 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
@@ -266,3 +292,19 @@ def test_a_store_that_is_something_else_is_named(tmp_path: Path) -> None:
     path.write_text("not a database, but long enough to be looked at by SQLite, which reads 100 bytes" * 3)
     with pytest.raises(DataError, match=r"s\.sqlite: not a file of completions"):
         CompletionStore(path, "s", PROMPTS)
+
+
+def test_a_store_that_breaks_under_way_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    with closing(CompletionStore(path, "s", PROMPTS)) as store:
+        with closing(sqlite3.connect(path)) as other:  # what another program may do
+            other.execute("DROP TABLE completions")
+        uses: list[Callable[[], object]] = [
+            lambda: store.add(0, Completion("", 1, "stop")),
+            lambda: store.get(0),
+            store.missing,
+            lambda: store.export(tmp_path / "out.jsonl"),
+        ]
+        for use in uses:
+            with pytest.raises(DataError, match=r"s\.sqlite: .* \(no such table: completions\); give"):
+                use()

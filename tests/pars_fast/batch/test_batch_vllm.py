@@ -14,6 +14,7 @@ from transformers import Qwen2ForCausalLM
 
 pytest.importorskip("vllm")
 
+from pars_fast.cli import main
 from pars_fast.demo.model import make_tiny_model
 
 PROMPTS = [f"Question {number}: " + "say more " * (number % 5) for number in range(24)] + [
@@ -141,3 +142,15 @@ def test_a_job_that_is_killed_ends_as_plain_generate_does(folder: Path) -> None:
     expected = json.loads((folder / "plain.json").read_text())
     assert [[row["text"], row["finish_reason"]] for row in rows] == expected
     assert {reason for _, reason in expected} == {"stop", "length"}  # both ways of ending are in it
+
+
+@pytest.mark.parametrize("engine", [{"max_num_seq": 64}, {"dtype": "float7"}], ids=str)
+def test_arguments_that_vllm_refuses_are_named(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], engine: dict[str, object]
+) -> None:
+    files = ["--prompts", str(folder / "prompts.txt"), "--out", str(tmp_path / "out.jsonl")]
+    command = ["batch", *files, "--model", str(folder / "model"), "--engine", json.dumps(engine)]
+    assert main(command) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("pars-fast: error: vLLM refuses --model or --engine: ")
+    assert next(iter(engine)) in error

@@ -9,6 +9,7 @@ import pytest
 
 from pars_fast.cli import main
 from pars_fast.errors import DataError, ParsFastError
+from pars_fast.policies.applications import Application, application_of
 from pars_fast.policies.demand import ConstantDemand, token_time
 from pars_fast.simulation.applications import TYPES, make_applications, read_sources, write_trace
 from pars_fast.simulation.engine import EngineSettings
@@ -99,6 +100,20 @@ def test_bursts_and_cuts_keep_applications_with_their_requests(workload: Workloa
     assert cut.app.tolist() == workload.app[[3, 5]].tolist()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("chat/17", "chat"), ("run-17", ""), ("a/b/c", "a")])
+def test_a_name_means_one_application_to_all_who_read_it(name: str, kind: str) -> None:
+    """Training, the simulated request and the live one; without a slash it has no type."""
+    pytest.importorskip("vllm")
+    from pars_fast.simulation.replay import xargs_of
+    from pars_fast.simulation.simulated_requests import make_request
+
+    workload = make_workload("one", [0.0], [5], [5], app=[name])
+    simulated = make_request(workload, 0, block_size=16)
+    assert Applications.of(workload).types == [kind]
+    assert application_of(simulated) == Application(name, kind)
+    assert xargs_of(workload, scored=False) == [simulated.sampling_params.extra_args]
+
+
 def test_what_is_missing_is_named(folder: Path, tmp_path: Path, workload: Workload) -> None:
     with pytest.raises(DataError, match=r"neither lengths_\w+.jsonl\[.gz\] nor trace_"):
         read_sources(tmp_path, "test")
@@ -171,3 +186,15 @@ def test_the_commands_make_a_trace_and_train_on_it(
     assert train_demand(read_trace(out)).networks.keys() >= {"", "chat", "best_of_n"}
     assert main(["fairness", "applications", *data, "--applications", "0", "--out", str(out)]) == 2
     assert "--applications must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("table --data . --arrivals F --workers 0", "--workers must be at least 1, got 0"),
+    ("applications --data . --arrivals F --seed -1", "--seed must be at least 0, got -1"),
+    ("demand --trace F --seed -1", "--seed must be at least 0, got -1"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused(
+    command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fairness", *command.split(), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err

@@ -19,8 +19,10 @@ from pars_fast.settings import Settings
 from pars_fast.simulation import faithful
 from pars_fast.simulation.columns import Served, columns
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.faithful import VirtualClock, make_scheduler, serve, simulate
+from pars_fast.simulation.faithful import VirtualClock, serve, simulate
+from pars_fast.simulation.simulated_requests import ESTIMATE_TOKENS
 from pars_fast.simulation.step_time import StepTime
+from pars_fast.simulation.vllm_scheduler import make_scheduler
 from pars_fast.simulation.workload import Workload, make_workload, with_noisy_scores, with_unscored
 
 STEP = StepTime(0.01, 1e-5, 1e-4, 1e-7, "a test")
@@ -267,11 +269,11 @@ def test_a_model_that_is_asked_serves_each_prompt_twice() -> None:
     """300 tokens and an instruction in three steps, an estimate of six; then nine blocks are found again."""
     workload = make_workload("one", [0.0], [300], [3], [3.0])
     served = simulate(workload, "perception_only", None, ENGINE, STEP)
-    assert served.steps == (3 + faithful.ESTIMATE_TOKENS - 1) + 3
+    assert served.steps == (3 + ESTIMATE_TOKENS - 1) + 3
     assert served.prefix_hit_tokens == 288
     assert served.recomputed_tokens == 0
     alone = simulate(workload, "fcfs", None, ENGINE, STEP)
-    assert served.first_token_s[0] > alone.first_token_s[0] + faithful.ESTIMATE_TOKENS * STEP.base_s
+    assert served.first_token_s[0] > alone.first_token_s[0] + ESTIMATE_TOKENS * STEP.base_s
 
 
 def test_an_idle_engine_waits_for_the_next_arrival() -> None:

@@ -1,10 +1,16 @@
 """Many engines: round robin is as many engines alone, and a router that knows more serves sooner."""
 
+import inspect
+from typing import Any
+
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import NoGuard, OvertakingBudget
+from pars_fast.host_index import HostIndex, RunningMedian
+from pars_fast.simulation import fleet, queue_state
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fast import simulate
 from pars_fast.simulation.fleet import ROUTERS, Router, simulate_fleet
@@ -25,12 +31,12 @@ def mix(count: int = 200, span_s: float = 10.0) -> Workload:
 @pytest.mark.parametrize("policy", ["fcfs", "pars_fast"])
 def test_round_robin_is_each_engine_alone(policy: str) -> None:
     workload, guard = mix(), OvertakingBudget(0.5, 100)
-    fleet = simulate_fleet(workload, policy, guard, ENGINE, STEP_TIME, engines=3)
+    together = simulate_fleet(workload, policy, guard, ENGINE, STEP_TIME, engines=3)
     alone = [simulate(workload.take(np.arange(e, len(workload), 3)), policy, guard, ENGINE, STEP_TIME)
              for e in range(3)]
     for e, served in enumerate(alone):
-        np.testing.assert_allclose(fleet.finished_s[e::3], served.finished_s)
-    assert fleet.steps == sum(served.steps for served in alone)
+        np.testing.assert_allclose(together.finished_s[e::3], served.finished_s)
+    assert together.steps == sum(served.steps for served in alone)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -72,3 +78,29 @@ def test_what_cannot_be_is_refused() -> None:
         simulate_fleet(mix(), "fcfs", None, ENGINE, STEP_TIME, router="random")  # type: ignore[arg-type]
     with pytest.raises(ParsFastError, match="engines must be from 1 to 100,000, got 0"):
         simulate_fleet(mix(), "fcfs", None, ENGINE, STEP_TIME, engines=0)
+
+
+def test_the_queue_has_the_numbers_of_the_live_one() -> None:
+    parameters = inspect.signature(HostIndex).parameters
+    assert parameters["initial_expected_tokens"].default == queue_state.INITIAL_MEDIAN
+    median = inspect.signature(RunningMedian).parameters["window"].default
+    assert median == queue_state.MEDIAN_WINDOW
+    pytest.importorskip("zmq", reason="the live ranker is spoken to over it")
+    from pars_fast.integration.process_runtime import ProcessRuntime
+
+    assert ProcessRuntime.max_in_flight == queue_state.MAX_IN_FLIGHT
+
+
+def test_a_change_of_any_compiled_function_is_seen() -> None:
+    """What numba keeps would be stale if it were in a file of which no checksum is taken."""
+    met: set[Any] = {fleet._SERVE}
+    new = list(met)
+    while new:
+        function = new.pop().py_func
+        called = (function.__globals__.get(name) for name in function.__code__.co_names)
+        fresh = {each for each in called if isinstance(each, Dispatcher)} - met
+        met |= fresh
+        new += fresh
+    modules = {each.py_func.__module__ for each in met}
+    assert len(modules) > 5
+    assert modules <= {fleet.__name__, *(source.__name__ for source in fleet._SOURCES)}

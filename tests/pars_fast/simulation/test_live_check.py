@@ -122,6 +122,21 @@ def test_a_run_of_too_few_steps_is_refused(demo: dict[str, Any]) -> None:
         live_check(demo, ranker="default", ranker_delay_s=0.0)
 
 
+def test_a_run_without_a_mean_does_not_agree(demo: dict[str, Any]) -> None:
+    """One of two repeats completed nothing, and so did a run that is alone at its load."""
+    for place in (1, 3):
+        demo["runs"][place] |= dict.fromkeys(COMPARED)
+    result = live_check(demo, ranker="default", ranker_delay_s=0.0)
+    judged = result["columns"]["mean_e2e_s"]
+    assert (judged["mean_rows"], judged["mean_within"]) == (3, 1)
+    assert not result["agrees"]
+
+
+def test_no_run_is_no_agreement(demo: dict[str, Any]) -> None:
+    demo["runs"] = []
+    assert not live_check(demo, ranker="default", ranker_delay_s=0.0)["agrees"]
+
+
 def test_a_sweep_with_a_burst_and_a_guard_of_its_own() -> None:
     cases = [(policy, load, 0) for load in (1.2, "burst") for policy in ("fcfs", "pars_fast/none")]
     sweep = as_if_served(cases, loads=[1.2, "burst"], burst_requests=40)
@@ -152,3 +167,15 @@ def test_a_file_that_is_no_demo(damage: Callable[[str], str], tmp_path: Path) ->
         path.write_text(damage('{"runs": [], "capacity_tok_s": 1}'))
     with pytest.raises(DataError, match=re.escape(f"{path}: not what `pars-fast demo` or `load` wrote")):
         read_result(path)
+
+
+def test_a_run_of_an_earlier_version_lacks_a_column(demo: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "demo.json"
+    path.write_text(json.dumps(demo))
+    assert read_result(path) == demo
+    for lacking in ("kv_token_s", "max_wait_s"):
+        damaged = copy.deepcopy(demo)
+        del damaged["runs"][1][lacking]
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match=f"a run has no {lacking}, .* run `pars-fast demo`"):
+            read_result(path)

@@ -26,7 +26,8 @@ def row(policy: str, guard: str = "none", load: float = 1.2, **changes: Any) -> 
         "completed": 100, "refused": 0,
         "mean_latency_per_token_s": 0.1 * (1 - loose), "p99_latency_per_token_s": 0.3, "mean_ttft_s": 4.0,
         "mean_e2e_s": 9 * (1 - 0.5 * loose),
-        "p99_e2e_s": 20 * (1 + loose), "max_wait_s": 15 * (1 + 2 * loose), "throughput_tok_s": 880.0,
+        "p99_e2e_s": 20 * (1 + loose), "max_wait_s": 15 * (1 + 2 * loose),
+        "throughput_to_last_arrival_tok_s": 880.0,
         "preemptions": 0, "recomputed_tokens": None, "prefix_hit_tokens": None,
         "gain_captured": loose / 0.8, "gain_captured_e2e": loose,
     }
@@ -134,6 +135,14 @@ def test_sections_are_there_if_their_rows_are() -> None:
 def test_headline_follows_the_numbers(latency: float, words: str) -> None:
     runs = [row("fcfs"), row("pars_fast", GUARDS[2], mean_latency_per_token_s=latency)]
     assert f"<em>{words}</em>" in render_report(result(runs))
+
+
+def test_arrival_order_is_that_of_the_same_router() -> None:
+    """One that goes by predicted work serves it by the scores, so by their tau."""
+    runs = [row("fcfs", tau=tau, router="predicted_work", mean_latency_per_token_s=latency)
+            for tau, latency in ((0.1, 0.1), (0.5, 0.2))]
+    runs.append(row("pars_fast", GUARDS[2], tau=0.5, router="predicted_work", mean_latency_per_token_s=0.1))
+    assert "<em>2.0\u00d7 lower</em>" in render_report(result(runs))
 
 
 def test_no_row_of_pars_fast_and_missing_values_are_no_fault() -> None:

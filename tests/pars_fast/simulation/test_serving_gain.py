@@ -96,3 +96,11 @@ def test_the_command(tmp_path: Path, files: list[LengthFile], trace: Workload,
     (tmp_path / "trace_x.csv").unlink()
     assert main(["serving-gain", *where]) == 2
     assert "no trace_" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--requests", "--max-prompts-per-file"])
+def test_numbers_that_leave_nothing_to_measure_are_refused(
+        option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--traces", str(tmp_path), "--csv", str(tmp_path / "out.csv")]
+    assert main(["serving-gain", *where, option, "0"]) == 2
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err

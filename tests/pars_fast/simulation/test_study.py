@@ -9,6 +9,7 @@ import pytest
 from pars_fast import cli
 from pars_fast.errors import DataError
 from pars_fast.guards import FixedThreshold, NoGuard, PassingLimit
+from pars_fast.kept_rows import read_rows
 from pars_fast.simulation import study
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.step_time import PROFILES
@@ -68,6 +69,20 @@ def test_an_interrupted_table_goes_on(traces: Path, tmp_path: Path) -> None:
     assert kept.stat().st_size == size
 
 
+def test_every_table_is_of_the_requests_asked_for(traces: Path, tmp_path: Path) -> None:
+    kept = {most: tmp_path / f"{most}.rows.jsonl" for most in (None, 80)}
+    fleets = []
+    for most, path in kept.items():
+        one = Study(find_traces(traces)[:1], path, requests=most, workers=1)
+        run_study("no_harm", one)
+        assert {row["requests"] for row in read_rows(path).values()} == {(most or 160) // 4}
+        fleets.append(run_study("fleet", one))
+    assert fleets[0][0]["requests"] == fleets[1][0]["requests"] == 100
+    assert fleets[0][0]["arrivals_sha256"] != fleets[1][0]["arrivals_sha256"]  # lengths of the first 80
+    with pytest.raises(DataError, match="one: 3 requests are too few for 4 pieces"):
+        run_study("no_harm", Study(find_traces(traces)[:1], tmp_path / "few.jsonl", requests=3))
+
+
 def test_simulators_are_compared_column_by_column(traces: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="the faithful simulator drives vLLM's scheduler")
     one = Study(find_traces(traces)[:1], tmp_path / "rows.jsonl", requests=40, workers=1)
@@ -111,3 +126,6 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         render_page({})
     assert cli.main(["study", "fleet", "--out", str(tmp_path)]) == 2
     assert "fleet needs --traces DIR" in capsys.readouterr().err
+    options = ["--out", str(tmp_path), "--traces", str(tmp_path), "--requests", "0"]
+    assert cli.main(["study", "fleet", *options]) == 2
+    assert "--requests must be at least 1, got 0" in capsys.readouterr().err

@@ -2,18 +2,22 @@
 
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pars_fast import cli
+from pars_fast.calibration import TokenMap
 from pars_fast.errors import ParsFastError
 from pars_fast.guards import FixedThreshold, NoGuard, OvertakingBudget
 from pars_fast.kept_rows import read_rows
 from pars_fast.policies import POLICIES
 from pars_fast.simulation import sweep
+from pars_fast.simulation.arrays import Floats
 from pars_fast.simulation.command import allowed_policies
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.report import render_report
@@ -98,6 +102,14 @@ def test_another_workload_is_not_taken_for_the_same(tmp_path: Path) -> None:
     assert run_sweep(changed, cases()[:1], kept=kept, workers=1)[0]["requests"] == 2
 
 
+def test_rows_of_another_commit_are_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "rows.jsonl"
+    for commit, rows in (("a" * 12, 1), ("a" * 12, 1), ("b" * 12, 2)):
+        monkeypatch.setattr(sweep, "_commit", lambda commit=commit: commit)
+        run_sweep(setup(), cases()[:1], kept=kept, workers=1)
+        assert len(read_rows(kept)) == rows
+
+
 def test_all_cores_give_the_same_rows() -> None:
     assert run_sweep(setup(), cases(), workers=2) == run_sweep(setup(), cases(), workers=1)
 
@@ -108,6 +120,18 @@ def test_gains_are_null_without_an_oracle_that_gains() -> None:
     rows = with_gains([{**row, "policy": "fcfs"}, {**row, "policy": "oracle", "mean_e2e_s": 0.5}])
     assert [row["gain_captured"] for row in rows] == [None, None]
     assert [row["gain_captured_e2e"] for row in rows] == [0, 1]
+
+
+def test_gains_are_against_those_who_were_routed_alike() -> None:
+    """By predicted work, FCFS has another result at each tau and share of requests without a score."""
+    row = {"workload": "w", "load": 1.0, "seed": 0, "engines": 2, "router": "predicted_work",
+           "simulator": "fast", "guard": "none", "mean_latency_per_token_s": 1.0}
+    e2e = {("fcfs", 0.2, 0.0): 10.0, ("oracle", 0.2, 0.0): 5.0, ("fcfs", 0.8, 0.0): 8.0,
+           ("oracle", 0.8, 0.0): 4.0, ("fcfs", 0.8, 0.5): 9.0, ("oracle", 0.8, 0.5): 3.0}
+    ours = {("pars", *case): 6.0 for case in ((0.2, 0.0), (0.8, 0.0), (0.8, 0.5))}
+    rows = with_gains({**row, "policy": policy, "tau": tau, "unscored_share": share, "mean_e2e_s": value}
+                      for (policy, tau, share), value in (e2e | ours).items())
+    assert [row["gain_captured_e2e"] for row in rows[-3:]] == [0.8, 0.5, 0.5]
 
 
 def test_a_case_by_either_simulator_has_the_same_columns() -> None:
@@ -193,6 +217,8 @@ def test_all_is_what_engine_and_scores_allow() -> None:
     (["--router", "dice"], "no router 'dice'"),
     (["--profile", "h9000"], "no profile or file 'h9000'"),
     (["--requests", "0"], "--requests must be at least 1"),
+    (["--fleet", "2,0"], "--fleet must be at least 1, got 0"),
+    (["--seed", "-1", "--poisson"], "--seed must be at least 0, got -1"),
     (["--policies", "fcfs", "--load", "0"], "a load must be positive"),
     (["--policies", "fcfs", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
 ])
@@ -216,3 +242,50 @@ def test_what_prompts_share_is_for_the_faithful_simulator(
     assert "only --engine faithful has that" in capsys.readouterr().err
     assert cli.main([*command, "--engine", "faithful"]) == 0
     assert [row["prefix_hit_tokens"] for row in json.loads(out.read_text())["runs"]] == [1024, 1024]
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> Path:
+    """A length file of 60 prompts, each of which names the length of its answer."""
+    path = tmp_path / "lengths_mine.jsonl"
+    outputs = np.random.default_rng(1).geometric(1 / 40, 60).tolist()
+    path.write_text("".join(
+        json.dumps({"split": "test", "prompt": f"{number} {tokens}", "output_tokens": {"m": tokens}}) + "\n"
+        for number, tokens in enumerate(outputs)))
+    return path
+
+
+class Knows:
+    """A ranker or predictor that reads the length in the prompt."""
+
+    token_map = TokenMap((0.0, 1e6), (0.0, 1e6))
+
+    def score(self, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([float(prompt.split()[1]) for prompt in prompts])
+
+    def expected_tokens(self, prompts: Sequence[str]) -> Floats:
+        return self.token_map(self.score(prompts).numpy())
+
+
+@pytest.mark.parametrize("burst", ["0", "0.4"])
+def test_a_predictor_scores_the_requests_that_are_served(
+        trace: Path, lengths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, burst: str) -> None:
+    """If it is the ranker, pars is served as it is by the ranker, wherever a burst has moved a request."""
+    monkeypatch.setattr("pars_fast.ranker.Ranker.from_pretrained", lambda name: Knows())
+    monkeypatch.setattr("pars_fast.baselines.load_predictor", lambda path: Knows())
+    out = tmp_path / "out.json"
+    command = ["simulate", "--lengths", str(lengths), "--trace", str(trace), "--requests", "60",
+               "--burst", burst, "--policies", "pars", "--guards", "none", "--load", "1.5",
+               "--max-num-seqs", "4", "--workers", "1", "--json", str(out)]
+    runs = []
+    for predictors in ([], ["--predictors", str(tmp_path)]):
+        assert cli.main([*command, *predictors]) == 0
+        runs.append(json.loads(out.read_text())["runs"])
+    assert runs[0] == runs[1]
+
+
+def test_prompts_have_one_kind_of_arrivals(
+        trace: Path, lengths: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lengths", str(lengths), "--trace", str(trace), "--poisson"]
+    assert cli.main(["simulate", *options]) == 2
+    assert "leave out one of them" in capsys.readouterr().err

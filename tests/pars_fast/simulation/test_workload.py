@@ -148,9 +148,15 @@ def test_load_of_a_trace_without_times_is_refused() -> None:
         at_load(mix(), 0.0, 10.0)
 
 
+@pytest.mark.parametrize("capacity", [0.0, -1.0, float("nan")])
+def test_a_capacity_of_nothing_is_refused(capacity: float) -> None:
+    with pytest.raises(DataError, match=r"a capacity must be positive, got .* measure it on more requests"):
+        at_load(mix(), 1.0, capacity)
+
+
 def test_burst_moves_a_share_to_one_moment_and_keeps_every_request() -> None:
     plain = mix()
-    burst = with_burst(plain, 0.2, at=0.5, seed=1)
+    burst = with_burst(plain, 0.2, seed=1)
     moment = plain.arrival_s[0] + 0.5 * (plain.arrival_s[-1] - plain.arrival_s[0])
     assert (burst.arrival_s == moment).sum() == 100
     assert sorted(burst.output_tokens) == sorted(plain.output_tokens)
