@@ -316,7 +316,7 @@ class RankingMixin:
         self._counters.values["pars_fallback_error"] += 1
         self._counters.values["pars_active"] = 0.0
         self._counters.write()
-        self.waiting.order_by_arrival()  # without the hooks a ranked index would keep all that was ever served
+        self.waiting.order_by_arrival()  # a ranked index without hooks would keep all that was ever served
         self.waiting.stop_keeping()
         loop, self._ranking_loop = self._ranking_loop, None
         if loop is not None:
