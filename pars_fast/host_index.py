@@ -38,7 +38,9 @@ from pars_fast.waiting_tree import (
 )
 
 MAX_EXPECTED_TOKENS = 32768.0  # a charge beyond this would only say "very long" louder
-DEVICE_ORDER_MIN_WAITING = 65536  # where a GPU's order should begin to pay; a guess, not measured
+# The host's own order is the faster one up to a million requests (`bench_queue.py`), and the slot table holds
+# no more than so many.
+DEVICE_ORDER_MIN_WAITING = 1 << 18
 MIN_PLANNED_AHEAD = 8  # where the last steps admitted fewer
 _MEDIAN_WINDOW = 511
 
@@ -248,6 +250,9 @@ class HostIndex:
         Used while at least `device_order_min_waiting` requests of one priority wait, none of them preempted.
         Each entry is checked before use; when it is used up, the host's own order decides.
         """
+        if len(self) < self._device_order_min_waiting:
+            self._hint = NO_HINT
+            return
         self._settle()
         known = prompt_work(type(self.policy)) is not None
         self._hint = np.array(seqs, np.int64) if known else NO_HINT

@@ -538,6 +538,7 @@ def test_a_device_order_of_prompts_and_answers_is_dropped_on_another_scale(
     index = bench.queue.index
     assert isinstance(index, HostIndex)
     index.set_policy(POLICIES[policy]())
+    index._device_order_min_waiting = 1
     bench.runtime.answer = lambda prompt: 10.0
     bench.runtime.device_order = [1, 0]
     for scale, kept in ((TokenScale(), True), (TokenScale((1.0, 2.0), (3.0, 9.0)), holds)):
@@ -553,6 +554,7 @@ def test_a_device_order_is_dropped_where_applications_differ(bench: Bench, polic
     index = bench.queue.index
     assert isinstance(index, HostIndex)
     index.set_policy(POLICIES[policy]())
+    index._device_order_min_waiting = 1
     bench.runtime.answer = lambda prompt: 10.0
     bench.runtime.device_order = [1, 0]
     apart: dict[Hashable, float] = {None: 0.5, 7: 2.0}

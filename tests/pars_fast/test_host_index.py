@@ -489,7 +489,7 @@ def test_after_the_warm_up_nothing_is_compiled_while_requests_wait() -> None:
     before = [list(function.signatures) for function in compiled]
     assert all(before)
     for guard in (PassingLimit(), OvertakingBudget(), NoGuard(), FixedThreshold(0.0)):
-        index = HostIndex(POLICIES["pars"](), guard)
+        index = HostIndex(POLICIES["pars"](), guard, device_order_min_waiting=1)
         entries = [_add(index, seq, expected=float(seq % 5 + 1) if seq % 3 else None) for seq in range(200)]
         index.set_device_order([1, 2])
         for step in range(40):
@@ -504,3 +504,19 @@ def test_after_the_warm_up_nothing_is_compiled_while_requests_wait() -> None:
         index.remove(index.head())
         assert index.slack(entries[-1]) > 0
     assert [list(function.signatures) for function in compiled] == before
+
+
+def test_a_devices_order_is_left_alone_while_too_few_wait() -> None:
+    """To take it over costs more than it saves, and what is planned ahead would have to be planned anew."""
+    index = HostIndex(POLICIES["pars"](), PassingLimit(), device_order_min_waiting=4)
+    for seq in range(3):
+        _add(index, seq, expected=float(seq + 1))
+    index.begin_step(0.0)
+    index.head()
+    planned = list(index.planned)
+    index.set_device_order([2, 1, 0])
+    assert index.planned == planned
+    assert not len(index._hint)
+    _add(index, 3, expected=4.0)
+    index.set_device_order([2, 1, 0])
+    assert index._hint.tolist() == [2, 1, 0]
