@@ -135,13 +135,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         patch.setattr(training._Run, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train([toy], str(tiny_encoder), QUICK, tmp_path / "resumed")
-    steps: list[int] = []
-
-    def counted(run: Any, indices: Any) -> float:
-        steps.append(run.progression.step)
-        return take_step(run, indices)
-
-    monkeypatch.setattr(training._Run, "_step", counted)
+    steps = count_steps(monkeypatch)
     train([toy], str(tiny_encoder), QUICK, tmp_path / "resumed")
     assert steps[0] == stop_at
     through, resumed = weights(tmp_path / "through"), weights(tmp_path / "resumed")
@@ -152,7 +146,6 @@ def test_a_run_that_is_killed_while_it_writes_its_state_has_the_one_before(
     tiny_encoder: Path, toy: LengthFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", -1.0)
-    take_step = training._Run._step
     saved: list[Path] = []
 
     def killed(tensors: Any, path: Path, metadata: Any) -> None:
@@ -166,15 +159,22 @@ def test_a_run_that_is_killed_while_it_writes_its_state_has_the_one_before(
         patch.setattr(training_state, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             train([toy], str(tiny_encoder), QUICK, tmp_path / "out")
+    steps = count_steps(monkeypatch)
+    train([toy], str(tiny_encoder), QUICK, tmp_path / "out")
+    assert steps[0] == 4
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the steps that are taken from now on."""
     steps: list[int] = []
+    take_step = training._Run._step
 
     def counted(run: Any, indices: Any) -> float:
         steps.append(run.progression.step)
         return take_step(run, indices)
 
     monkeypatch.setattr(training._Run, "_step", counted)
-    train([toy], str(tiny_encoder), QUICK, tmp_path / "out")
-    assert steps[0] == 4
+    return steps
 
 
 def leave_state(encoder: Path, toy: LengthFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
