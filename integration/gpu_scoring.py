@@ -2,8 +2,8 @@
 
 Runs in the ranker's thread on a stream of its own. A batch is one chain on the device: its requests and all
 that has changed go up in one transfer, the ranker scores and leaves the scores in their slots as keys, and
-the first K_ORDER slots are ordered; the host waits once, for tokens and order together. Finished requests
-keep their slots until the next batch: the host passes over them.
+where so many wait that the host goes by it, the first K_ORDER slots are ordered; the host waits once, for
+tokens and order together. Finished requests keep their slots until the next batch: the host passes over them.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 from pars_fast.errors import CheckpointError, KernelError
 from pars_fast.gpu_forward import graphed_scorer
 from pars_fast.graphed import GraphedScorer
+from pars_fast.host_index import DEVICE_ORDER_MIN_WAITING
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.integration.scoring import PromptScorer
 from pars_fast.kernels.small_batch_score import MAX_PROMPTS
@@ -31,12 +32,13 @@ PROBE_ERROR = 0.02  # of the largest score; fp16 itself costs the packaged ranke
 class DeviceOrder:
     """Seqs of scored requests in order of their keys, on the device. One priority; see `HostIndex._hint`.
 
-    `first` is the order as of the last batch; None if the table cannot order all.
+    `first` is the order as of the last batch, at most `k`; None if the table cannot order all, or holds fewer
+    than `min_waiting`.
     """
 
-    def __init__(self, table: SlotTable, k: int = K_ORDER) -> None:
-        self.first: list[int] | None = []
-        self._table, self._k = table, k
+    def __init__(self, table: SlotTable, k: int = K_ORDER, *, min_waiting: int) -> None:
+        self.first: list[int] | None = None
+        self._table, self._k, self._min_waiting = table, k, min_waiting
         self._slots: dict[int, tuple[int, int]] = {}  # seq -> slot, generation
         self._seqs = np.zeros(table.capacity, dtype=np.int64)  # of each slot
         self._overflowed = False
@@ -68,7 +70,9 @@ class DeviceOrder:
         NaN for one that has no key."""
         tokens = self._tokens[: len(seqs)]
         tokens.copy_(expected_tokens, non_blocking=True)
-        slots = None if self._overflowed else self._table.order(self._k)
+        slots = None
+        if not self._overflowed and len(self._slots) >= self._min_waiting:
+            slots = self._table.order(self._k)
         if slots is not None:
             self._first_slots.copy_(slots, non_blocking=True)
         if self._done is not None:  # waits in this thread: the scheduling thread sees only what is complete
@@ -170,7 +174,7 @@ def make_gpu_scorer(
     scorer = PromptScorer(loaded, tokenizer, revision)
     with torch.cuda.stream(stream):
         table = SlotTable(scorer.token_map, device=device, max_order=K_ORDER)
-        order = DeviceOrder(table)
+        order = DeviceOrder(table, min_waiting=DEVICE_ORDER_MIN_WAITING)
     graphs = graphed_scorer(
         loaded,
         max_prompts=MAX_BATCH,
@@ -179,7 +183,7 @@ def make_gpu_scorer(
         destination=table.destination,
     )
     with torch.cuda.stream(stream):
-        self_test(loaded, graphs, order, table.destination.tokens)
+        self_test(loaded, graphs, DeviceOrder(table, min_waiting=1), table.destination.tokens)
 
     def score(batch: PackedBatch) -> Tensor:
         graphs.score(batch.input_ids, batch.cu_seqlens)

@@ -92,8 +92,7 @@ def slot_update(
     Args:
         header: (4,) int64: number of commands (at most C), seq_base, bits of the median key as int32, spare.
         commands: (C, 4) int64: slot in [0, N) and given once, generation, 2 * priority_rank + lane or FREE,
-        seq;
-            rows past the number in the header are not read.
+            seq; rows past the number in the header are not read.
         priority_rank, lane, key, seq, occupied, median_key, seq_base: as in `queue_topk`; occupied is bool.
         generation: (N,) int64; 0 before a slot's first owner.
         dirty, tile_size: of the table's `TopkWorkspace`.

@@ -253,8 +253,7 @@ class SlotTable:
 
         Args: scores: (B,) float32 on the device, in the order of the last `upload`'s requests.
         Returns: (B,) float32 expected tokens on the device, NaN for a score that is not finite; overwritten
-            by
-            the next call.
+            by the next call.
         Raises: ValueError: if shape, dtype or device are not as above.
         """
         return publish_score(scores, self.destination)

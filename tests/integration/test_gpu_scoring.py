@@ -39,7 +39,7 @@ def table() -> SlotTable:
 
 @pytest.fixture
 def order(table: SlotTable) -> DeviceOrder:
-    return DeviceOrder(table, k=64)
+    return DeviceOrder(table, k=64, min_waiting=1)
 
 
 def add(
@@ -90,9 +90,24 @@ def test_a_request_that_is_scored_again_keeps_its_slot(table: SlotTable, order: 
 
 def test_only_the_first_k_are_given() -> None:
     table = SlotTable(IDENTITY, capacity=64, device=DEVICE, max_order=64)
-    order = DeviceOrder(table, k=2)
+    order = DeviceOrder(table, k=2, min_waiting=1)
     add(table, order, [(0, 30.0), (1, 10.0), (2, 20.0)])
     assert order.first == [1, 2]
+
+
+def test_nothing_is_ordered_where_the_host_would_not_go_by_it(
+    table: SlotTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = DeviceOrder(table, k=64, min_waiting=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotTable, "order", None)
+        assert add(table, order, [(0, 30.0), (1, 10.0)]) == [30.0, 10.0]
+    assert order.first is None
+    add(table, order, [(2, 20.0)])
+    assert order.first == [1, 2, 0]
+    order.remove([0])
+    add(table, order, [(2, 20.0)])
+    assert order.first is None
 
 
 def whole(seq: int, ids: list[int]) -> Prompt:
@@ -130,7 +145,8 @@ def test_scorer_orders_what_it_scored(table: SlotTable, order: DeviceOrder) -> N
 
 def test_scorer_takes_any_number_of_prompts() -> None:
     table = SlotTable(IDENTITY, capacity=2 * MAX_BATCH, device=DEVICE, max_order=256)
-    scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), DeviceOrder(table, k=256), None, 0.0)
+    every = DeviceOrder(table, k=256, min_waiting=1)
+    scorer = GpuScorer(pack_nonempty, lengths_as_scores(table), every, None, 0.0)
     prompts = [whole(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)]
     assert len(scorer(prompts)) == MAX_BATCH + 5
     order = scorer.order()
@@ -187,7 +203,8 @@ def test_host_index_admits_by_the_devices_order_as_by_its_own(
 def load_scorer(
     ranker_dir: Path, served_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], GpuScorer]:
-    """The scorer of an engine's GPU, graphs and all; on the host where there is no GPU."""
+    """The scorer of an engine's GPU, graphs and all; on the host where there is none. Orders however few."""
+    monkeypatch.setattr(gpu_scoring, "DEVICE_ORDER_MIN_WAITING", 1)
     if DEVICE.type == "cpu":
         use_host_cuda(monkeypatch)
         monkeypatch.setattr(Ranker, "uses_kernels", True)
