@@ -37,8 +37,9 @@ install_cpu = $(call install_torch,$(BIN)) \
 demo: install
 	$(BIN)/pars-fast demo --json out/demo.json --report out/demo.html
 
+# In the order of the files: the longest, which start servers, come early, and short ones fill up the end.
 test: install
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

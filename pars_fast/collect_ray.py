@@ -40,7 +40,7 @@ def ask_on_ray(
     def ask(batch: Any) -> _Columns:
         return _ask_batch(zip(batch["prompt"], batch["sample"], strict=True), collection, model)
 
-    with _cluster():
+    with cluster():
         ray.data.DataContext.get_current().enable_progress_bars = False
         asked = ray.data.from_items(rows, override_num_blocks=batches).map_batches(
             ask, batch_size=None, num_cpus=_CPUS, concurrency=min(workers, batches)
@@ -52,7 +52,7 @@ def ask_on_ray(
 
 
 @contextmanager
-def _cluster() -> Iterator[None]:
+def cluster() -> Iterator[None]:
     """The caller's connection to Ray, or one for the time being."""
     import ray
 

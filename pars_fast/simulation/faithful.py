@@ -35,7 +35,13 @@ from pars_fast.policies import POLICIES, Policy
 from pars_fast.settings import Settings
 from pars_fast.simulation.columns import Served
 from pars_fast.simulation.engine import EngineSettings
-from pars_fast.simulation.simulated_requests import is_question, make_question, make_request
+from pars_fast.simulation.simulated_requests import (
+    ESTIMATE_TOKENS,
+    QUESTION_TOKENS,
+    is_question,
+    make_question,
+    make_request,
+)
 from pars_fast.simulation.step_time import StepTime, step_work
 from pars_fast.simulation.vllm_scheduler import make_scheduler
 from pars_fast.simulation.workload import Workload
@@ -163,16 +169,19 @@ def serve(
 ) -> Served:
     """Drive a scheduler of that engine, on that clock, until every request has finished or been refused.
 
-    `ask_model` and `swap_kv` are as in `Policy`.
+    `ask_model` and `swap_kv` are as in `Policy`; a prompt beside which the question finds no room is served
+    without an estimate.
 
     Raises: ParsFastError: if the scheduler plans nothing although requests wait.
     """
     record = _Record(workload)
-    make = make_question if ask_model else make_request
     arrived, planned = 0, True
     while True:
         while arrived < len(workload) and workload.arrival_s[arrived] <= clock.time_s:
-            if engine.can_hold(int(workload.prompt_tokens[arrived]), int(workload.output_tokens[arrived])):
+            prompt_tokens = int(workload.prompt_tokens[arrived])
+            if engine.can_hold(prompt_tokens, int(workload.output_tokens[arrived])):
+                asked = ask_model and engine.can_hold(prompt_tokens + QUESTION_TOKENS, ESTIMATE_TOKENS)
+                make = make_question if asked else make_request
                 scheduler.add_request(make(workload, arrived, engine.block_size))
             else:
                 record.refused += 1

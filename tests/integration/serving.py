@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 400.0
+PAUSE_S = 3.0  # between waves, since a ranker starts when a core has nothing else to do
 
 
 def lengths(count: int) -> list[int]:
@@ -45,6 +46,7 @@ class Client:
             if done():
                 return
             assert time.monotonic() < deadline, "it never happened"
+            time.sleep(PAUSE_S)
 
     def abort(self, prompt: str, max_tokens: int) -> None:
         """Send a request and hang up at once, as an impatient user does; vLLM aborts it."""

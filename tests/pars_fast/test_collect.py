@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pars_fast import collect_ray
 from pars_fast.cli import main
 from pars_fast.collect import CollectError, Collection, collect, read_prompts
 from pars_fast.data import read_length_file, split_of
@@ -322,11 +323,12 @@ def test_many_workers_collect_the_same(server: FakeServer, tmp_path: Path) -> No
     out = tmp_path / "out.jsonl"
     server.failures = {"prompt 3": [400], "prompt 4": [500], "prompt 11": [401]}
     collection = asking(server, concurrency=1, attempts=1)
-    with pytest.raises(CollectError, match="HTTP 401"):
-        collect(PROMPTS[3:], out, collection, ray_workers=1)
-    kept = {row.prompt for row in read_length_file(out).rows}
-    assert kept == set(PROMPTS[5:11])  # one was refused, one given up, and the last ended the run
-    report = collect(PROMPTS, out, collection, ray_workers=2)
+    with collect_ray.cluster():  # a start takes ten seconds: both runs use this one
+        with pytest.raises(CollectError, match="HTTP 401"):
+            collect(PROMPTS[3:], out, collection, ray_workers=1)
+        kept = {row.prompt for row in read_length_file(out).rows}
+        assert kept == set(PROMPTS[5:11])  # one was refused, one given up, and the last ended the run
+        report = collect(PROMPTS, out, collection, ray_workers=2)
     assert (report.already, report.collected, report.failed) == (6, 6, 0)
     assert {row.prompt: row.output_tokens for row in read_length_file(out).rows} == {
         f"prompt {n}": {"served": n + 1} for n in range(12)

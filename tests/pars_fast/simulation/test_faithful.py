@@ -276,6 +276,15 @@ def test_a_model_that_is_asked_serves_each_prompt_twice() -> None:
     assert served.first_token_s[0] > alone.first_token_s[0] + ESTIMATE_TOKENS * STEP.base_s
 
 
+def test_a_prompt_that_leaves_no_room_for_the_question_is_served_without_an_estimate() -> None:
+    room = ENGINE.max_model_len
+    workload = make_workload("long", [0, 0.1], [room - 10, 9], [10, 5], [1.0, 2.0])
+    served = simulate(workload, "perception_only", None, ENGINE, STEP)
+    assert served.refused == 0
+    assert np.isfinite(served.finished_s).all()
+
+
+
 def test_an_idle_engine_waits_for_the_next_arrival() -> None:
     workload = make_workload("apart", [0.0, 100.0], [10, 10], [5, 5])
     served = simulate(workload, "pars_fast", None, ENGINE, STEP)
