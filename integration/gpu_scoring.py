@@ -8,6 +8,7 @@ tokens and order together. Finished requests keep their slots until the next bat
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -155,10 +156,12 @@ def make_gpu_scorer(
     device: torch.device,
     prompt_work: float,
     max_programs: int | None = None,
+    chat_template: Path | None = None,
 ) -> GpuScorer:
     """Load the ranker onto a GPU, which becomes this thread's current one, capture its graphs and test them.
 
-    `max_programs`: at most so many SMs at a time, None for all. `prompt_work` is `GpuScorer`'s.
+    `max_programs`: at most so many SMs at a time, None for all. `prompt_work` is `GpuScorer`'s; `tokenizer`,
+    `revision` and `chat_template` are `PromptText`'s.
 
     Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens, or an
         activation that the kernels do not compute. KernelError: as `self_test`.
@@ -171,7 +174,7 @@ def make_gpu_scorer(
             f"{ranker}: its activation is {loaded.config.hidden_act!r}, and the kernels compute "
             f"{ACTIVATION!r}; set PARS_DEVICE=cpu"
         )
-    scorer = PromptScorer(loaded, tokenizer, revision)
+    scorer = PromptScorer(loaded, tokenizer, revision, chat_template)
     with torch.cuda.stream(stream):
         table = SlotTable(scorer.token_map, device=device, max_order=K_ORDER)
         order = DeviceOrder(table, min_waiting=DEVICE_ORDER_MIN_WAITING)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -19,16 +20,26 @@ from pars_fast.integration.runtime import Prompt, Scored
 class ProcessRuntime:
     """A `RankerRuntime` whose process runs at idle priority (`ranker_process.py`).
 
-    One that is ended is killed and reaped at a later start: to wait for it could take for ever.
+    One that is ended is killed and reaped at a later start: to wait for it could take for ever. `tokenizer`,
+    `revision` and `chat_template` are `PromptText`'s.
     """
 
     max_in_flight = 4
     weighs_prompts = False
 
-    def __init__(self, ranker: str, tokenizer: str, revision: str | None, threads: int) -> None:
+    def __init__(
+        self,
+        ranker: str,
+        tokenizer: str,
+        revision: str | None,
+        threads: int,
+        chat_template: Path | None = None,
+    ) -> None:
         self._arguments = ["--ranker", ranker, "--tokenizer", tokenizer, "--threads", str(threads)]
         if revision:
             self._arguments += ["--revision", revision]
+        if chat_template is not None:
+            self._arguments += ["--chat-template", str(chat_template)]
         self._context = zmq.Context()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._socket: zmq.Socket[bytes] | None = None

@@ -9,6 +9,7 @@ import datetime
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("vllm.pars_fast")
@@ -22,15 +23,18 @@ _SYSTEM, _USER, _ANSWER, _AGAIN = "qsystemq", "quserq", "qanswerq", "qagainq"
 class PromptText:
     """Decodes with the served model's tokenizer, a folder or a hub name, of this revision.
 
-    Prompts that were made with another template keep what it added.
+    `chat_template`: file of the template that the server uses in place of the tokenizer's own. Prompts that
+    were made with another one keep what it added.
 
-    Raises: OSError, ValueError: if the tokenizer cannot be loaded.
+    Raises: OSError, ValueError: if the tokenizer or the template cannot be loaded.
     """
 
-    def __init__(self, tokenizer: str, revision: str | None) -> None:
+    def __init__(self, tokenizer: str, revision: str | None, chat_template: Path | None = None) -> None:
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template.read_text()
         specials = sorted(self._tokenizer.all_special_tokens, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)) if specials else r"(?!)")
         self._read_template()

@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections import deque
+from pathlib import Path
 
 import msgspec
 import torch
@@ -26,6 +27,7 @@ def main() -> None:
     for name in ("endpoint", "ranker", "tokenizer"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--revision")
+    parser.add_argument("--chat-template", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
     with contextlib.suppress(OSError):  # a sandbox may forbid it
@@ -34,7 +36,7 @@ def main() -> None:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     torch.set_num_threads(arguments.threads)
     ranker = Ranker.from_pretrained(arguments.ranker, device="cpu")
-    scorer = PromptScorer(ranker, arguments.tokenizer, arguments.revision)
+    scorer = PromptScorer(ranker, arguments.tokenizer, arguments.revision, arguments.chat_template)
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)  # what is left to say to an engine that has died is not waited for
     socket.connect(arguments.endpoint)

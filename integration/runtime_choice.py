@@ -47,11 +47,14 @@ def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
             sms = settings.gpu_sms or None
             return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision,
                                    device=torch.device("cuda", index), max_programs=sms,
-                                   prompt_work=prompt_work(POLICIES[settings.policy]) or 0.0)
+                                   prompt_work=prompt_work(POLICIES[settings.policy]) or 0.0,
+                                   chat_template=settings.chat_template)
 
         return ThreadRuntime(load)
     ranker = serving_ranker(settings.ranker, "cpu")
-    return ProcessRuntime(ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads)
+    return ProcessRuntime(
+        ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads, settings.chat_template
+    )
 
 
 def make_recorder(settings: Settings, vllm_config: Any, counters: CounterFile) -> Recorder | None:
@@ -61,7 +64,7 @@ def make_recorder(settings: Settings, vllm_config: Any, counters: CounterFile) -
     model = vllm_config.model_config
 
     def load_decode() -> Decode:
-        return PromptText(model.tokenizer, model.tokenizer_revision)
+        return PromptText(model.tokenizer, model.tokenizer_revision, settings.chat_template)
 
     name = model.served_model_name
     column = str(name[0] if isinstance(name, list) else name or model.model)

@@ -7,6 +7,7 @@ ranker's process or thread, never on the scheduling thread.
 import math
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from pars_fast.errors import CheckpointError
 from pars_fast.integration.prompt_text import PromptText
@@ -18,15 +19,19 @@ from pars_fast.tokenization import PackedBatch, pack
 class PromptScorer:
     """Scores batches of prompts; a prompt that cannot be scored gets NaN and harms no other.
 
+    `tokenizer`, `revision` and `chat_template` are `PromptText`'s.
+
     Raises: CheckpointError: if the ranker has no map from scores to tokens, or cannot be loaded.
     """
 
-    def __init__(self, ranker: Ranker, tokenizer: str, revision: str | None) -> None:
+    def __init__(
+        self, ranker: Ranker, tokenizer: str, revision: str | None, chat_template: Path | None = None
+    ) -> None:
         if ranker.token_map is None:
             raise CheckpointError("the ranker has no score-to-token map; train it with `pars-fast train`")
         self._ranker = ranker
         self.token_map = ranker.token_map
-        self._text = PromptText(tokenizer, revision)
+        self._text = PromptText(tokenizer, revision, chat_template)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
         try:

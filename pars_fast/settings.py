@@ -59,6 +59,13 @@ def _file_to_append(text: str) -> Path:
     return path
 
 
+def _file_to_read(text: str) -> Path:
+    path = Path(text)
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        raise ValueError("a file that can be read")
+    return path
+
+
 def _demand_file(text: str) -> Path:
     try:
         load_demand(Path(text))
@@ -92,6 +99,8 @@ class Settings:
         guard_floor_requests: PARS_GUARD_FLOOR_REQUESTS. Of the default guard: requests by which every one
             may be passed in any case.
         trust_caller: PARS_TRUST_CALLER. 1 takes `vllm_xargs: {"pars_score": tokens}` of a request.
+        chat_template: PARS_CHAT_TEMPLATE. File of the server's `--chat-template`, if it has one: what a
+            template writes around messages is no part of what the ranker reads. None: the tokenizer's own.
         device: PARS_DEVICE. `auto` (default): the GPU when one process has it alone, else the CPU.
         cpu_threads: PARS_CPU_THREADS. Threads of the ranker's process on the CPU.
         gpu_sms: PARS_GPU_SMS. SMs that the ranker takes at most, on a GPU shared with decode; 0: all.
@@ -117,6 +126,7 @@ class Settings:
     guard_beta: float = _setting("PARS_GUARD_BETA", 0.5, _number(0, "a number"))
     guard_floor_requests: float = _setting("PARS_GUARD_FLOOR_REQUESTS", 0.0, _number(0, "a number"))
     trust_caller: bool = _setting("PARS_TRUST_CALLER", False, _flag)
+    chat_template: Path | None = _setting("PARS_CHAT_TEMPLATE", None, _file_to_read)  # noqa: RUF009
     device: str = _setting("PARS_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
     cpu_threads: int = _setting("PARS_CPU_THREADS", 1, _whole(1, "a number of threads"))
     gpu_sms: int = _setting("PARS_GPU_SMS", 16, _whole(0, "a number of SMs"))

@@ -74,6 +74,20 @@ def test_of_one_message_only_what_was_written_is_left(template: str, tmp_path: P
         assert text(chat_ids(tokenizer, ("user", said))) == said.strip()
 
 
+def test_the_servers_own_template_takes_the_place_of_the_tokenizers(tmp_path: Path) -> None:
+    """vLLM's `--chat-template`, for a tokenizer that has another one or none."""
+    (tmp_path / "chat.jinja").write_text(WORDS)
+    for template in (CHATML, None):
+        tokenizer = make_tokenizer(template, tmp_path)
+        tokenizer.chat_template = WORDS
+        ids = chat_ids(tokenizer, ("system", "You sell tools."), ("user", "Why?"))
+        text = PromptText(str(tmp_path), None, tmp_path / "chat.jinja")
+        assert text.read(ids) == ("Why?", "You sell tools.")
+        assert PromptText(str(tmp_path), None)(ids) != "Why?"
+    with pytest.raises(OSError, match="missing"):
+        PromptText(str(tmp_path), None, tmp_path / "missing")
+
+
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_turns_stand_on_lines_of_their_own(template: str, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(template, tmp_path)

@@ -38,8 +38,8 @@ def start_process(ranker_dir: Path, served_model: Path) -> Iterator[Callable[...
     """A started process runtime; killed at the end, whatever happened."""
     started: list[ProcessRuntime] = []
 
-    def start(ranker: Path = ranker_dir, tokenizer: Path = served_model) -> ProcessRuntime:
-        started.append(ProcessRuntime(str(ranker), str(tokenizer), None, threads=1))
+    def start(ranker: Path = ranker_dir, chat_template: Path | None = None) -> ProcessRuntime:
+        started.append(ProcessRuntime(str(ranker), str(served_model), None, 1, chat_template))
         started[-1].start()
         return started[-1]
 
@@ -86,11 +86,18 @@ def test_a_process_scores_as_the_library_does_and_survives_a_kill(
     ranker_dir: Path,
     served_model: Path,
     make_prompts: Callable[[int], list[str]],
+    tmp_path: Path,
 ) -> None:
-    runtime = start_process()
+    """Of prompts some are chats by a template that is not the tokenizer's."""
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ 'Q' if m.role == 'user' else 'A' }}: {{ m.content }}\n{% endfor %}A:"
+    )
+    runtime = start_process(chat_template=template)
     tokenizer = AutoTokenizer.from_pretrained(served_model)
     texts = make_prompts(3 * BATCH_PROMPTS + 1)
-    prompts = [whole(seq, tokenizer.encode(text)) for seq, text in enumerate(texts)]
+    said = [text if seq % 2 else f"Q: {text}\nA:" for seq, text in enumerate(texts)]
+    prompts = [whole(seq, tokenizer.encode(text)) for seq, text in enumerate(said)]
     ranker = Ranker.from_pretrained(ranker_dir, device="cpu")
     assert ranker.token_map is not None
     expected = dict(enumerate(ranker.token_map(ranker.score(texts).numpy())))
@@ -330,6 +337,7 @@ def test_on_a_gpu_the_ranker_is_a_thread_that_weighs_prompts_as_the_policy_does(
         class model_config:  # noqa: N801
             tokenizer, tokenizer_revision = str(served_model), None
 
+    template = served_model / "config.json"  # any file
     asked: dict[str, Any] = {}
 
     def make(*arguments: Any, **options: Any) -> ToyScorer:
@@ -337,8 +345,9 @@ def test_on_a_gpu_the_ranker_is_a_thread_that_weighs_prompts_as_the_policy_does(
         return ToyScorer(lengths)
 
     monkeypatch.setattr(gpu_scoring, "make_gpu_scorer", make)
-    runtime = make_runtime(Settings(policy=policy, device="cuda"), Config)
+    runtime = make_runtime(Settings(policy=policy, device="cuda", chat_template=template), Config)
     runtime.start()
     assert collect(runtime, 1) == [READY]
     assert asked["prompt_work"] == {"pars_fast": PROMPT_WORK}.get(policy, 0.0)
+    assert asked["chat_template"] == template
     runtime.close()

@@ -21,6 +21,7 @@ def test_defaults() -> None:
         guard_beta=0.5,
         guard_floor_requests=0.0,
         trust_caller=False,
+        chat_template=None,
         device="auto",
         cpu_threads=1,
         gpu_sms=16,
@@ -35,6 +36,8 @@ def test_defaults() -> None:
 
 
 def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.touch()
     environ = {
         "PARS_ENABLE": "1",
         "PARS_RANKER": str(tmp_path),
@@ -43,6 +46,7 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
         "PARS_GUARD_BETA": "2",
         "PARS_GUARD_FLOOR_REQUESTS": "1e3",
         "PARS_TRUST_CALLER": "1",
+        "PARS_CHAT_TEMPLATE": str(template),
         "PARS_DEVICE": "cpu",
         "PARS_CPU_THREADS": "3",
         "PARS_GPU_SMS": "0",
@@ -57,8 +61,8 @@ def test_every_setting_is_read_from_its_variable(tmp_path: Path) -> None:
     elsewhere = {"PARS_GUARD", "PARS_DEMAND"}
     assert environ.keys() | elsewhere == {f.metadata["variable"] for f in fields(Settings)}
     assert Settings.from_environ(environ) == Settings(
-        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, "cpu", 3, 0, 0.5, False, -1.0, 0.0,
-        tmp_path / "lengths.jsonl", "plain", True,
+        True, str(tmp_path), "oracle", "shadow", None, 2.0, 1000.0, True, template, "cpu", 3, 0, 0.5, False,
+        -1.0, 0.0, tmp_path / "lengths.jsonl", "plain", True,
     )
 
 
@@ -104,6 +108,7 @@ def test_settings_of_the_default_guard_beside_another_are_refused(variable: str)
         ("PARS_GUARD_BETA", "inf", "a number >= 0"),
         ("PARS_GUARD_FLOOR_REQUESTS", "many", "a number >= 0"),
         ("PARS_TRUST_CALLER", "true", "0 or 1"),
+        ("PARS_CHAT_TEMPLATE", "/no/such/folder/chat.jinja", "a file that can be read"),
         ("PARS_DEVICE", "tpu", "one of auto, cpu, cuda"),
         ("PARS_CPU_THREADS", "0", "a number of threads, a whole number >= 1"),
         ("PARS_CPU_THREADS", "1.5", "a number of threads, a whole number >= 1"),
