@@ -230,13 +230,9 @@ def _run_all(setup: Setup, cases: Mapping[str, Case], workers: int) -> Iterator[
             yield key, run_case(setup, case)
         return
     with worker_pool(workers, _set_up, (setup,)) as pool:
-        try:
-            futures = {pool.submit(_run_here, case): key for key, case in cases.items()}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        futures = {pool.submit(_run_here, case): key for key, case in cases.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 _setup: Setup | None = None  # of this worker process

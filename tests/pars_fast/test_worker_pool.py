@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+import pytest
 
 from pars_fast.worker_pool import worker_pool
 from tests.processes import is_running
@@ -35,6 +38,26 @@ def test_its_processes_end_with_their_parent(tmp_path: Path) -> None:
             assert pids
         finally:
             owner.kill()
+    wait_for_the_end(pids)
+
+
+def test_an_error_inside_does_not_wait_for_what_runs() -> None:
+    pids: set[int] = set()
+
+    def give_up() -> None:
+        with worker_pool(2) as pool:
+            pids.update(future.result() for future in [pool.submit(os.getpid) for _ in range(8)])
+            for _ in range(8):
+                pool.submit(time.sleep, 600.0)
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        give_up()
+    assert pids
+    wait_for_the_end(pids)
+
+
+def wait_for_the_end(pids: Iterable[int]) -> None:
     deadline = time.monotonic() + 60.0
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its parent"
