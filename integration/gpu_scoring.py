@@ -33,12 +33,12 @@ PROBE_ERROR = 0.02  # of the largest score; fp16 itself costs the packaged ranke
 class DeviceOrder:
     """Seqs of scored requests in order of their keys, on the device. One priority; see `HostIndex._hint`.
 
-    `first` is the order as of the last batch, at most `k`; None if the table cannot order all, or holds fewer
-    than `min_waiting`.
+    `first` is the order as of the last batch, at most `k`; empty if the table cannot order all, or holds
+    fewer than `min_waiting`, so that the host forgets an older one.
     """
 
     def __init__(self, table: SlotTable, k: int = K_ORDER, *, min_waiting: int) -> None:
-        self.first: list[int] | None = None
+        self.first: list[int] = []
         self._table, self._k, self._min_waiting = table, k, min_waiting
         self._slots: dict[int, tuple[int, int]] = {}  # seq -> slot, generation
         self._seqs = np.zeros(table.capacity, dtype=np.int64)  # of each slot
@@ -82,7 +82,7 @@ class DeviceOrder:
         expected = tokens.tolist()
         unscored = {seq for seq, value in zip(seqs, expected, strict=True) if math.isnan(value)}
         if slots is None:
-            self.first = None
+            self.first = []
         else:
             first = self._first_slots.numpy()
             self.first = self._seqs[first[first >= 0]].tolist()
@@ -129,7 +129,7 @@ class GpuScorer:
         with torch.cuda.stream(self._stream):
             return [scored for batch in batches for scored in self._score_batch(batch)]
 
-    def order(self) -> Sequence[int] | None:
+    def order(self) -> Sequence[int]:
         return self._order.first
 
     def forget(self, seqs: Sequence[int]) -> None:

@@ -66,14 +66,13 @@ def test_finished_requests_leave_and_their_slots_serve_others(table: SlotTable, 
     add(table, order, [(seq, float(seq)) for seq in range(64)])
     order.remove([0, 1, 999])
     add(table, order, [(64, 0.5), (65, 1000.0)])
-    assert order.first is not None
     assert order.first[:3] == [64, 2, 3]
     assert order.first[-1] == 65
 
 
 def test_a_full_table_gives_no_order_until_it_has_emptied(table: SlotTable, order: DeviceOrder) -> None:
     assert add(table, order, [(seq, 1.0) for seq in range(65)]) == [1.0] * 65  # scored all the same
-    assert order.first is None
+    assert order.first == []
     order.remove(list(range(64)))
     add(table, order, [(70, 2.0)])
     assert order.first == [70]
@@ -102,12 +101,12 @@ def test_nothing_is_ordered_where_the_host_would_not_go_by_it(
     with monkeypatch.context() as patch:
         patch.setattr(SlotTable, "order", None)
         assert add(table, order, [(0, 30.0), (1, 10.0)]) == [30.0, 10.0]
-    assert order.first is None
+    assert order.first == []
     add(table, order, [(2, 20.0)])
     assert order.first == [1, 2, 0]
     order.remove([0])
     add(table, order, [(2, 20.0)])
-    assert order.first is None
+    assert order.first == []
 
 
 def whole(seq: int, ids: list[int]) -> Prompt:
@@ -150,7 +149,6 @@ def test_scorer_takes_any_number_of_prompts() -> None:
     prompts = [whole(seq, [0] * (1 + seq % 12)) for seq in range(MAX_BATCH + 5)]
     assert len(scorer(prompts)) == MAX_BATCH + 5
     order = scorer.order()
-    assert order is not None
     assert order == sorted(range(MAX_BATCH + 5), key=lambda seq: (1 + seq % 12, seq))
 
 
@@ -191,7 +189,7 @@ def test_host_index_admits_by_the_devices_order_as_by_its_own(
             scored = [seq for seq in range(40) if seq % 5]
             works = [work * prompts[seq] for seq in scored]
             add(table, order, [(seq, keys[seq]) for seq in scored], works)
-            index.set_device_order(order.first or [])
+            index.set_device_order(order.first)
         if stale:  # aborted after the order was computed
             for entry in entries[::7]:
                 index.remove(entry)
