@@ -9,15 +9,17 @@ tokens and order together. Finished requests keep their slots until the next bat
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pars_fast.errors import CheckpointError, KernelError
+from pars_fast.errors import KernelError
 from pars_fast.gpu_forward import graphed_scorer
 from pars_fast.graphed import GraphedScorer
 from pars_fast.host_index import DEVICE_ORDER_MIN_WAITING
+from pars_fast.integration.gpu_trial import ADVICE
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.integration.scoring import PromptScorer
 from pars_fast.kernels.small_batch_score import MAX_PROMPTS
@@ -158,26 +160,51 @@ def make_gpu_scorer(
     max_programs: int | None = None,
     chat_template: Path | None = None,
 ) -> GpuScorer:
-    """Load the ranker onto a GPU, which becomes this thread's current one, capture its graphs and test them.
+    """A ranker that scores the engine's prompts on its GPU.
 
-    `max_programs`: at most so many SMs at a time, None for all. `prompt_work` is `GpuScorer`'s; `tokenizer`,
-    `revision` and `chat_template` are `PromptText`'s.
+    `device` and `max_programs` are `load_kernels`'s, as is what is raised, `prompt_work` is `GpuScorer`'s;
+    `tokenizer`, `revision` and `chat_template` are `PromptText`'s.
+    """
+    kernels = load_kernels(ranker, device=device, max_programs=max_programs)
+    table, graphs = kernels.table, kernels.graphs
+    with torch.cuda.stream(kernels.stream):
+        order = DeviceOrder(table, min_waiting=DEVICE_ORDER_MIN_WAITING)
+    scorer = PromptScorer(kernels.ranker, tokenizer, revision, chat_template)
 
-    Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens, or an
-        activation that the kernels do not compute. KernelError: as `self_test`.
+    def score(batch: PackedBatch) -> Tensor:
+        graphs.score(batch.input_ids, batch.cu_seqlens)
+        return table.destination.tokens[: len(batch)]
+
+    return GpuScorer(scorer.pack, score, order, kernels.stream, prompt_work)
+
+
+class LoadedKernels(NamedTuple):
+    """A ranker on a GPU, the table its graphs leave scores in, and the stream of all of it."""
+
+    ranker: Ranker
+    table: SlotTable
+    graphs: GraphedScorer
+    stream: torch.cuda.Stream
+
+
+def load_kernels(ranker: str, *, device: torch.device, max_programs: int | None = None) -> LoadedKernels:
+    """Load a ranker onto a GPU, which becomes this thread's current one, capture its graphs and test them.
+
+    `max_programs`: at most so many SMs at a time, None for all.
+
+    Raises: CheckpointError: as `Ranker.from_pretrained`, or if it has no map from scores to tokens.
+        KernelError: if it has an activation that the kernels do not compute; as `self_test`.
     """
     torch.cuda.set_device(device)
     stream = torch.cuda.Stream(device)
     loaded = Ranker.from_pretrained(ranker, device=device)
     if not loaded.uses_kernels:
-        raise CheckpointError(
+        raise KernelError(
             f"{ranker}: its activation is {loaded.config.hidden_act!r}, and the kernels compute "
-            f"{ACTIVATION!r}; set PARS_DEVICE=cpu"
+            f"{ACTIVATION!r}{ADVICE}"
         )
-    scorer = PromptScorer(loaded, tokenizer, revision, chat_template)
     with torch.cuda.stream(stream):
-        table = SlotTable(scorer.token_map, device=device, max_order=K_ORDER)
-        order = DeviceOrder(table, min_waiting=DEVICE_ORDER_MIN_WAITING)
+        table = SlotTable(loaded.required_token_map(), device=device, max_order=K_ORDER)
     graphs = graphed_scorer(
         loaded,
         max_prompts=MAX_BATCH,
@@ -187,12 +214,7 @@ def make_gpu_scorer(
     )
     with torch.cuda.stream(stream):
         self_test(loaded, graphs, DeviceOrder(table, min_waiting=1), table.destination.tokens)
-
-    def score(batch: PackedBatch) -> Tensor:
-        graphs.score(batch.input_ids, batch.cu_seqlens)
-        return table.destination.tokens[: len(batch)]
-
-    return GpuScorer(scorer.pack, score, order, stream, prompt_work)
+    return LoadedKernels(loaded, table, graphs, stream)
 
 
 @torch.no_grad()
@@ -221,6 +243,6 @@ def self_test(ranker: Ranker, graphs: GraphedScorer, order: DeviceOrder, tokens:
         expected = ranker.model(on_device.input_ids, on_device.cu_seqlens).float().cpu()
         error = float((scores - expected).abs().max() / expected.abs().max().clamp(min=1.0))
         if not error <= PROBE_ERROR:  # NaN, too
-            raise KernelError(f"the kernels' scores are {error:.3g} off PyTorch's; set PARS_DEVICE=cpu")
+            raise KernelError(f"the kernels' scores are {error:.3g} off PyTorch's{ADVICE}")
         if first != sorted(seqs, key=lambda seq: (expected_tokens[seq], seq)):
-            raise KernelError("the kernels' order is not that of the scores; set PARS_DEVICE=cpu")
+            raise KernelError(f"the kernels' order is not that of the scores{ADVICE}")

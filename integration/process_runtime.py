@@ -48,7 +48,7 @@ class ProcessRuntime:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(list[Scored]).decode
 
-    def start(self) -> None:
+    def start(self) -> "ProcessRuntime":
         self.close()
         self._killed = [process for process in self._killed if process.poll() is None]
         # A folder each start: a late answer to the last one goes nowhere.
@@ -64,6 +64,7 @@ class ProcessRuntime:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", "pars_fast.integration.ranker_process", "--endpoint", endpoint]
         self._process = subprocess.Popen([*command, *self._arguments], stdin=subprocess.PIPE, env=environment)
+        return self
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         assert self._socket is not None

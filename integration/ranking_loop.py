@@ -141,9 +141,13 @@ class RankingLoop:
     def _start(self) -> None:
         self._started_at = self._clock()
         try:
-            self._runtime.start()
+            started = self._runtime.start()
         except (OSError, RuntimeError) as error:
             self._fail(f"the ranker cannot be started: {error}")
+            return
+        if started is not self._runtime:
+            logger.warning("pars-fast: the ranker goes on without its GPU's kernels, on the CPU")
+            self._runtime = started
 
     def _hand_over(self, asked: list[tuple[Entry, Prompt]]) -> bool:
         """False if the ranker takes none now."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from pars_fast.errors import KernelError
+
 
 class Scored(NamedTuple):
     """What the ranker says of a prompt. msgpack has it as an array."""
@@ -46,9 +48,10 @@ class RankerRuntime(Protocol):
     max_in_flight: int
     weighs_prompts: bool
 
-    def start(self) -> None:
+    def start(self) -> "RankerRuntime":
         """Begin anew, whatever state it is in.
 
+        Returns: what was started: itself, or another in its place where this one cannot run.
         Raises: OSError, RuntimeError: if the system has no room for it.
         """
 
@@ -85,22 +88,28 @@ class Scorer(Protocol):
 
 
 class ThreadRuntime:
-    """The ranker as a daemon thread on the engine's GPU; `make_scorer` loads it, inside the thread."""
+    """The ranker as a daemon thread on the engine's GPU; `make_scorer` loads it, inside the thread.
+
+    Once that has raised KernelError, `other` is started in its place, if there is one.
+    """
 
     max_in_flight = 64  # one batch, scored long before the next step
     weighs_prompts = True
 
-    def __init__(self, make_scorer: Callable[[], Scorer]) -> None:
-        self._make_scorer = make_scorer
+    def __init__(self, make_scorer: Callable[[], Scorer], other: RankerRuntime | None = None) -> None:
+        self._make_scorer, self._other = make_scorer, other
         self._channel = _Channel()
 
-    def start(self) -> None:
+    def start(self) -> RankerRuntime:
         # A hung thread cannot be killed; it keeps its own channel, and ends if it ever comes back to it.
         self.close()
+        if self._channel.refused and self._other is not None:
+            return self._other.start()
         self._channel = _Channel()
         self._order: Sequence[int] | None = None
         arguments = (self._make_scorer, self._channel)
         threading.Thread(target=_score_forever, args=arguments, name="pars-fast", daemon=True).start()
+        return self
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         self._channel.prompts.put(prompts)
@@ -137,6 +146,7 @@ class _Channel:
         default_factory=queue.SimpleQueue
     )
     failure: str | None = None
+    refused: bool = False  # by the GPU, which will not think better of it
 
 
 def _score_forever(make_scorer: Callable[[], Scorer], channel: _Channel) -> None:
@@ -153,4 +163,5 @@ def _score_forever(make_scorer: Callable[[], Scorer], channel: _Channel) -> None
                 score.forget(channel.finished.get_nowait())
             channel.scored.put((score(waiting), score.order()))
     except Exception as error:  # whatever it is, the scheduler must learn of it and go on
+        channel.refused = isinstance(error, KernelError)
         channel.failure = f"the ranker thread ended: {error!r}"

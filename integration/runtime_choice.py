@@ -32,29 +32,32 @@ def make_runtime(settings: Settings, vllm_config: Any) -> RankerRuntime:
 
     Where the model runs in processes of its own (tensor, pipeline or data parallelism), EngineCore shares no
     CUDA context with it, and a second one would cost memory on the same GPU, so the ranker goes to the CPU.
+    So it does, by itself, where the GPU's kernels fail their trial; a GPU that was asked for is waited for.
     Called in the thread that set the engine's GPU: the current device is each thread's own.
     """
     model = vllm_config.model_config
-    if _ranks_on_gpu(settings, vllm_config):
-        import torch
 
-        from pars_fast.integration.gpu_scoring import make_gpu_scorer
+    on_cpu = ProcessRuntime(serving_ranker(settings.ranker, "cpu"), model.tokenizer, model.tokenizer_revision,
+                            settings.cpu_threads, settings.chat_template)
+    if not _ranks_on_gpu(settings, vllm_config):
+        return on_cpu
+    import torch
 
-        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    from pars_fast.integration.gpu_scoring import make_gpu_scorer
+    from pars_fast.integration.gpu_trial import try_kernels
 
-        def load() -> Scorer:
-            ranker = serving_ranker(settings.ranker, "cuda")
-            sms = settings.gpu_sms or None
-            return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision,
-                                   device=torch.device("cuda", index), max_programs=sms,
-                                   prompt_work=prompt_work(POLICIES[settings.policy]) or 0.0,
-                                   chat_template=settings.chat_template)
+    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
-        return ThreadRuntime(load)
-    ranker = serving_ranker(settings.ranker, "cpu")
-    return ProcessRuntime(
-        ranker, model.tokenizer, model.tokenizer_revision, settings.cpu_threads, settings.chat_template
-    )
+    def load() -> Scorer:
+        ranker = serving_ranker(settings.ranker, "cuda")
+        device, sms = torch.device("cuda", index), settings.gpu_sms or None
+        try_kernels(ranker, str(device), sms)
+        return make_gpu_scorer(ranker, model.tokenizer, model.tokenizer_revision,
+                               device=device, max_programs=sms,
+                               prompt_work=prompt_work(POLICIES[settings.policy]) or 0.0,
+                               chat_template=settings.chat_template)
+
+    return ThreadRuntime(load, on_cpu if settings.device == "auto" else None)
 
 
 def make_recorder(settings: Settings, vllm_config: Any, counters: CounterFile) -> Recorder | None:

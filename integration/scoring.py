@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from pars_fast.errors import CheckpointError
 from pars_fast.integration.prompt_text import PromptText
 from pars_fast.integration.runtime import Prompt, Scored
 from pars_fast.ranker import Ranker
@@ -27,10 +26,8 @@ class PromptScorer:
     def __init__(
         self, ranker: Ranker, tokenizer: str, revision: str | None, chat_template: Path | None = None
     ) -> None:
-        if ranker.token_map is None:
-            raise CheckpointError("the ranker has no score-to-token map; train it with `pars-fast train`")
         self._ranker = ranker
-        self.token_map = ranker.token_map
+        self._token_map = ranker.required_token_map()
         self._text = PromptText(tokenizer, revision, chat_template)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Scored]:
@@ -55,7 +52,7 @@ class PromptScorer:
 
     def _score(self, prompts: Sequence[Prompt]) -> list[Scored]:
         texts, system_prompts = self._read(prompts)
-        expected = self.token_map(self._ranker.score(texts).numpy())
+        expected = self._token_map(self._ranker.score(texts).numpy())
         answers = zip(prompts, expected, system_prompts, strict=True)
         return [Scored(prompt.seq, float(tokens), system) for prompt, tokens, system in answers]
 

@@ -31,7 +31,7 @@ class OutputError(ParsFastError):
 
 
 class KernelError(ParsFastError):
-    """A GPU's kernels do not compute what PyTorch does there."""
+    """A GPU does not run the kernels, or they do not compute what PyTorch does there."""
 
 
 class MissingExtraError(ParsFastError):

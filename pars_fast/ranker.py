@@ -177,11 +177,15 @@ class Ranker:
 
         Raises: CheckpointError: if there is no map. PromptError: as `score`.
         """
+        return self.required_token_map()(self.score(prompts).numpy())
+
+    def required_token_map(self) -> TokenMap:
+        """`token_map`. Raises: CheckpointError: if there is none."""
         if self.token_map is None:
             raise CheckpointError(
                 "the ranker has no map from scores to tokens; train it with `pars-fast train`, which fits one"
             )
-        return self.token_map(self.score(prompts).numpy())
+        return self.token_map
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """WordPiece ids of each prompt, as much as the window holds. Raises: PromptError: as `score`."""

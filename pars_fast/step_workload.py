@@ -36,7 +36,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from pars_fast.errors import ParsFastError
 from pars_fast.integration.process_runtime import ProcessRuntime
-from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.runtime import READY, Prompt, RankerRuntime, Scored
 from pars_fast.integration.scheduler import with_ranking
 
 SEATS = 16  # admitted, and finished, in each step
@@ -86,8 +86,9 @@ class FakeRuntime:
         self._decode = msgspec.msgpack.Decoder(list[Scored]).decode
         self._answers: list[bytes] = []
 
-    def start(self) -> None:
+    def start(self) -> RankerRuntime:
         self._answers = [self._encode([READY])]
+        return self
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         self._encode(prompts)

@@ -29,7 +29,7 @@ from pars_fast.errors import ParsFastError
 from pars_fast.guards import Guard
 from pars_fast.integration.process_runtime import ProcessRuntime
 from pars_fast.integration.prompt_window import MAX_IDS
-from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.runtime import READY, Prompt, RankerRuntime, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.policies import POLICIES, Policy
 from pars_fast.settings import Settings
@@ -123,8 +123,9 @@ class DelayedRanker:
         self._workload, self._delay_s, self._clock = workload, delay_s, clock
         self._answers: deque[tuple[float, Scored]] = deque()  # (when it is known, answer), in order
 
-    def start(self) -> None:
+    def start(self) -> RankerRuntime:
         self._answers = deque([(self._clock(), READY)])
+        return self
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         due = self._clock() + self._delay_s

@@ -91,7 +91,8 @@ class _NoRanker:
     max_in_flight = 0
     weighs_prompts = False
 
-    def start(self) -> None: ...
+    def start(self) -> "_NoRanker":
+        return self
 
     def submit(self, prompts: object) -> bool:
         return False

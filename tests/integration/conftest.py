@@ -29,7 +29,7 @@ from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.runtime import READY, Prompt, RankerRuntime, Scored
 
 BLOCK_SIZE = 32  # the CPU platform warns of others
 WORDS = ("tell", "me", "a", "story", "about", "the", "sea", "yes", "or", "no", "list", "all", "primes", "why")
@@ -150,10 +150,11 @@ class FakeRuntime:
         self._outbox: list[Scored] = []
         self.system_prompt: Callable[[Prompt], int] = lambda prompt: 0
 
-    def start(self) -> None:
+    def start(self) -> RankerRuntime:
         self.starts += 1
         self.reason = None
         self.pending, self._outbox = [], [READY] if self.ready_on_start else []
+        return self
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         if self.accepts:

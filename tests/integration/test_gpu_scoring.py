@@ -16,7 +16,7 @@ from pars_fast.errors import KernelError
 from pars_fast.graphed import GraphedScorer
 from pars_fast.guards import OvertakingBudget
 from pars_fast.host_index import HostIndex
-from pars_fast.integration import gpu_scoring
+from pars_fast.integration import gpu_scoring, gpu_trial
 from pars_fast.integration.gpu_scoring import DeviceOrder, GpuScorer, make_gpu_scorer
 from pars_fast.integration.runtime import Prompt
 from pars_fast.integration.scoring import PromptScorer
@@ -257,5 +257,19 @@ def test_kernels_that_compute_something_else_are_refused(
             return None if slots is None else slots.flip(0)
 
         monkeypatch.setattr(SlotTable, "order", reversed_order)
-    with pytest.raises(KernelError, match=f"the kernels' {wrong}.*; set PARS_DEVICE=cpu"):
+    with pytest.raises(KernelError, match=f"the kernels' {wrong}.*; PARS_DEVICE=cpu ranks without them"):
         load_scorer()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+def test_a_trial_passes_where_the_kernels_do(
+    load_scorer: Callable[[], GpuScorer], ranker_dir: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the child does, in this process: there the kernels of a machine without a GPU are not its own."""
+    trial = ["--ranker", str(ranker_dir), "--device", str(DEVICE), "--timeout", "300", "--max-programs", "4"]
+    assert gpu_trial.main(trial) == 0
+    score = GraphedScorer.score
+    monkeypatch.setattr(GraphedScorer, "score", lambda *arguments: score(*arguments) + 0.5)
+    assert gpu_trial.main(trial) == 1
+    assert capsys.readouterr().err.startswith("KernelError: the kernels' scores are ")

@@ -280,6 +280,26 @@ def test_a_system_without_room_for_the_ranker_is_asked_again(
     assert list(bench.queue) == requests[::-1]
 
 
+def test_a_ranker_may_be_started_in_the_place_of_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a GPU refuses the kernels: the loop goes on with what was started."""
+    requests = bench.add(4)
+    bench.runtime.ready_on_start = False
+    bench.loop = bench.make_loop()
+    bench.runtime.reason = "a kernel hung"
+    bench.step(seconds=2.0)
+    other = type(bench.runtime)(descending)
+    monkeypatch.setattr(bench.runtime, "start", other.start)
+    for _ in range(3):
+        bench.step()
+    assert list(bench.queue) == requests[::-1]
+    assert (other.starts, bench.runtime.submitted, bench.fallbacks("ranker")) == (1, [], 1)
+    assert "goes on without its GPU's kernels, on the CPU" in caplog.text
+    bench.loop.close()
+    assert other.closed
+
+
 def test_a_prompt_that_kills_every_ranker_does_not_make_it_restart_ever_faster(bench: Bench) -> None:
     """Coming up is no recovery: only a score is."""
     bench.add()

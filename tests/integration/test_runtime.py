@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from pars_fast import Ranker
-from pars_fast.integration import gpu_scoring
+from pars_fast.errors import KernelError
+from pars_fast.integration import gpu_scoring, gpu_trial, runtime_choice
+from pars_fast.integration.gpu_trial import try_kernels
 from pars_fast.integration.process_runtime import ProcessRuntime
 from pars_fast.integration.ranker_process import BATCH_PROMPTS
 from pars_fast.integration.runtime import READY, Prompt, Scored, ThreadRuntime
@@ -57,6 +60,10 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = START_TIMEOUT_S) -
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
     return value
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def tokens_of(scored: Sequence[Scored]) -> dict[int, float]:
@@ -292,6 +299,67 @@ def test_a_thread_that_cannot_load_its_ranker_says_so() -> None:
     assert runtime.poll() == []
 
 
+@pytest.mark.parametrize("error", [KernelError("wrong scores"), RuntimeError("out of memory")])
+def test_where_the_gpu_refuses_the_kernels_another_runtime_is_started(error: Exception) -> None:
+    def make_scorer() -> Any:
+        raise error
+
+    other = ThreadRuntime(lambda: ToyScorer(lengths))
+    for given in (other, None):
+        runtime = ThreadRuntime(make_scorer, given)
+        assert runtime.start() is runtime
+        assert str(error) in wait_for(runtime.failure, 10.0)
+        refused = isinstance(error, KernelError) and given is not None
+        assert runtime.start() is (other if refused else runtime)
+        runtime.close()
+    other.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the trial passes")
+def test_a_trial_without_a_gpu_fails_and_says_why(ranker_dir: Path) -> None:
+    with pytest.raises(KernelError, match=r"failed their trial: \w+Error: .*CUDA.*; PARS"):
+        try_kernels(str(ranker_dir), "cuda:0", None)
+
+
+@pytest.fixture
+def hanging_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes started from here on hang when they import torch, as they may in a driver."""
+    (tmp_path / "torch.py").write_text("import time; time.sleep(3600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("hanging_torch")
+def test_a_trial_that_hangs_ends_itself(ranker_dir: Path) -> None:
+    with pytest.raises(KernelError, match=r"failed their trial: it took more than 0\.5 s; PARS"):
+        try_kernels(str(ranker_dir), "cuda:0", None, 0.5)
+
+
+@pytest.mark.usefixtures("hanging_torch")
+def test_a_trial_ends_with_the_engine_that_started_it(ranker_dir: Path) -> None:
+    code = ("from pars_fast.integration.gpu_trial import try_kernels\n"
+            f"try_kernels({str(ranker_dir)!r}, 'cuda:0', None)")
+    engine = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    (trial,) = wait_for(lambda: children(engine.pid))
+    time.sleep(1.0)  # it waits for its end of standard input by now
+    assert is_running(trial)
+    engine.kill()
+    engine.wait()
+    wait_for(lambda: not is_running(trial), 60.0)
+
+
+@pytest.mark.parametrize(("code", "reason"), [("raise SystemExit(3)", "code 3"),
+                                              ("import os; os.abort()", "code -6")])
+def test_a_trial_whose_process_dies_says_so(
+    code: str, reason: str, ranker_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    executable = tmp_path / "python"
+    executable.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}'\n")
+    executable.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(executable))
+    with pytest.raises(KernelError, match=f"failed their trial: its process ended with {reason};"):
+        try_kernels(str(ranker_dir), f"cuda:{code}", None)
+
+
 @pytest.mark.parametrize("end", ["close", "start"])
 def test_a_thread_that_is_busy_when_it_is_ended_does_end(end: str) -> None:
     """Closed, or given up for a new one, with prompts still queued: it must not hold its ranker for ever."""
@@ -344,10 +412,37 @@ def test_on_a_gpu_the_ranker_is_a_thread_that_weighs_prompts_as_the_policy_does(
         asked.update(options)
         return ToyScorer(lengths)
 
+    tried: list[tuple[Any, ...]] = []
     monkeypatch.setattr(gpu_scoring, "make_gpu_scorer", make)
-    runtime = make_runtime(Settings(policy=policy, device="cuda", chat_template=template), Config)
+    monkeypatch.setattr(gpu_trial, "try_kernels", lambda *arguments: tried.append(arguments))
+    runtime = make_runtime(Settings(policy=policy, device="cuda", chat_template=template, gpu_sms=8), Config)
     runtime.start()
     assert collect(runtime, 1) == [READY]
+    assert tried == [("default", "cuda:0", 8)]
     assert asked["prompt_work"] == {"pars_fast": PROMPT_WORK}.get(policy, 0.0)
     assert asked["chat_template"] == template
     runtime.close()
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_kernels_that_fail_their_trial_leave_the_ranking_to_the_cpu_unless_a_gpu_was_asked_for(
+    device: str, ranker_dir: Path, served_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Config:
+        class model_config:  # noqa: N801
+            tokenizer, tokenizer_revision = str(served_model), None
+
+    def refuse(*arguments: Any) -> None:
+        raise KernelError("a kernel hung")
+
+    monkeypatch.setattr(runtime_choice, "_ranks_on_gpu", lambda settings, config: True)
+    monkeypatch.setattr(gpu_trial, "try_kernels", refuse)
+    runtime = make_runtime(Settings(ranker=str(ranker_dir), device=device), Config)
+    assert runtime.start() is runtime
+    assert "a kernel hung" in wait_for(runtime.failure, 60.0)
+    other = runtime.start()
+    assert isinstance(other, ProcessRuntime if device == "auto" else ThreadRuntime)
+    if device == "auto":
+        assert collect(other, 1) == [READY]
+    for each in (runtime, other):
+        each.close()

@@ -22,6 +22,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from bench.stock_switch import KIND_VARIABLE, RANKED, STOCK, RankedKind, StockKind
 from pars_fast.arrival_index import ArrivalIndex
 from pars_fast.demo.scheduler import SwitchableAsyncScheduler, SwitchableScheduler
 from pars_fast.guards import IdleQuantum, NoGuard, PassingLimit
@@ -919,3 +920,23 @@ def test_a_preempted_session_whose_turn_ends_leaves_nothing_behind(
     scheduler.deferred_waiting.discard(session)
     assert [request.request_id for request in scheduler.waiting] == ["next"]
     assert len(scheduler.waiting) == 1
+
+
+def test_the_scheduler_of_bench_is_stock_and_ranked_by_turns(
+    make_engine: Any, make_request: MakeRequest, use_policy: Any, tmp_path: Path
+) -> None:
+    kind_file = tmp_path / "kind"
+    use_policy("oracle", **{KIND_VARIABLE: str(kind_file)})
+    engine = make_engine(RankedKind, max_num_seqs=1)
+    ranked = engine.scheduler.waiting
+    for turn, kind in enumerate((STOCK, RANKED, RANKED, STOCK, STOCK, RANKED)):
+        kind_file.write_text(kind)
+        names = [f"{turn} {tokens}" for tokens in (8, 6, 4, 2)]
+        engine.add([make_request(name, max_tokens=8 - 2 * i) for i, name in enumerate(names)])
+        assert type(engine.scheduler) is (StockKind if kind == STOCK else RankedKind)
+        assert (engine.scheduler.waiting is ranked) == (kind == RANKED)
+        engine.admitted.clear()
+        engine.run()
+        assert engine.admitted == (names if kind == STOCK else names[::-1])
+    engine.step()  # after which the last one has been named as ended
+    assert not ranked.entries

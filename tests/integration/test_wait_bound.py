@@ -19,7 +19,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from pars_fast.guards import OvertakingBudget, PassingLimit
-from pars_fast.integration.runtime import READY, Prompt, Scored
+from pars_fast.integration.runtime import READY, Prompt, RankerRuntime, Scored
 from pars_fast.integration.scheduler import with_ranking
 from pars_fast.settings import Settings
 from pars_fast.simulation.engine import EngineSettings
@@ -59,8 +59,9 @@ class MadeUpRanker:
         self._score, self._silence, self._rng = score, silence, rng
         self._answers: list[Scored] = []
 
-    def start(self) -> None:
+    def start(self) -> RankerRuntime:
         self._answers = [READY]
+        return self
 
     def submit(self, prompts: Sequence[Prompt]) -> bool:
         self._answers += [Scored(prompt.seq, self._score(prompt.ids[0])) for prompt in prompts]
