@@ -42,11 +42,13 @@ from pars_fast.settings import Settings
 
 logger = logging.getLogger("vllm.pars_fast")
 
-TIMED_EVERY_STEPS = 16  # the overhead of one step in so many is measured
+TIMED_EVERY_STEPS = 15  # the overhead of one step in so many is measured; prime to the number below
 # After a step up to this long the next one goes as was planned while the model ran; what came meanwhile, a
 # request or a score, waits one step. After a longer one it is planned with: there 0.1 ms are not missed.
 SHORT_STEP_S = 0.025
-SHOWN_EVERY_STEPS = 8  # counters are shown to `/metrics`, and when a queue has formed or gone
+# Counters are shown to `/metrics` then, and when a queue has formed or gone; while nobody waits, late scores
+# are taken and what was served is learnt from then, or when somebody has ended.
+UPKEEP_EVERY_STEPS = 8
 LEARN_S = 1.0  # at the end, for what has not been learnt yet
 RECORD_FLUSH_S = 5.0  # at the end, for what is not yet written
 
@@ -230,14 +232,17 @@ class RankingMixin:
     def _keep_books(self, *, plan_ahead: bool = False) -> None:
         """Of the step that was planned last; while the model runs, if the engine asked for a bitmask.
 
-        `plan_ahead`: there is time to find out who runs next in the coming step.
+        `plan_ahead`: there is time to find out who runs next in the coming step. Where nobody waits and
+        nobody has ended, there is little to do, and that is done every few steps.
         """
         assert self._planned is not None
         started = time.perf_counter_ns() if self._spent_ns is not None else 0
-        self._after_step(self._planned.finished_req_ids)
+        finished = self._planned.finished_req_ids
+        if finished or self._left_waiting or self.waiting or self._steps % UPKEEP_EVERY_STEPS == 0:
+            self._after_step(finished)
+            if plan_ahead:
+                self.waiting.plan_ahead()
         self._planned = None
-        if plan_ahead:
-            self.waiting.plan_ahead()
         if self._spent_ns is not None:
             self._overhead.add(self._spent_ns + time.perf_counter_ns() - started)
             self._spent_ns = None
@@ -257,7 +262,7 @@ class RankingMixin:
             queue.finished.clear()  # there is no device to be told of them
         if left_waiting:
             self._status_line.after_step()
-        if self._steps % SHOWN_EVERY_STEPS == 0 or left_waiting != self._left_waiting:
+        if self._steps % UPKEEP_EVERY_STEPS == 0 or left_waiting != self._left_waiting:
             self._left_waiting = left_waiting
             self._show_counters()
 

@@ -461,7 +461,7 @@ def test_what_is_shown_goes_on_when_the_order_fails(
     make_engine: Any, make_request: MakeRequest, use_policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A counter does not begin anew, and how many wait is not that of the last good step."""
-    monkeypatch.setattr(scheduler_module, "SHOWN_EVERY_STEPS", 1)
+    monkeypatch.setattr(scheduler_module, "UPKEEP_EVERY_STEPS", 1)
     runtime = use_policy("pars_fast")
     engine = make_engine(RankedScheduler, max_num_seqs=1)
     engine.add([make_request(str(i), max_tokens=3) for i in range(8)])
@@ -492,7 +492,7 @@ def test_admissions_are_counted_that_were_really_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who is planned and finds no seat, or is skipped, is not; else a counter would fall again."""
-    monkeypatch.setattr(scheduler_module, "SHOWN_EVERY_STEPS", 1)
+    monkeypatch.setattr(scheduler_module, "UPKEEP_EVERY_STEPS", 1)
     use_policy("oracle")
     engine = make_engine(scheduler_cls, max_num_seqs=2)
     blocked = {"38", "39"}  # the shortest, so that nobody goes ahead of them
@@ -570,8 +570,8 @@ def test_ten_thousand_users_hang_up(
     assert engine.admitted == ["running", *order]
     if not answers:
         runtime.score(lambda prompt: 7.0)  # late: they are gone
-        engine.step()
-        engine.step()
+        for _ in range(scheduler_module.UPKEEP_EVERY_STEPS):
+            engine.step()
     held = (waiting.entries, waiting.arrivals, waiting.finished, waiting.forgotten, loop._in_flight,
             loop._known, loop._passed_over)
     assert [len(one) for one in held] == [0] * len(held)
