@@ -267,7 +267,7 @@ def test_a_trial_passes_where_the_kernels_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the child does, in this process: there the kernels of a machine without a GPU are not its own."""
-    trial = ["--ranker", str(ranker_dir), "--device", str(DEVICE), "--timeout", "300", "--max-programs", "4"]
+    trial = ["--ranker", str(ranker_dir), "--device", str(DEVICE), "--timeout", "300", "--max-programs", "1"]
     assert gpu_trial.main(trial) == 0
     score = GraphedScorer.score
     monkeypatch.setattr(GraphedScorer, "score", lambda *arguments: score(*arguments) + 0.5)
