@@ -1,6 +1,6 @@
 """Below saturation, does a server with pars-fast answer as fast as stock vLLM?
 
-    python -m bench.light_load --json out/light_load.json
+    python -m bench.light_load --json out/light_load.json  # half an hour and more
 
 A real server of the demo's model, whose scheduler becomes vLLM's own and the ranked one by turns
 (`stock_switch.py`). In a round each gets the same requests at the same times, some seconds of them, at half
@@ -40,8 +40,8 @@ KINDS = (STOCK, RANKED)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=150, help="at least 2 (%(default)s)")
-    parser.add_argument("--requests", type=int, default=24, help="of a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=110, help="at least 2 (%(default)s)")
+    parser.add_argument("--requests", type=int, default=40, help="of a round (%(default)s)")
     parser.add_argument("--load", type=float, default=0.5, help="offered tokens over capacity (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="F", help="every round")
     parser.add_argument("--csv", type=Path, metavar="F", default=RESULTS,

@@ -1,7 +1,7 @@
 """One scheduler object that is vLLM's own or the ranked one, changed while the engine is empty.
 
-Two servers of one kind differ by a tenth on two cores, whichever was started first, so a difference of a few
-per cent can only be seen within one process.
+Of servers side by side on two cores one was seen to be slower by a tenth for as long as it ran, with
+pars-fast or without. So a difference of a few per cent shows within one process only.
 """
 
 import os

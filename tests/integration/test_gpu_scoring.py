@@ -28,7 +28,7 @@ from pars_fast.tokenization import PackedBatch, pack
 from tests.host_cuda import use_host_cuda
 
 IDENTITY = TokenMap((0.0, 2048.0), (0.0, 2048.0))
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # set_device wants an index
 UNBOUNDED = OvertakingBudget(beta=1e9, floor_tokens=1e9)
 
 
