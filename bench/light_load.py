@@ -25,7 +25,7 @@ from scipy import stats
 
 from bench.stock_switch import KIND_VARIABLE, RANKED, STOCK
 from pars_fast.bench_results import all_threads, machine
-from pars_fast.demo.arrivals import BURST_LENGTHS, arrival_times
+from pars_fast.demo.arrivals import BURST_LENGTHS, LOADS, arrival_times
 from pars_fast.demo.display import Display
 from pars_fast.demo.records import Run
 from pars_fast.demo.run import measure_capacity, rotated, serve_run, served_model, warm_up
@@ -36,13 +36,13 @@ from pars_fast.output import write_csv, write_json
 
 RESULTS = Path(__file__).parent / "results" / "light_load.csv"
 KINDS = (STOCK, RANKED)
+LOAD = LOADS["light"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=110, help="at least 2 (%(default)s)")
     parser.add_argument("--requests", type=int, default=40, help="of a round (%(default)s)")
-    parser.add_argument("--load", type=float, default=0.5, help="offered tokens over capacity (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="F", help="every round")
     parser.add_argument("--csv", type=Path, metavar="F", default=RESULTS,
                         help="a row for each scheduler (bench/results/light_load.csv)")
@@ -53,7 +53,7 @@ def main() -> int:
         make_writable(path.parent)  # minutes before it is written
     with tempfile.TemporaryDirectory(prefix="pars-fast-light-") as folder, Display() as display:
         capacity_tok_s, runs = _serve(Path(folder), arguments, display)
-    conditions = {"load": arguments.load, "capacity_tok_s": round(capacity_tok_s, 1),
+    conditions = {"load": LOAD, "capacity_tok_s": round(capacity_tok_s, 1),
                   **machine(all_threads())}
     rows = [{**row, **conditions} for row in summarise(runs)]
     for row in rows:
@@ -110,10 +110,10 @@ def _serve(folder: Path, arguments: argparse.Namespace, display: Display) -> tup
         runs = []
         for number in range(arguments.rounds):
             prompts = _drawn(sample, arguments.requests, number)
-            arrivals = arrival_times(prompts, arguments.load, capacity_tok_s, number)
+            arrivals = arrival_times(prompts, LOAD, capacity_tok_s, number)
             for kind in rotated(KINDS, number):
                 kind_file.write_text(kind)
-                case = Run(kind, arguments.load, number, ())
+                case = Run(kind, LOAD, number, ())
                 runs.append(serve_run(url, served, case, prompts, arrivals, display))
     return capacity_tok_s, runs
 

@@ -1,7 +1,7 @@
 """One scheduler object that is vLLM's own or the ranked one, changed while the engine is empty.
 
-Of servers side by side on two cores one was seen to be slower by a tenth for as long as it ran, with
-pars-fast or without. So a difference of a few per cent shows within one process only.
+Servers side by side on two cores were seen to differ by up to a tenth for as long as they ran, and not always
+the same way. So a difference of a few per cent shows within one process only.
 """
 
 import os

@@ -2,8 +2,8 @@
 
 A kernel that faults or hangs takes the CUDA context with it that it runs in, and in EngineCore that is the
 served model's. So a child with a context of its own is first to load the ranker, capture its graphs and test
-them (`gpu_scoring.load_kernels`). What it compiled is in Triton's cache then, and EngineCore's thread, which
-shares the interpreter with the steps, finds it there.
+them (`gpu_scoring.load_kernels`). What it compiled is in Triton's cache then for EngineCore's thread, which
+shares the interpreter with the steps.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 
-from pars_fast.errors import KernelError
+from pars_fast.errors import CheckpointError, KernelError
 
 TRIAL_TIMEOUT_S = 180.0  # with compilation; of the time that a ranker's start may take, it leaves the rest
 ADVICE = "; PARS_DEVICE=cpu ranks without them"
@@ -26,7 +26,8 @@ def try_kernels(
 ) -> None:
     """Wait for the trial of a ranker on a device; `max_programs` is `make_gpu_scorer`'s.
 
-    Raises: KernelError: if the child did not end well; says how.
+    Raises: CheckpointError: if the ranker cannot be loaded. KernelError: if the child did not end well for
+        another reason; says which.
     """
     command = [sys.executable, "-m", "pars_fast.integration.gpu_trial", "--ranker", ranker,
                "--device", device, "--timeout", str(timeout_s)]  # fmt: skip
@@ -39,6 +40,8 @@ def try_kernels(
         said = [line for line in child.stderr.read().splitlines() if line.strip()]
     if child.returncode == 0:
         return
+    if child.returncode == os.EX_DATAERR:
+        raise CheckpointError(said[-1])
     reason = f"its process ended with code {child.returncode}"
     if any(line.startswith("Timeout (") for line in said):  # the watchdog's
         reason = f"it took more than {timeout_s:g} s"
@@ -62,12 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
         from pars_fast.integration.gpu_scoring import load_kernels
 
         load_kernels(given.ranker, device=torch.device(given.device), max_programs=given.max_programs)
+    except CheckpointError as error:
+        print(_first_line(error), file=sys.stderr)
+        return os.EX_DATAERR
     except Exception as error:
-        print(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_first_line(error)}", file=sys.stderr)
         return 1
     finally:
         faulthandler.cancel_dump_traceback_later()
     return 0
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _end_with_parent() -> None:

@@ -27,9 +27,12 @@ pytest.importorskip("vllm", reason="the vLLM integration needs vLLM")
 
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
+from pars_fast.integration import scheduler as scheduler_module
 from pars_fast.integration.runtime import READY, Prompt, RankerRuntime, Scored
+from tests.integration.engine import Engine, MakeScheduler
 
 BLOCK_SIZE = 32  # the CPU platform warns of others
 WORDS = ("tell", "me", "a", "story", "about", "the", "sea", "yes", "or", "no", "list", "all", "primes", "why")
@@ -233,3 +236,26 @@ def make_scheduler(served_model: Path) -> Iterator[Callable[..., Any]]:
     yield make
     for scheduler in made:
         scheduler.shutdown()
+
+
+@pytest.fixture
+def make_engine(make_scheduler: MakeScheduler) -> Callable[..., Engine]:
+    def make(scheduler_cls: type, **arguments: Any) -> Engine:
+        if issubclass(scheduler_cls, AsyncScheduler):
+            arguments["async_scheduling"] = True
+        return Engine(make_scheduler(scheduler_cls, **arguments))
+
+    return make
+
+
+@pytest.fixture
+def use_policy(monkeypatch: pytest.MonkeyPatch, fake_runtime: Any) -> Callable[..., Any]:
+    """Set the policy and put the ranker in memory behind it; gives the ranker."""
+
+    def use(policy: str, **variables: str) -> Any:
+        for name, value in {"PARS_POLICY": policy, **variables}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(scheduler_module, "make_runtime", lambda settings, config: fake_runtime)
+        return fake_runtime
+
+    return use

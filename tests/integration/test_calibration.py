@@ -19,7 +19,7 @@ from pars_fast.integration.calibration import LiveCalibration, ending_of, in_sha
 from pars_fast.integration.metrics import CounterFile
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler
 from pars_fast.live_calibration import COHORT_SIZE, Ending, Observation
-from tests.integration.test_scheduler import Engine
+from tests.integration.engine import Engine
 
 
 class Server:

@@ -1,6 +1,7 @@
 """The device's order of scored requests; through Triton's interpreter where there is no GPU."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -264,12 +265,16 @@ def test_kernels_that_compute_something_else_are_refused(
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 def test_a_trial_passes_where_the_kernels_do(
     load_scorer: Callable[[], GpuScorer], ranker_dir: Path, capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:
-    """What the child does, in this process: there the kernels of a machine without a GPU are not its own."""
+    """The child's own code in this process, which without a GPU has the interpreter."""
     trial = ["--ranker", str(ranker_dir), "--device", str(DEVICE), "--timeout", "300", "--max-programs", "1"]
     assert gpu_trial.main(trial) == 0
     score = GraphedScorer.score
     monkeypatch.setattr(GraphedScorer, "score", lambda *arguments: score(*arguments) + 0.5)
     assert gpu_trial.main(trial) == 1
     assert "KernelError: the kernels' scores are " in capfd.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    trial[1] = str(tmp_path)
+    assert gpu_trial.main(trial) == os.EX_DATAERR
+    assert capfd.readouterr().err.startswith(str(tmp_path))

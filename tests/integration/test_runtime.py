@@ -7,28 +7,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from pars_fast import Ranker
 from pars_fast.errors import KernelError
 from pars_fast.integration import gpu_scoring, gpu_trial, runtime_choice
-from pars_fast.integration.gpu_trial import try_kernels
 from pars_fast.integration.process_runtime import ProcessRuntime
 from pars_fast.integration.ranker_process import BATCH_PROMPTS
 from pars_fast.integration.runtime import READY, Prompt, Scored, ThreadRuntime
 from pars_fast.integration.runtime_choice import make_runtime
 from pars_fast.policies.prompt_size import PROMPT_WORK
 from pars_fast.settings import Settings
-from tests.processes import is_running
-
-START_TIMEOUT_S = 300.0  # a loaded machine takes its time to import torch
+from tests.processes import is_running, wait_for
 
 
 def whole(seq: int, ids: list[int]) -> Prompt:
@@ -51,19 +46,6 @@ def start_process(ranker_dir: Path, served_model: Path) -> Iterator[Callable[...
         runtime.close()
         for process in runtime._killed:
             process.wait()
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = START_TIMEOUT_S) -> Any:
-    """The first true value of `condition`."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
-    return value
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def tokens_of(scored: Sequence[Scored]) -> dict[int, float]:
@@ -313,51 +295,6 @@ def test_where_the_gpu_refuses_the_kernels_another_runtime_is_started(error: Exc
         assert runtime.start() is (other if refused else runtime)
         runtime.close()
     other.close()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the trial passes")
-def test_a_trial_without_a_gpu_fails_and_says_why(ranker_dir: Path) -> None:
-    with pytest.raises(KernelError, match=r"failed their trial: \w+Error: .+; PARS_DEVICE=cpu"):
-        try_kernels(str(ranker_dir), "cuda:0", None)
-
-
-@pytest.fixture
-def hanging_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes started from here on hang when they import torch, as they may in a driver."""
-    (tmp_path / "torch.py").write_text("import time; time.sleep(3600)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-
-@pytest.mark.usefixtures("hanging_torch")
-def test_a_trial_that_hangs_ends_itself(ranker_dir: Path) -> None:
-    with pytest.raises(KernelError, match=r"failed their trial: it took more than 0\.5 s; PARS"):
-        try_kernels(str(ranker_dir), "cuda:0", None, 0.5)
-
-
-@pytest.mark.usefixtures("hanging_torch")
-def test_a_trial_ends_with_the_engine_that_started_it(ranker_dir: Path) -> None:
-    code = ("from pars_fast.integration.gpu_trial import try_kernels\n"
-            f"try_kernels({str(ranker_dir)!r}, 'cuda:0', None)")
-    engine = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    (trial,) = wait_for(lambda: children(engine.pid))
-    time.sleep(1.0)  # it waits for its end of standard input by now
-    assert is_running(trial)
-    engine.kill()
-    engine.wait()
-    wait_for(lambda: not is_running(trial), 60.0)
-
-
-@pytest.mark.parametrize(("code", "reason"), [("raise SystemExit(3)", "code 3"),
-                                              ("import os; os.abort()", "code -6")])
-def test_a_trial_whose_process_dies_says_so(
-    code: str, reason: str, ranker_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    executable = tmp_path / "python"
-    executable.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}'\n")
-    executable.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(executable))
-    with pytest.raises(KernelError, match=f"failed their trial: its process ended with {reason};"):
-        try_kernels(str(ranker_dir), f"cuda:{code}", None)
 
 
 @pytest.mark.parametrize("end", ["close", "start"])

@@ -1,129 +1,22 @@
-"""The ranked scheduler on vLLM's real one; only the model's output is made up.
+"""The ranked scheduler on vLLM's real one; only the model's output is made up (`engine.py`)."""
 
-How a step is driven follows vLLM's own tests/v1/core: `schedule`, a made-up token for every request whose
-prompt is done, `update_from_output`.
-"""
-
-import itertools
 import logging
 import math
 import operator
 import random
-from collections import deque
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
-from bench.stock_switch import KIND_VARIABLE, RANKED, STOCK, RankedKind, StockKind
 from pars_fast.arrival_index import ArrivalIndex
-from pars_fast.demo.scheduler import SwitchableAsyncScheduler, SwitchableScheduler
-from pars_fast.guards import IdleQuantum, NoGuard, PassingLimit
 from pars_fast.integration import scheduler as scheduler_module
 from pars_fast.integration.scheduler import RankedAsyncScheduler, RankedScheduler, RankingMixin, with_ranking
-from pars_fast.policies import POLICIES
-from pars_fast.simulation.step_log import STEP_LOG_VARIABLE, StepLog
-
-MakeRequest = Callable[..., Request]
-MakeScheduler = Callable[..., Any]
-TOKEN = 7
-
-
-class Engine:
-    """Drives a scheduler as EngineCore does; an async one runs a step ahead of its output.
-
-    `admitted` lists request ids in the order of their first admission, `tokens` what each was given,
-    `steps` what every step scheduled.
-    """
-
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-        self.ahead = 1 if isinstance(scheduler, AsyncScheduler) else 0
-        self.in_flight: deque[SchedulerOutput] = deque()
-        self.admitted: list[str] = []
-        self.tokens: dict[str, list[int]] = {}
-        self.finished: set[str] = set()
-        self.steps: list[dict[str, int]] = []
-        self.preemptions = 0
-
-    def add(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self.scheduler.add_request(request)
-
-    def abort(self, request_id: str) -> None:
-        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
-
-    def step(self) -> None:
-        output = self.scheduler.schedule()
-        self.scheduler.get_grammar_bitmask(output)
-        self.in_flight.append(output)
-        self.admitted += [request.req_id for request in output.scheduled_new_reqs]
-        self.steps.append(dict(output.num_scheduled_tokens))
-        self.preemptions += len(output.preempted_req_ids or ())
-        while len(self.in_flight) > (self.ahead if output.total_num_scheduled_tokens else 0):
-            self._finish_step(self.in_flight.popleft())
-
-    def run(self, max_steps: int = 20_000) -> None:
-        for _ in range(max_steps):
-            if not self.scheduler.has_requests() and not self.in_flight:
-                return
-            self.step()
-        raise AssertionError(f"{self.scheduler.get_num_unfinished_requests()} requests never finished")
-
-    def _finish_step(self, output: SchedulerOutput) -> None:
-        ids = list(output.num_scheduled_tokens)
-        outputs = self.scheduler.update_from_output(output, self._made_up(ids, output))
-        for engine_outputs in outputs.values():
-            for one in engine_outputs.outputs:
-                self.tokens.setdefault(one.request_id, []).extend(one.new_token_ids)
-                if one.finish_reason is not None:
-                    self.finished.add(one.request_id)
-
-    def _made_up(self, ids: list[str], output: SchedulerOutput) -> ModelRunnerOutput:
-        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        sampled = [
-            [TOKEN] if self._prompt_done(i, computed[i] + output.num_scheduled_tokens[i]) else [] for i in ids
-        ]
-        return ModelRunnerOutput(ids, {request_id: index for index, request_id in enumerate(ids)}, sampled)
-
-    def _prompt_done(self, request_id: str, computed: int) -> bool:
-        request = self.scheduler.requests.get(request_id)
-        return request is not None and computed >= request.num_tokens
-
-
-@pytest.fixture
-def make_engine(make_scheduler: MakeScheduler) -> Callable[..., Engine]:
-    def make(scheduler_cls: type, **arguments: Any) -> Engine:
-        if issubclass(scheduler_cls, AsyncScheduler):
-            arguments["async_scheduling"] = True
-        return Engine(make_scheduler(scheduler_cls, **arguments))
-
-    return make
-
-
-@pytest.fixture
-def use_policy(monkeypatch: pytest.MonkeyPatch, fake_runtime: Any) -> Callable[..., Any]:
-    """Set the policy and put the ranker in memory behind it; gives the ranker."""
-
-    def use(policy: str, **variables: str) -> Any:
-        for name, value in {"PARS_POLICY": policy, **variables}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(scheduler_module, "make_runtime", lambda settings, config: fake_runtime)
-        return fake_runtime
-
-    return use
-
-
-both_schedulers = pytest.mark.parametrize("scheduler_cls", [RankedScheduler, RankedAsyncScheduler])
+from tests.integration.engine import Engine, MakeRequest, MakeScheduler, both_schedulers
 
 
 def test_with_ranking_makes_a_subclass_once() -> None:
@@ -163,143 +56,6 @@ def test_the_oracle_admits_short_ones_first(
     assert {i: len(tokens) for i, tokens in engine.tokens.items()} == {
         str(i): n for i, n in enumerate(lengths)
     }
-
-
-@both_schedulers
-def test_a_running_request_yields_to_a_shorter_one(
-    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
-) -> None:
-    use_policy("srpt")
-    engine = make_engine(scheduler_cls, max_num_seqs=1)
-    engine.add([make_request("long", max_tokens=40)])
-    for _ in range(6):
-        engine.step()
-    engine.add([make_request("short", max_tokens=3), make_request("longer", max_tokens=60)])
-    engine.run()
-    assert engine.admitted == ["long", "short", "longer"]
-    assert engine.preemptions == 1
-    assert {name: len(tokens) for name, tokens in engine.tokens.items()} == {
-        "long": 40, "short": 3, "longer": 60
-    }
-
-
-@both_schedulers
-def test_what_remains_counts_and_equal_ones_stay(
-    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
-) -> None:
-    use_policy("srpt")
-    engine = make_engine(scheduler_cls, max_num_seqs=1)
-    engine.add([make_request("first", max_tokens=20)])
-    for _ in range(12):
-        engine.step()
-    engine.add([make_request("second", max_tokens=15)])  # longer than what is left of the first
-    engine.run()
-    assert engine.preemptions == 0
-    engine.add([make_request(name, max_tokens=9) for name in ("third", "fourth")])
-    engine.run()
-    assert (engine.preemptions, engine.admitted) == (0, ["first", "second", "third", "fourth"])
-
-
-@both_schedulers
-def test_under_ltr_a_long_request_gets_a_quantum(
-    scheduler_cls: type, make_engine: Any, make_request: MakeRequest, use_policy: Any
-) -> None:
-    """Short ones never cease; without the guard the long one runs when all of them are done."""
-    prompts = 300  # computed in two steps, which do not count
-
-    def runs_of_long(guard: str) -> tuple[list[int], list[str]]:
-        use_policy("ltr", PARS_TRUST_CALLER="1", PARS_GUARD=guard)
-        engine = make_engine(scheduler_cls, max_num_seqs=1)
-        engine.add([make_request("long", num_prompt_tokens=prompts, max_tokens=12, pars_score=500)])
-        for number in range(30):
-            engine.add([make_request(f"short{number}", max_tokens=5, pars_score=5)])
-            for _ in range(5):
-                engine.step()
-        engine.run()
-        assert len(engine.tokens["long"]) == 12
-        ran = [next(iter(step), "") for step in engine.steps]
-        runs = [len(list(same)) for name, same in itertools.groupby(ran) if name == "long"]
-        return runs, ran[: ran.index("long")]
-
-    runs, before = runs_of_long("idle_quantum:idle_steps=20,quantum_steps=4")
-    assert len(before) >= 20
-    assert runs == [5, 5, 5]  # what has to be computed in two steps, the second with a token, and three more
-    runs, before = runs_of_long("none")
-    assert len(runs) == 1
-    assert len({name for name in before if name}) == 30
-
-
-@pytest.mark.parametrize("where", ["ahead", "rank", "preempt"])
-@both_schedulers
-def test_a_fault_while_preempting_is_said_once_and_loses_nobody(
-    scheduler_cls: type,
-    where: str,
-    make_engine: Any,
-    make_request: MakeRequest,
-    use_policy: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """In the middle of looking who waits, at a key of one that runs, or before vLLM has let anybody go."""
-    use_policy("srpt")
-    engine = make_engine(scheduler_cls, max_num_seqs=3)
-    scheduler = engine.scheduler
-    engine.add([make_request(f"long{i}", max_tokens=40 + i) for i in range(3)])
-    for _ in range(4):
-        engine.step()
-    calls = itertools.count()
-
-    def fails(*arguments: Any, **more: Any) -> Any:
-        if next(calls) >= 1:
-            raise RuntimeError("a fault")
-        return real(*arguments, **more)
-
-    target, name = {
-        "ahead": (scheduler.waiting.index, "put_back"),
-        "rank": (scheduler.waiting.index, "key_now"),
-        "preempt": (scheduler, "_preempt_request"),
-    }[where]
-    real = getattr(target, name)
-    monkeypatch.setattr(target, name, fails)
-    engine.add([make_request(f"short{i}", max_tokens=3) for i in range(6)])
-    with caplog.at_level(logging.ERROR, logger="vllm.pars_fast"):
-        engine.step()
-        monkeypatch.undo()
-        engine.run()
-    assert next(calls) >= 2
-    assert caplog.text.count("ranking is switched off") == 1
-    assert scheduler._counters.values["pars_fallback_error"] == 1
-    wanted = {f"long{i}": 40 + i for i in range(3)} | {f"short{i}": 3 for i in range(6)}
-    assert {name: len(tokens) for name, tokens in engine.tokens.items()} == wanted
-    assert engine.admitted[3:] == [f"short{i}" for i in range(6)]
-
-
-@both_schedulers
-@pytest.mark.parametrize("policy", ["srpt", "ltr", "elis", "alise"])
-@pytest.mark.parametrize("seed", range(3))
-def test_preempting_policies_lose_nothing(
-    scheduler_cls: type, policy: str, seed: int, make_engine: Any, make_request: MakeRequest, use_policy: Any
-) -> None:
-    """Few seats and few blocks; some requests are aborted, some have no score."""
-    use_policy(policy, PARS_TRUST_CALLER="1")
-    rng = random.Random(seed)
-    engine = make_engine(scheduler_cls, max_num_seqs=4, num_blocks=14)
-    lengths = {f"r{i}": rng.randint(1, 60) for i in range(50)}
-    aborted = set(rng.sample(sorted(lengths), 5))
-    for name, tokens in lengths.items():
-        score = None if rng.random() < 0.2 else tokens * rng.uniform(0.3, 3)
-        prompt = rng.randint(1, 120)
-        engine.add([make_request(name, num_prompt_tokens=prompt, max_tokens=tokens, pars_score=score)])
-        engine.step()
-        if name in aborted:
-            engine.abort(rng.choice([name, *aborted]))
-    engine.run()
-    assert engine.preemptions > 0
-    answers = {name: len(tokens) for name, tokens in engine.tokens.items() if name in engine.finished}
-    complete = {name: tokens for name, tokens in answers.items() if name not in aborted}
-    assert complete == {name: tokens for name, tokens in lengths.items() if name not in aborted}
-    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 13
-    assert not engine.scheduler.waiting.entries
 
 
 def random_workload(make_request: MakeRequest, seed: int) -> Callable[[Engine], None]:
@@ -783,44 +539,6 @@ def test_a_wrong_setting_stops_the_start(
         make_scheduler(RankedScheduler)
 
 
-def test_a_policy_that_preempts_says_which_vllm_it_needs(make_engine: Any, use_policy: Any) -> None:
-    from pars_fast.errors import SettingsError
-    from pars_fast.integration.preemption import Preemption
-
-    use_policy("srpt")
-    scheduler = make_engine(RankedScheduler).scheduler
-    Preemption(scheduler, scheduler.waiting)
-    del scheduler.max_num_active_reqs  # as before 0.31
-    with pytest.raises(SettingsError, match=r"needs vLLM 0\.31"):
-        Preemption(scheduler, scheduler.waiting)
-
-
-@pytest.mark.parametrize("scheduler_cls", [SwitchableScheduler, SwitchableAsyncScheduler])
-def test_the_demos_switch_changes_policy_and_guard_between_runs(
-    scheduler_cls: type, make_scheduler: MakeScheduler, make_request: MakeRequest, use_policy: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Planned ahead or not, and every step is written down."""
-    use_policy("pars_fast", PARS_GUARD_BETA="2")
-    policy_file = tmp_path / "policy"
-    monkeypatch.setenv("PARS_DEMO_POLICY_FILE", str(policy_file))
-    step_log = StepLog(tmp_path / "steps")
-    monkeypatch.setenv(STEP_LOG_VARIABLE, str(step_log.path))
-    engine = Engine(make_scheduler(scheduler_cls))
-    index = engine.scheduler.waiting.index
-    guards = {"fcfs": NoGuard(), "pars_fast": PassingLimit(2.0), "ltr": IdleQuantum(), "oracle": NoGuard()}
-    for policy, guard in guards.items():
-        policy_file.write_text(policy)
-        engine.add([make_request(max_tokens=3) for _ in range(6)])
-        assert (type(index.policy), index.guard) == (POLICIES[policy], guard)
-        assert (engine.scheduler._preemption is not None) == (policy == "ltr")
-        engine.run()
-    steps = step_log.steps(0)
-    assert len(steps) == sum(bool(step) for step in engine.steps)
-    assert steps[:, :2].sum() == sum(sum(step.values()) for step in engine.steps)
-    assert (steps[:, 3] > 0).all()
-
-
 @both_schedulers
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_what_a_client_calls_its_priority_counts_only_under_vllms_policy_of_that_name(
@@ -832,20 +550,6 @@ def test_what_a_client_calls_its_priority_counts_only_under_vllms_policy_of_that
     engine.add([make_request(str(i), max_tokens=lengths[i], priority=priorities[i]) for i in range(3)])
     engine.run()
     assert engine.admitted == (["2", "1", "0"] if policy == "fcfs" else ["2", "0", "1"])
-
-
-def test_nor_does_it_keep_a_running_request_from_yielding(
-    make_engine: Any, make_request: MakeRequest, use_policy: Any
-) -> None:
-    use_policy("srpt")
-    engine = make_engine(RankedScheduler, max_num_seqs=1)
-    engine.add([make_request("long", max_tokens=40, priority=-5)])
-    for _ in range(6):
-        engine.step()
-    engine.add([make_request("short", max_tokens=3)])
-    engine.run()
-    assert engine.preemptions == 1
-    assert len(engine.tokens["long"]) == 40
 
 
 @pytest.mark.parametrize("mode", ["on", "shadow"])
@@ -922,21 +626,3 @@ def test_a_preempted_session_whose_turn_ends_leaves_nothing_behind(
     assert len(scheduler.waiting) == 1
 
 
-def test_the_scheduler_of_bench_is_stock_and_ranked_by_turns(
-    make_engine: Any, make_request: MakeRequest, use_policy: Any, tmp_path: Path
-) -> None:
-    kind_file = tmp_path / "kind"
-    use_policy("oracle", **{KIND_VARIABLE: str(kind_file)})
-    engine = make_engine(RankedKind, max_num_seqs=1)
-    ranked = engine.scheduler.waiting
-    for turn, kind in enumerate((STOCK, RANKED, RANKED, STOCK, STOCK, RANKED)):
-        kind_file.write_text(kind)
-        names = [f"{turn} {tokens}" for tokens in (8, 6, 4, 2)]
-        engine.add([make_request(name, max_tokens=8 - 2 * i) for i, name in enumerate(names)])
-        assert type(engine.scheduler) is (StockKind if kind == STOCK else RankedKind)
-        assert (engine.scheduler.waiting is ranked) == (kind == RANKED)
-        engine.admitted.clear()
-        engine.run()
-        assert engine.admitted == (names if kind == STOCK else names[::-1])
-    engine.step()  # after which the last one has been named as ended
-    assert not ranked.entries
