@@ -60,10 +60,10 @@ class ServedRequest:
 class Run:
     """All requests served under one policy at one load.
 
-    `scored_total`, `fallback_total` and `preemptions` are the server's counters over this run, and
-    `mean_score_latency_s` is the time from a prompt's hand-over to the ranker until its score was taken.
-    `stock` marks the run on a server without pars-fast. `step_time` is fitted to the steps of this run, None
-    where they were not written down or too few.
+    `scored_total`, `fallback_total`, `preemptions` and `prefix_hit_tokens` (of prompts) are the server's
+    counters over this run, and `mean_score_latency_s` is the time from a prompt's hand-over to the ranker
+    until its score was taken. `stock` marks the run on a server without pars-fast. `step_time` is fitted to
+    the steps of this run, None where they were not written down or too few.
     """
 
     policy: str
@@ -77,6 +77,7 @@ class Run:
     preemptions: int = 0
     mean_score_latency_s: float | None = None
     step_time: StepTime | None = None
+    prefix_hit_tokens: int = 0
 
     def columns(self) -> dict[str, Any]:
         """The row of this run in tables and JSON."""

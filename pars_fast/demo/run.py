@@ -250,6 +250,7 @@ def serve_run(
         scored_total=int(counted("pars_scored_total")),
         fallback_total=int(counted("pars_fallback_total")),
         preemptions=int(counted("vllm:num_preemptions_total")),
+        prefix_hit_tokens=int(counted("vllm:prompt_tokens_cached_total")),
         mean_score_latency_s=counted("pars_score_latency_seconds_sum") / scores if scores else None,
         step_overhead_us_p50=after.get("pars_step_overhead_us_p50"),
     )

@@ -1,14 +1,17 @@
 """A trace served by a real server under each policy, and by the faithful simulator beside it.
 
 The words of the prompts are made up; all else is the trace's: times of arrival, stretched to a load, lengths,
-scores (sent as `pars_score`), and the application that a request belongs to (`pars_app`, `pars_app_type`).
-So an order can be tried on traffic of one's own, and those that share the engine among applications can be
-seen in a live engine.
+what prompts share, scores (sent as `pars_score`), and the application that a request belongs to (`pars_app`,
+`pars_app_type`). So an order can be tried on traffic of one's own, and what it does to prefix-cache hits, or
+to applications that share the engine, can be seen in a live engine.
 """
 
+import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from pars_fast.demo.display import Display
 from pars_fast.demo.model import MAX_MODEL_LEN
 from pars_fast.demo.records import Run
 from pars_fast.demo.run import (
+    CAPACITY_REQUESTS,
     Served,
     conditions,
     measure_capacity,
@@ -42,9 +46,10 @@ from pars_fast.simulation.columns import columns
 from pars_fast.simulation.engine import EngineSettings
 from pars_fast.simulation.fairness import Applications
 from pars_fast.simulation.live_check import step_time_of
-from pars_fast.simulation.workload import Workload, at_load
+from pars_fast.simulation.workload import HASHED_TOKENS, Workload, at_load
 
 COMPLETION = ("mean_completion_s", "p99_completion_s")
+CACHED = "prefix_hit_share"
 _WORDS = range(256, 512)  # ids that every vocabulary has and few special tokens are among
 
 
@@ -67,7 +72,8 @@ class Replay:
         tokens = self.workload.prompt_tokens + self.workload.output_tokens
         if tokens.max() > MAX_MODEL_LEN:
             raise DataError(f"{self.workload.name}: prompt and answer of request {int(tokens.argmax()) + 1} "
-                            f"are {tokens.max():,} tokens, the served model takes {MAX_MODEL_LEN:,}")
+                            f"are {tokens.max():,} tokens, the served model takes {MAX_MODEL_LEN:,}; "
+                            "leave such requests out by --skip-too-long")
         unscored = np.isnan(self.workload.expected_tokens).any()
         for name in map(_name_of, self.policies):
             if reason := POLICIES[name].not_live:
@@ -94,18 +100,22 @@ def replay(
     Args:
         model: a model for vLLM to serve; None makes a tiny random one.
         on_row: told each run as soon as it is done: `policy`, `load`, `repeat`, the columns of a simulation,
-            those of `COMPLETION`, None where the trace names no applications, and those of `STEP_TIMES`.
+            `CACHED`, of the prompts' tokens, the columns of `COMPLETION`, None where the trace names no
+            applications, and those of `STEP_TIMES`.
 
     Returns: how it was measured, with the capacity (tokens/s in arrival order) that is load 1.
     Raises: ServerError: if the server does not start, ends, or answers nothing.
     """
-    workload, prompts = plan.workload, prompts_of(plan.workload)
+    workload = plan.workload
+    fresh_prompts = map(partial(prompts_of, workload), count())
     with tempfile.TemporaryDirectory(prefix="pars-fast-replay-") as name:
         served = _with_settings(served_model(model, Path(name), load_sample()), plan.demand)
         display.say(f"starting vLLM with pars-fast, serving {served.description}")
         with switchable_server(served, AUTO, Path(name)) as server:
-            warm_up(server.url, served, prompts, display)
-            capacity_tok_s = measure_capacity(server.url, served, prompts, display)
+            warm_up(server.url, served, next(fresh_prompts), display)
+            rounds = range(math.ceil(CAPACITY_REQUESTS / len(workload)))
+            sample = [prompt for _ in rounds for prompt in next(fresh_prompts)]
+            capacity_tok_s = measure_capacity(server.url, served, sample, display)
             display.say(f"capacity {capacity_tok_s:.0f} tokens/s")
             for repeat in range(plan.repeats):
                 for place, load in enumerate(plan.loads):
@@ -113,8 +123,8 @@ def replay(
                     for policy in rotated(plan.policies, repeat + place):
                         case = Run(policy, load, repeat, ())
                         xargs = xargs_of(offered, POLICIES[_name_of(policy)].uses_ranker)
-                        run = serve_switched(server, served, case, prompts, offered.arrival_s, display,
-                                             xargs)
+                        run = serve_switched(server, served, case, next(fresh_prompts), offered.arrival_s,
+                                             display, xargs)
                         on_row({"policy": policy, "load": load, "repeat": repeat,
                                 **_figures(offered, outcome_of(run)), **run.step_times()})
             engine = server.step_log.engine
@@ -146,14 +156,23 @@ def simulated(plan: Replay, row: Mapping[str, Any], server: Mapping[str, Any]) -
     return case | _figures(offered, simulate(offered, rules, guard, engine, step_time))
 
 
-def prompts_of(workload: Workload) -> list[TracePrompt]:
-    """Prompts of the lengths of a trace, every one of other words, so that no prefix cache knows it."""
-    rng = np.random.default_rng(0)
+def prompts_of(workload: Workload, run: int) -> list[TracePrompt]:
+    """Prompts of the lengths of a trace, in words that no other run has: alike as far as the trace says that
+    they are, and new to the prefix cache."""
+    @cache
+    def words(*name: int) -> list[int]:
+        rng = np.random.default_rng((run, *name))
+        return rng.integers(_WORDS.start, _WORDS.stop, HASHED_TOKENS).tolist()
+
+    prompts = []
+    for request, length in enumerate(workload.prompt_tokens.tolist()):
+        names: Iterable[tuple[int, ...]] = ((request, block) for block in range(-(-length // HASHED_TOKENS)))
+        if workload.hash_ids is not None:
+            names = ((hash_id,) for hash_id in workload.hash_ids[request])
+        prompts.append([word for name in names for word in words(*name)][:length])
     return [
-        TracePrompt(workload.name, rng.integers(_WORDS.start, _WORDS.stop, prompt).tolist(), output)
-        for prompt, output in zip(
-            workload.prompt_tokens.tolist(), workload.output_tokens.tolist(), strict=True
-        )
+        TracePrompt(workload.name, prompt, output)
+        for prompt, output in zip(prompts, workload.output_tokens.tolist(), strict=True)
     ]
 
 
@@ -173,13 +192,16 @@ def outcome_of(run: Run) -> Outcome:
     """A real run in the form of a simulated one. When a request was admitted, its client does not see."""
     _, first_token_s, finished_s = run.times_s()
     admitted_s = np.full(len(run.requests), np.nan)
-    return Outcome(admitted_s, first_token_s, finished_s, run.preemptions, steps=0, refused=0)
+    return Outcome(admitted_s, first_token_s, finished_s, run.preemptions, steps=0, refused=0,
+                   prefix_hit_tokens=run.prefix_hit_tokens)
 
 
 def _figures(workload: Workload, outcome: Outcome) -> dict[str, Any]:
     row = columns(workload, outcome)
     del row["steps"]  # which nobody counts on a live server
-    return {**row, **_completion(workload, outcome)}
+    hits = outcome.prefix_hit_tokens
+    cached = None if hits is None else rounded(hits / float(workload.prompt_tokens.sum()))
+    return {**row, CACHED: cached, **_completion(workload, outcome)}
 
 
 def _completion(workload: Workload, outcome: Outcome) -> dict[str, float | None]:
@@ -199,7 +221,8 @@ def _with_settings(served: Served, demand: Path | None) -> Served:
     variables: Mapping[str, str] = {"PARS_TRUST_CALLER": "1", "PARS_CALIBRATION": "0"}
     if demand is not None:
         variables = {**variables, "PARS_DEMAND": str(demand.resolve())}
-    return replace(served, environment={**served.environment, **variables})
+    return replace(served, arguments=(*served.arguments, "--enable-prefix-caching"),
+                   environment={**served.environment, **variables})
 
 
 def _name_of(policy: str) -> str:

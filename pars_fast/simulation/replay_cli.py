@@ -17,8 +17,11 @@ _SHOWN = ("mean_e2e_s", "mean_latency_per_token_s", "mean_completion_s", "p99_co
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    trace = "arrival_s,prompt_tokens,output_tokens[,score][,app], as of simulate"
+    trace = ("arrival_s,prompt_tokens,output_tokens[,score][,app], or .jsonl as Mooncake's, whose prompts "
+             "share prefixes")
     add("--trace", type=Path, required=True, metavar="F", help=trace)
+    too_long = "leave out requests whose prompt and answer are longer than the served model takes"
+    add("--skip-too-long", action="store_true", help=too_long)
     add("--requests", type=int, metavar="N", help="only the first N of the trace")
     policies = "by comma; with a guard of its own as in pars_fast/none (%(default)s)"
     add("--policies", default="fcfs,prompt_length,oracle", metavar="P,..", help=policies)
@@ -60,6 +63,7 @@ def _replay(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> "Replay":
     import numpy as np
 
+    from pars_fast.demo.model import MAX_MODEL_LEN
     from pars_fast.demo.scheduler_switch import split_policies
     from pars_fast.simulation.replay import Replay
     from pars_fast.simulation.workload import read_trace, with_noisy_scores
@@ -72,6 +76,9 @@ def _plan(arguments: argparse.Namespace) -> "Replay":
     if arguments.repeats < 1 or (arguments.requests is not None and arguments.requests < 1):
         raise ParsFastError("--repeats and --requests must be at least 1")
     workload = read_trace(arguments.trace)
+    if arguments.skip_too_long:
+        tokens = workload.prompt_tokens + workload.output_tokens
+        workload = workload.take(np.flatnonzero(tokens <= MAX_MODEL_LEN))
     if arguments.requests is not None:
         workload = workload.take(np.arange(min(arguments.requests, len(workload))))
     if arguments.tau is not None:
@@ -80,17 +87,20 @@ def _plan(arguments: argparse.Namespace) -> "Replay":
 
 
 def _print(result: Mapping[str, Any]) -> None:
-    """Means over repeats and their ratios to arrival order, beside the simulated ones if there are any."""
+    """Means over repeats and their ratios to arrival order, beside the simulated ones."""
     from pars_fast.simulation.cli import print_compared
     from pars_fast.simulation.live_check import BASELINE, TOLERANCE, compare
+    from pars_fast.simulation.replay import CACHED
 
     runs: Sequence[Mapping[str, Any]] = result["runs"]
     shown = [name for name in _SHOWN if any(run[name] is not None for run in runs)]
-    beside = result.get("simulated", [dict.fromkeys(shown) for _ in runs])
-    rows = compare(runs, beside, shown)
+    rows = compare(runs, result["simulated"], shown)
     ranked = [row for row in rows if row["policy"] != BASELINE]
     print_compared("Means, s", shown, "", rows, TOLERANCE)
     if len(ranked) < len(rows):
         print_compared(f"Ratios to {BASELINE}", shown, "_ratio", ranked, TOLERANCE)
+    if any(run[CACHED] for run in runs):
+        cached = compare(runs, result["simulated"], [CACHED])
+        print_compared("Share of prompt tokens found in the prefix cache", [CACHED], "", cached, TOLERANCE)
     lost = sum(run["requests"] - run["completed"] for run in runs)
     print(f"{lost} requests did not complete" if lost else "every request completed")

@@ -29,10 +29,40 @@ def workload(*apps: str, scores: list[float] | None = None) -> Workload:
 
 
 def test_prompts_have_the_lengths_and_no_common_beginning() -> None:
-    prompts = prompts_of(make_workload("made", [0, 1], [40, 7], [3, 5]))
-    assert [len(prompt.prompt) for prompt in prompts] == [40, 7]
+    made = make_workload("made", [0, 1], [1100, 7], [3, 5])
+    prompts = prompts_of(made, 0)
+    assert [len(prompt.prompt) for prompt in prompts] == [1100, 7]
     assert [prompt.output_tokens for prompt in prompts] == [3, 5]
     assert prompts[0].prompt[:7] != prompts[1].prompt
+    assert prompts_of(made, 0) == prompts
+    assert prompts_of(made, 1)[0].prompt[:16] != prompts[0].prompt[:16]
+
+
+def test_prompts_share_what_the_trace_says() -> None:
+    shared = make_workload("made", [0, 1, 2], [600, 1100, 512], [3] * 3, hash_ids=[[7, 8], [7, 9, 8], [9]])
+    first, second, third = (prompt.prompt for prompt in prompts_of(shared, 0))
+    assert first[:512] == second[:512]
+    assert first[512:588] == second[1024:]
+    assert second[512:1024] == third != first[:512]
+
+
+def test_a_real_server_finds_what_prompts_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of each prompt but the first 512 of 600 tokens are cached, and nothing from the run before."""
+    monkeypatch.setattr(demo_run, "NUM_LAYERS", 1)
+    rows = [{"timestamp": 1000 * turn, "input_length": 600, "output_length": 9, "hash_ids": [0, turn + 1]}
+            for turn in range(6)]
+    long = {"timestamp": 9999, "input_length": 9000, "output_length": 9, "hash_ids": list(range(18))}
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    trace.write_text("\n".join(map(json.dumps, [*rows, long])))
+    options = ["--policies", "fcfs,oracle", "--load", "0.1", "--skip-too-long", "--json", str(out)]
+    assert main(["replay", "--trace", str(trace), *options]) == 0
+    assert "Share of prompt tokens found in the prefix cache" in capsys.readouterr().out
+    runs = json.loads(out.read_text())["runs"]
+    assert [run["completed"] for run in runs] == [6, 6]
+    assert [run["prefix_hit_tokens"] for run in runs] == [5 * 512] * 2
+    assert runs[0]["prefix_hit_share"] == pytest.approx(5 * 512 / 3600, abs=1e-4)
 
 
 def test_a_request_says_whose_it_is_and_its_score_where_it_is_read() -> None:
