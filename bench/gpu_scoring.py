@@ -8,26 +8,26 @@ from collections.abc import Iterator, Sequence
 from functools import cache, partial
 
 import torch
-from transformers import BertConfig
 
 from bench.gpu_cases import Case
 from bench.gpu_providers import PROVIDERS
 from bench.limits import score_work
 from bench.prompts import load_ranker, take_prompts, token_lengths
 from bench.timers import Call, Timer, gpu_time, gpu_time_warm
+from pars_fast.encoder_config import EncoderConfig
 from pars_fast.model import ScoreModel
 from pars_fast.ranker import Ranker
 
 VOCABULARY = 30522
 MODELS = {
-    "MiniLM-L6": BertConfig(
+    "MiniLM-L6": EncoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=384,
         num_hidden_layers=6,
         num_attention_heads=12,
         intermediate_size=1536,
     ),
-    "bert-base": BertConfig(vocab_size=VOCABULARY),
+    "bert-base": EncoderConfig(vocab_size=VOCABULARY),
 }
 L2: dict[str, Timer] = {"warm": gpu_time_warm, "flushed": gpu_time}
 

@@ -7,7 +7,7 @@ chip. The denominators, the machine's peaks, are measured in the same run (`benc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import BertConfig
+from pars_fast.encoder_config import EncoderConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Work:
     flops: int
 
 
-def score_work(config: BertConfig, lengths: Sequence[int], *, bytes_per_value: int) -> Work:
+def score_work(config: EncoderConfig, lengths: Sequence[int], *, bytes_per_value: int) -> Work:
     """Scoring prompts of `lengths` tokens: BERT encoder, pooling, head.
 
     Per token and layer: 4 H^2 + 2 H I multiply-adds (query, key, value, output, up, down); per layer and

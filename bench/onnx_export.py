@@ -7,12 +7,13 @@ saturate.
 """
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from pars_fast.ranker import Ranker
 
@@ -22,7 +23,7 @@ class PaddedRanker(nn.Module):
 
     def __init__(self, ranker: Ranker, attention: str = "sdpa") -> None:
         super().__init__()
-        config = type(ranker.config).from_dict(ranker.config.to_dict())
+        config = BertConfig(**asdict(ranker.config))
         config._attn_implementation = attention
         self.encoder = BertModel(config, add_pooling_layer=False).eval()
         weights = ranker.model.state_dict()

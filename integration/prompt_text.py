@@ -30,12 +30,10 @@ class PromptText:
     """
 
     def __init__(self, tokenizer: str, revision: str | None, chat_template: Path | None = None) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
+        self._tokenizer = _load(tokenizer, revision)
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template.read_text()
-        specials = sorted(self._tokenizer.all_special_tokens, key=len, reverse=True)
+        specials = sorted(_specials(self._tokenizer), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)) if specials else r"(?!)")
         self._read_template()
 
@@ -104,3 +102,23 @@ class PromptText:
             logger.debug("pars-fast: the chat template is not understood: %r", error)
             return None
         return parts if len(parts) == len(messages) + 1 else None
+
+
+def _load(tokenizer: str, revision: str | None) -> Any:
+    """With the class that reads any `tokenizer.json`: `AutoTokenizer` imports all of text generation, which
+    is five seconds of a core and 200 MB. It is for what has no such file."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(tokenizer, revision=revision)
+    except Exception as error:  # what it raises of other files is not said anywhere
+        logger.debug("pars-fast: %s: no tokenizer.json that can be read: %r", tokenizer, error)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer, revision=revision)
+
+
+def _specials(tokenizer: Any) -> set[str]:
+    """What is no text: tokens that have a role, and all that the vocabulary marks as special."""
+    marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return marked | set(tokenizer.all_special_tokens)

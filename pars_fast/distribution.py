@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from scipy.optimize import isotonic_regression
+from scipy.special import stdtrit
 
 from pars_fast.calibration import TokenMap
 from pars_fast.data import CONSENSUS, LengthFile, Split
@@ -67,12 +66,12 @@ class LengthDistribution:
     def quantile(self, scores: ArrayLike, probability: float) -> Floats:
         """Output tokens that an answer stays under with this probability."""
         mu, sigma = self(scores)
-        return np.exp(mu + sigma * stats.t.ppf(probability, self.dof))
+        return np.exp(mu + sigma * stdtrit(self.dof, probability))
 
     def coverage(self, scores: Floats, log_lengths: Floats, weights: Floats, level: float) -> float:
         """Share of the weight of (n,) answers that lie in their central interval of this level."""
         mu, sigma = self(scores)
-        inside = np.abs(log_lengths - mu) <= sigma * stats.t.ppf((1 + level) / 2, self.dof)
+        inside = np.abs(log_lengths - mu) <= sigma * stdtrit(self.dof, (1 + level) / 2)
         return float(np.average(inside, weights=weights))
 
 
@@ -82,6 +81,8 @@ def fit_length_distribution(scores: Floats, log_lengths: Floats, weights: Floats
     mu is isotonic in the score, sigma the maximum likelihood scale in bins of equal weight, and dof the one
     of a few with the largest likelihood. Source: Lange, Little & Taylor 1989 (EM for the t distribution).
     """
+    from scipy.optimize import isotonic_regression  # a ranker that scores never fits: seconds to import
+
     order = np.argsort(scores, kind="stable")
     s, y, w = scores[order], log_lengths[order], weights[order]
     position = (np.cumsum(w) - w / 2) / w.sum()
@@ -106,11 +107,13 @@ def _scales(
     residual: Floats, weights: Floats, bins: NDArray[np.int64], total: Floats, dof: float
 ) -> tuple[Floats, float]:
     """The most likely scale in each bin, and the weighted log likelihood."""
+    from scipy.stats import t
+
     sigma = np.maximum(np.sqrt(np.bincount(bins, weights * residual**2) / total), MIN_SIGMA)
     for _ in range(50):
         trust = (dof + 1) / (dof + (residual / sigma[bins]) ** 2)
         sigma = np.maximum(np.sqrt(np.bincount(bins, weights * trust * residual**2) / total), MIN_SIGMA)
-    likelihood = stats.t.logpdf(residual / sigma[bins], dof) - np.log(sigma[bins])
+    likelihood = t.logpdf(residual / sigma[bins], dof) - np.log(sigma[bins])
     return sigma, float(weights @ likelihood)
 
 

@@ -5,15 +5,17 @@ loads as it is and a saved one opens in transformers. Source: Devlin et al. 2019
 transformers, models/bert/modeling_bert.py.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import BertConfig
-from transformers.activations import ACT2FN
+
+from pars_fast.encoder_config import EncoderConfig
 
 
 class Embeddings(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         hidden_size = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, hidden_size)
@@ -32,7 +34,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
@@ -74,7 +76,7 @@ class SelfAttention(nn.Module):
 class ResidualOutput(nn.Module):
     """LayerNorm(residual + dense(x)), which closes both halves of a layer."""
 
-    def __init__(self, in_features: int, config: BertConfig) -> None:
+    def __init__(self, in_features: int, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -85,7 +87,7 @@ class ResidualOutput(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.self = SelfAttention(config)
         self.output = ResidualOutput(config.hidden_size, config)
@@ -97,17 +99,26 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = _activation(config.hidden_act)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.activation(self.dense(hidden))
 
 
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name == "gelu":
+        return F.gelu
+    from transformers.activations import ACT2FN  # has all others, and takes seconds to import
+
+    activation: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return activation
+
+
 class Layer(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
@@ -120,15 +131,15 @@ class Layer(nn.Module):
 
 
 class LayerStack(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
 
 class PackedBertEncoder(nn.Module):
-    """Encoder of a packed batch; `config.pooler` is not built, since the score head pools."""
+    """Encoder of a packed batch; BERT's pooler is not built, since the score head pools."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)

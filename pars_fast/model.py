@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
 
 from pars_fast.encoder import PackedBertEncoder, SelfAttention
+from pars_fast.encoder_config import EncoderConfig
 
 Pooling = Literal["cls", "mean"]
 
@@ -22,7 +22,7 @@ class ScoreModel(PackedBertEncoder):
     scores on a GPU.
     """
 
-    def __init__(self, config: BertConfig, pooling: Pooling) -> None:
+    def __init__(self, config: EncoderConfig, pooling: Pooling) -> None:
         super().__init__(config)
         self.pooling = pooling
         self.score_head = nn.Linear(config.hidden_size, 1)

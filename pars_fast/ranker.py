@@ -18,11 +18,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import BertConfig, BertTokenizerFast
 
 from pars_fast.bf16_products import Bf16Products, native_bf16
 from pars_fast.calibration import TokenMap
 from pars_fast.distribution import LengthDistribution
+from pars_fast.encoder_config import EncoderConfig
 from pars_fast.errors import CheckpointError, PromptError
 from pars_fast.model import Pooling, ScoreModel
 from pars_fast.packaged import checkpoint_directory
@@ -51,7 +51,7 @@ class Ranker:
     def __init__(
         self,
         model: ScoreModel,
-        config: BertConfig,
+        config: EncoderConfig,
         tokenizer: Tokenizer,
         *,
         max_tokens: int = MAX_TOKENS,
@@ -250,7 +250,7 @@ class Ranker:
         if self.distribution is not None:
             section["distribution"] = asdict(self.distribution)
         settings = {
-            **self.config.to_diff_dict(),
+            **asdict(self.config),
             "architectures": ["BertModel"],
             "model_type": "bert",
             "dtype": "float16",
@@ -306,7 +306,7 @@ def read_length_distribution(path: str | Path) -> LengthDistribution:
     return distribution.by_tokens(token_map)
 
 
-def _build(directory: Path, settings: dict[str, Any], pooling: Pooling) -> tuple[ScoreModel, BertConfig]:
+def _build(directory: Path, settings: dict[str, Any], pooling: Pooling) -> tuple[ScoreModel, EncoderConfig]:
     given = {**SUPPORTED, "model_type": None, **settings}
     for key, wanted in SUPPORTED.items():
         if given[key] != wanted:
@@ -315,11 +315,9 @@ def _build(directory: Path, settings: dict[str, Any], pooling: Pooling) -> tuple
                 "(BERT, MiniLM, BGE) are supported"
             )
     try:
-        config = BertConfig(**{key: value for key, value in settings.items() if key != "pars_fast"})
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(f"{config.num_attention_heads} heads do not divide {config.hidden_size}")
+        config = EncoderConfig.read(settings)
         return ScoreModel(config, pooling), config
-    except Exception as error:  # transformers' validation errors share no narrower base
+    except (ValueError, KeyError, RuntimeError) as error:  # no such activation; sizes beyond any memory
         reason = f"no encoder can be built from it ({error})"
         raise CheckpointError(f"{directory}/config.json: {reason}") from error
 
@@ -336,9 +334,11 @@ def _knots(directory: Path, section: dict[str, Any], name: str, kind: Callable[.
         raise CheckpointError(f"{directory}/config.json: damaged {name} ({error})") from error
 
 
-def _read_tokenizer(directory: Path, config: BertConfig) -> Tokenizer:
+def _read_tokenizer(directory: Path, config: EncoderConfig) -> Tokenizer:
     try:
         if (directory / "vocab.txt").exists() and not (directory / "tokenizer.json").exists():
+            from transformers import BertTokenizerFast  # takes seconds to import
+
             slow_files = BertTokenizerFast.from_pretrained(directory, local_files_only=True)
             tokenizer = slow_files.backend_tokenizer
         else:

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
-from transformers import BertConfig
 
 from bench.bench_queue import BATCH, QUEUES, QueueWorkload
 from bench.cpu_providers import PROVIDERS, load_provider, pad
@@ -23,6 +22,7 @@ from bench.top_queues import Ours
 from pars_fast.bench_results import PROVENANCE, ROOT
 from pars_fast.bench_table import read_report
 from pars_fast.bf16_products import native_bf16
+from pars_fast.encoder_config import EncoderConfig
 from pars_fast.guards import NoGuard
 from pars_fast.model import Pooling, ScoreModel
 from pars_fast.ranker import Ranker
@@ -43,7 +43,7 @@ def tiny_ranker(pooling: Pooling) -> Ranker:
     tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(vocab)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    config = BertConfig(
+    config = EncoderConfig(
         vocab_size=len(vocab),
         hidden_size=32,
         num_hidden_layers=2,
@@ -103,7 +103,7 @@ def test_padding() -> None:
 
 
 def test_work_of_a_known_model() -> None:
-    config = BertConfig(hidden_size=4, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
+    config = EncoderConfig(hidden_size=4, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
     work = score_work(config, [3, 1], bytes_per_value=2)
     assert work.flops == 2 * 2 * (4 * (4 * 16 + 2 * 32) + 2 * 4 * (9 + 1))
     assert work.bytes_moved == 2 * (4 * 16 + 2 * 32) * 2 + 4 * (4 * 2 + 4)

@@ -16,11 +16,11 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig
 
 from pars_fast import Ranker
 from pars_fast.calibration import TokenMap
 from pars_fast.demo.model import make_tiny_model
+from pars_fast.encoder_config import EncoderConfig
 from pars_fast.model import ScoreModel
 
 pytest.importorskip("vllm", reason="the vLLM integration needs vLLM")
@@ -76,7 +76,7 @@ def ranker_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random ranker of 2 layers, hidden 32, with a score-to-token map. Tests must not change it."""
     directory = tmp_path_factory.mktemp("ranker")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    config = BertConfig(
+    config = EncoderConfig(
         vocab_size=len(vocab),
         hidden_size=32,
         num_hidden_layers=2,

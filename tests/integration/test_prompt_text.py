@@ -1,12 +1,13 @@
 """Ids back to what was said: chat templates of the kinds in use, and none."""
 
 import datetime
+import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pars_fast.integration.prompt_text import PromptText
 
@@ -151,6 +152,39 @@ def test_special_tokens_that_are_left_are_no_text(tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_template_just_decodes(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(None, tmp_path)
     assert PromptText(str(tmp_path), None)(tokenizer.encode("<s>Why?</s>")) == "Why?"
+
+
+def test_a_special_token_without_a_role_is_no_text_either(tmp_path: Path) -> None:
+    """Llama 3's headers: marked in the vocabulary, named nowhere else."""
+    make_tokenizer(None, tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"extra_special_tokens": []}))
+    text = PromptText(str(tmp_path), None)
+    ids = PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("<|start|>user<|end|>Why?<|eot|>")
+    assert text(ids) == "user Why?"
+
+
+def test_code_beside_a_tokenizer_is_neither_run_nor_needed(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(CHATML, tmp_path)
+    (tmp_path / "trap.py").write_text("raise SystemExit('executed')\n")
+    file = tmp_path / "tokenizer_config.json"
+    trap = {"auto_map": {"AutoTokenizer": ["trap.Trap", "trap.Trap"]}, "tokenizer_class": "Trap"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | trap))
+    assert PromptText(str(tmp_path), None)(chat_ids(tokenizer, ("user", "Why?"))) == "Why?"
+
+
+def test_a_tokenizer_of_another_form_is_loaded_as_transformers_has_it(tmp_path: Path) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    ids = AutoTokenizer.from_pretrained(tmp_path).encode("Why is it blue?")
+    assert PromptText(str(tmp_path), None)(ids) == "Why is it blue?"
+
+
+def test_no_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises((OSError, ValueError)):
+        PromptText(str(tmp_path), None)
 
 
 def test_a_template_that_cannot_be_rendered_takes_nothing_away(tmp_path: Path) -> None:

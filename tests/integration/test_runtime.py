@@ -179,6 +179,17 @@ def test_what_is_no_process_needs_no_socket() -> None:
     assert shown.stdout == "set()\n", shown.stderr
 
 
+def test_a_start_imports_no_more_than_it_needs(served_model: Path) -> None:
+    """At idle priority, on a machine that serves, each second of imports is one without a ranker."""
+    code = (
+        "import sys; import pars_fast.integration.ranker_process as process; "
+        f"process.PromptScorer(process.Ranker.from_pretrained('small'), {str(served_model)!r}, None, None); "
+        "print({'vllm', 'sklearn', 'scipy.stats', 'transformers.generation.utils'} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert shown.stdout == "set()\n", shown.stderr
+
+
 def test_nobody_waits_for_a_process_that_is_ended(
     start_process: Callable[..., ProcessRuntime], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BertConfig
 
+from pars_fast.encoder_config import EncoderConfig
 from pars_fast.kernels import small_batch_score as module
 from pars_fast.kernels.small_batch_score import (
     MAX_PROMPTS,
@@ -57,7 +57,7 @@ def make_weights(
 ) -> tuple[ScoreModel, PackedWeights]:
     """Random weights that leave no term small: norms, biases and logits all matter to the score."""
     torch.manual_seed(0)
-    config = BertConfig(
+    config = EncoderConfig(
         vocab_size=VOCAB_SIZE, hidden_size=hidden_size, num_hidden_layers=num_layers, intermediate_size=inner,
         num_attention_heads=num_heads, max_position_embeddings=max_positions, layer_norm_eps=1e-12,
     )  # fmt: skip

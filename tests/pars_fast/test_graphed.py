@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BertConfig
 
+from pars_fast.encoder_config import EncoderConfig
 from pars_fast.graphed import (
     Bucket,
     GraphedScorer,
@@ -82,7 +82,7 @@ def minilm_scorer() -> tuple[GraphedScorer, Any]:
     from pars_fast.packed_weights import PackedWeights
 
     torch.manual_seed(0)
-    config = BertConfig(
+    config = EncoderConfig(
         vocab_size=500, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
     weights = PackedWeights.from_model(ScoreModel(config, "mean").to("cuda", torch.bfloat16))
