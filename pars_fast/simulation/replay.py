@@ -93,12 +93,14 @@ class TracePrompt:
 
 
 def replay(
-    plan: Replay, *, model: str | None, display: Display, on_row: Callable[[dict[str, Any]], None]
+    plan: Replay, model: str | None, arguments: tuple[str, ...], *, display: Display,
+    on_row: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Serve every policy, load and repeat on one real server.
 
     Args:
         model: a model for vLLM to serve; None makes a tiny random one.
+        arguments: of `vllm serve`, over those that a replay has by itself.
         on_row: told each run as soon as it is done: `policy`, `load`, `repeat`, the columns of a simulation,
             `CACHED`, of the prompts' tokens, the columns of `COMPLETION`, None where the trace names no
             applications, and those of `STEP_TIMES`.
@@ -109,7 +111,7 @@ def replay(
     workload = plan.workload
     fresh_prompts = map(partial(prompts_of, workload), count())
     with tempfile.TemporaryDirectory(prefix="pars-fast-replay-") as name:
-        served = _with_settings(served_model(model, Path(name), load_sample()), plan.demand)
+        served = _with_settings(served_model(model, Path(name), load_sample()), arguments, plan.demand)
         display.say(f"starting vLLM with pars-fast, serving {served.description}")
         with switchable_server(served, AUTO, Path(name)) as server:
             warm_up(server.url, served, next(fresh_prompts), display)
@@ -129,7 +131,8 @@ def replay(
                                 **_figures(offered, outcome_of(run)), **run.step_times()})
             engine = server.step_log.engine
     return {"workload": workload.name, "arrivals_sha256": workload.sha256(), "requests": len(workload),
-            "served_model": served.description, "engine_settings": asdict(engine),
+            "served_model": served.description, "vllm_arguments": arguments,
+            "engine_settings": asdict(engine),
             "capacity_tok_s": round(capacity_tok_s, 2), "commit": commit(), **conditions()}
 
 
@@ -217,11 +220,11 @@ def _completion(workload: Workload, outcome: Outcome) -> dict[str, float | None]
     return {name: rounded(value) for name, value in zip(COMPLETION, values, strict=True)}
 
 
-def _with_settings(served: Served, demand: Path | None) -> Served:
+def _with_settings(served: Served, arguments: tuple[str, ...], demand: Path | None) -> Served:
     variables: Mapping[str, str] = {"PARS_TRUST_CALLER": "1", "PARS_CALIBRATION": "0"}
     if demand is not None:
         variables = {**variables, "PARS_DEMAND": str(demand.resolve())}
-    return replace(served, arguments=(*served.arguments, "--enable-prefix-caching"),
+    return replace(served, arguments=(*served.arguments, "--enable-prefix-caching", *arguments),
                    environment={**served.environment, **variables})
 
 

@@ -32,6 +32,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     add("--demand", type=Path, metavar="F", help=demand)
     add("--model", help="model to serve; by default a tiny random one is made")
     add("--json", type=Path, metavar="F", help="write all runs there, each as soon as it is done")
+    add("vllm", nargs="*", metavar="-- ARGUMENT", help="further arguments of `vllm serve`, after --")
     parser.set_defaults(run=_replay)
 
 
@@ -53,7 +54,8 @@ def _replay(arguments: argparse.Namespace) -> None:
             write_json(arguments.json, result)
 
     with Display() as display:
-        result |= replay(plan, model=arguments.model, display=display, on_row=keep)
+        served = arguments.model, tuple(arguments.vllm)
+        result |= replay(plan, *served, display=display, on_row=keep)
     result["simulated"] = [simulated(plan, row, result) for row in result["runs"]]
     if arguments.json:
         write_json(arguments.json, result)

@@ -56,10 +56,14 @@ def test_a_real_server_finds_what_prompts_share(
     long = {"timestamp": 9999, "input_length": 9000, "output_length": 9, "hash_ids": list(range(18))}
     trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
     trace.write_text("\n".join(map(json.dumps, [*rows, long])))
-    options = ["--policies", "fcfs,oracle", "--load", "0.1", "--skip-too-long", "--json", str(out)]
+    options = ["--policies", "fcfs,oracle", "--load", "0.1", "--skip-too-long", "--json", str(out),
+               "--", "--num-gpu-blocks-override", "300"]
     assert main(["replay", "--trace", str(trace), *options]) == 0
     assert "Share of prompt tokens found in the prefix cache" in capsys.readouterr().out
-    runs = json.loads(out.read_text())["runs"]
+    result = json.loads(out.read_text())
+    runs = result["runs"]
+    engine = result["engine_settings"]
+    assert engine["kv_cache_tokens"] == 299 * engine["block_size"]  # one block is vLLM's own
     assert [run["completed"] for run in runs] == [6, 6]
     assert [run["prefix_hit_tokens"] for run in runs] == [5 * 512] * 2
     assert runs[0]["prefix_hit_share"] == pytest.approx(5 * 512 / 3600, abs=1e-4)
