@@ -33,8 +33,6 @@ class PromptText:
         self._tokenizer = _load(tokenizer, revision)
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template.read_text()
-        specials = sorted(_specials(self._tokenizer), key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, specials)) if specials else r"(?!)")
         self._read_template()
 
     def __call__(self, ids: Sequence[int], shared: int = 0) -> str:
@@ -80,24 +78,33 @@ class PromptText:
         self._system = ("", "")  # what comes before and after a system prompt
         self._turns: list[str] = []
         self._end = ""
-        if not getattr(self._tokenizer, "chat_template", None):
-            return
-        user = {"role": "user", "content": _USER}
-        chat = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _AGAIN}]
-        if parts := self._around(chat):
-            self._start, *turns, self._end = parts
-            self._turns = [turn for turn in turns if turn.strip()]
-        if parts := self._around([{"role": "system", "content": _SYSTEM}, user]):
-            self._system = (parts[0], parts[1]) if parts[1].strip() else ("", "")
+        # With a role, or in the template. Not all that a vocabulary marks: it may mark thousands.
+        specials = set(self._tokenizer.all_special_tokens)
+        if getattr(self._tokenizer, "chat_template", None):
+            user = {"role": "user", "content": _USER}
+            chat = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _AGAIN}]
+            if parts := self._around(chat, specials):
+                self._start, *turns, self._end = parts
+                self._turns = [turn for turn in turns if turn.strip()]
+            if parts := self._around([{"role": "system", "content": _SYSTEM}, user], specials):
+                self._system = (parts[0], parts[1]) if parts[1].strip() else ("", "")
+        names = map(re.escape, sorted(specials, key=len, reverse=True))
+        self._specials = re.compile("|".join(names) if specials else r"(?!)")
 
-    def _around(self, messages: list[dict[str, str]]) -> list[str] | None:
-        """What the template writes before, between and after these messages, None if it refuses them."""
+    def _around(self, messages: list[dict[str, str]], specials: set[str]) -> list[str] | None:
+        """What the template writes before, between and after these messages, None if it refuses them; its
+        special tokens are added to `specials`."""
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
+            decode = self._tokenizer.decode
             ids = self._tokenizer.encode(rendered, add_special_tokens=False)
-            parts = re.split("|".join(m["content"] for m in messages), str(self._tokenizer.decode(ids)))
+            parts = re.split("|".join(m["content"] for m in messages), str(decode(ids)))
+            specials |= {
+                str(decode([token_id])) for token_id in set(ids)
+                if decode([token_id]) and not decode([token_id], skip_special_tokens=True)
+            }
         except Exception as error:  # a template may refuse a role, or be broken
             logger.debug("pars-fast: the chat template is not understood: %r", error)
             return None
@@ -116,9 +123,3 @@ def _load(tokenizer: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer, revision=revision)
-
-
-def _specials(tokenizer: Any) -> set[str]:
-    """What is no text: tokens that have a role, and all that the vocabulary marks as special."""
-    marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return marked | set(tokenizer.all_special_tokens)

@@ -155,13 +155,12 @@ def test_a_tokenizer_without_a_template_just_decodes(tmp_path: Path) -> None:
 
 
 def test_a_special_token_without_a_role_is_no_text_either(tmp_path: Path) -> None:
-    """Llama 3's headers: marked in the vocabulary, named nowhere else."""
-    make_tokenizer(None, tmp_path)
+    """Llama 3's headers: marked in the vocabulary, named nowhere else but in the template."""
+    tokenizer = make_tokenizer(DATED, tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"extra_special_tokens": []}))
-    text = PromptText(str(tmp_path), None)
-    ids = PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("<|start|>user<|end|>Why?<|eot|>")
-    assert text(ids) == "user Why?"
+    ids = tokenizer.encode("half<|eot|><|start|>user<|end|>Why?<|eot|>", add_special_tokens=False)
+    assert PromptText(str(tmp_path), None)(ids).split() == ["half", "user", "Why?"]
 
 
 def test_code_beside_a_tokenizer_is_neither_run_nor_needed(tmp_path: Path) -> None:
