@@ -188,8 +188,9 @@ class StepWorkload:
 class StepTimes:
     """What `pars-fast bench step` reports; `added` is ranked less stock, of the same step number.
 
-    `behind_model` is what ranking adds while the model runs. `add` and `abort` are for one request, between
-    steps.
+    Its 99th percentile holds the noise of both; that of all stock and of all ranked steps shows what ranking
+    does to the slowest ones. `behind_model` is what ranking adds while the model runs. `add` and `abort` are
+    for one request, between steps.
     """
 
     waiting: int
@@ -197,6 +198,8 @@ class StepTimes:
     ranked_us_p50: float
     added_us_p50: float
     added_us_p99: float
+    stock_us_p99: float
+    ranked_us_p99: float
     behind_model_us_p50: float
     behind_model_us_p99: float
     add_added_us_p50: float
@@ -261,13 +264,15 @@ class StepPair:
 
     def times(self) -> StepTimes:
         stock, ranked = np.array(self.stock_ns) / 1e3, np.array(self.ranked_ns) / 1e3
-        added_p50, added_p99 = np.quantile(ranked - stock, [0.5, 0.99]).tolist()
-        behind_p50, behind_p99 = np.quantile(np.array(self._behind_model_ns) / 1e3, [0.5, 0.99]).tolist()
+        behind = np.array(self._behind_model_ns) / 1e3
+        p50, p99 = np.quantile([stock, ranked, ranked - stock, behind], [0.5, 0.99], axis=1).tolist()
         add, abort = (np.median(self._added_between_ns, axis=0) / 1e3).tolist()
         return StepTimes(
-            self.waiting, float(np.median(stock)), float(np.median(ranked)), added_p50, added_p99,
-            behind_p50, behind_p99, add, abort,
-        )
+            self.waiting,
+            stock_us_p50=p50[0], ranked_us_p50=p50[1], added_us_p50=p50[2], added_us_p99=p99[2],
+            stock_us_p99=p99[0], ranked_us_p99=p99[1], behind_model_us_p50=p50[3], behind_model_us_p99=p99[3],
+            add_added_us_p50=add, abort_added_us_p50=abort,
+        )  # fmt: skip
 
     def close(self) -> None:
         gc.unfreeze()

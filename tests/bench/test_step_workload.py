@@ -63,6 +63,7 @@ def test_steps_are_paired(pair: StepPair) -> None:
     assert len(pair.stock_ns) == len(pair.ranked_ns) == 7
     times = asdict(pair.times())
     assert list(times) == ["waiting", "stock_us_p50", "ranked_us_p50", "added_us_p50", "added_us_p99",
+                           "stock_us_p99", "ranked_us_p99",
                            "behind_model_us_p50", "behind_model_us_p99",
                            "add_added_us_p50", "abort_added_us_p50"]
     assert times["waiting"] == WAITING
