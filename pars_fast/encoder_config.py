@@ -1,7 +1,7 @@
 """The shape of a BERT encoder: what this project reads of a `config.json`.
 
 Not `transformers.BertConfig`, which takes seconds of a core to import (its documentation pulls in all of text
-generation) at every start of a ranker's process. Names and defaults are its own, so either reads what the
+generation) at every start of a ranker's process. Names and defaults are the same, so either reads what the
 other wrote.
 """
 

@@ -223,6 +223,8 @@ class TestDamagedCheckpoints:
             ({"num_attention_heads": 5}, "no encoder can be built from it .*5 heads do not divide 32"),
             ({"hidden_size": "wide"}, "no encoder can be built from it"),
             ({"hidden_size": -1}, "no encoder can be built from it"),
+            ({"vocab_size": 10**14}, "no encoder can be built from it"),
+            ({"vocab_size": 10**30}, "no encoder can be built from it"),
             ({"hidden_act": "nope"}, "no encoder can be built from it .*nope"),
             ({"section": {"pooling": "max"}}, "no pars_fast section with a pooling"),
             ({"section": {"max_tokens": "all"}}, "max_tokens must be a whole number, got 'all'"),
