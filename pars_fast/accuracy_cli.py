@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pars_fast.simulation.transfer_latency import TransferLatency
     from pars_fast.transfer import ModelTransfer
 
+DEFAULT = argparse.SUPPRESS  # an option not given falls back to the study's own default
+
 
 def add_transfer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -135,21 +137,40 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_runs(parser)
     add("--seeds", type=int, default=5, metavar="N", help="runs of each loss (%(default)s)")
+    against = "the first against the others (all of train's)"
+    add("--losses", nargs="+", default=DEFAULT, metavar="LOSS", help=against)
+    tried = "tried with the first seed; validation chooses (3e-4 1e-3)"
+    add("--learning-rates", nargs="+", type=float, default=DEFAULT, metavar="R", help=tried)
+    add("--layers", type=int, default=DEFAULT, metavar="N", help="of the encoder (1)")
+    add("--max-prompts-per-file", type=int, default=DEFAULT, metavar="N", help="as of train (400)")
     add("--csv", required=True, type=Path, metavar="F", help="write tau of every loss, seed and file there")
     parser.set_defaults(run=_losses)
 
 
 def _losses(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from rich.console import Console
     from rich.table import Table
 
     from pars_fast.bench_results import all_threads, machine
-    from pars_fast.loss_comparison import Comparison, compare_losses, standings
+    from pars_fast.loss_comparison import BUDGET, Comparison, compare_losses, standings
 
     made = machine(all_threads())
     make_writable(arguments.csv.parent)
     training, exclude, measured = _length_files(arguments)
-    comparison = Comparison(training, exclude, init=arguments.init, seeds=range(arguments.seeds))
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: value for name, value in vars(arguments).items() if name in names}
+
+    comparison = Comparison(
+        training,
+        exclude,
+        init=arguments.init,
+        budget=replace(BUDGET, **given("layers", "max_prompts_per_file")),
+        seeds=range(arguments.seeds),
+        **given("losses", "learning_rates"),
+    )
     rows = compare_losses(comparison, measured, arguments.out, on_run=lambda name: print(name, flush=True))
     write_csv(arguments.csv, [{**row, **made} for row in rows])
     names, losses = [file.name for file in measured], comparison.losses

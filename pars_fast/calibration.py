@@ -2,7 +2,7 @@
 
 A ranker's score has no unit; queue keys, the guard and a caller's own estimates need tokens. The map is
 fitted by isotonic regression (Barlow et al. 1972; scipy) and kept as knots with linear interpolation
-between them, so that it stays strictly increasing between the plateaus of the fit.
+between them, so that it is strictly increasing and the order of the scores is that of the tokens.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MAX_KNOTS = 64
 
 @dataclass(frozen=True, slots=True)
 class TokenMap:
-    """Expected output tokens at increasing scores; constant beyond the first and last knot.
+    """Expected output tokens at increasing scores: linear between the knots, constant beyond all of them.
 
     Raises: CheckpointError: if the knots are not finite and increasing, or of different number.
     """
@@ -44,7 +44,24 @@ class TokenMap:
 
 
 def fit_token_map(scores: ArrayLike, tokens: ArrayLike) -> TokenMap:
-    """Fit the map on (n,) pairs of score and real output tokens, n >= 1; equal scores count as one."""
+    """Fit the map on (n,) pairs of score and real output tokens, n >= 1; equal scores count as one.
+
+    An isotonic fit is flat beyond its ends, and where scores do not order the few tokens that there are it is
+    flat all over: requests would be equal that a ranker tells apart. So the map goes on for as far as scores
+    were seen to spread, or for 1: below to half of its least tokens, above by as much as it rises.
+    """
+    knots, values = isotonic_knots(scores, tokens, MAX_KNOTS - 2)
+    spread = float(np.ptp(scores)) or 1.0
+    rise = values[-1] - values[0] or values[-1]
+    return TokenMap(
+        (knots[0] - spread, *knots, knots[-1] + spread), (values[0] / 2, *values, values[-1] + rise)
+    )
+
+
+def isotonic_knots(
+    scores: ArrayLike, tokens: ArrayLike, most: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Centres and values of the blocks, `most` at most, of an isotonic fit of (n,) tokens to (n,) scores."""
     from scipy.optimize import isotonic_regression
 
     levels, level, counts = np.unique(
@@ -55,5 +72,5 @@ def fit_token_map(scores: ArrayLike, tokens: ArrayLike) -> TokenMap:
     starts = fit.blocks[:-1]
     centres = np.add.reduceat(levels * counts, starts) / np.add.reduceat(counts, starts)
     values = fit.x[starts]
-    keep = np.unique(np.linspace(0, len(starts) - 1, MAX_KNOTS).round().astype(int))
-    return TokenMap(tuple(centres[keep].tolist()), tuple(values[keep].round(3).tolist()))
+    keep = np.unique(np.linspace(0, len(starts) - 1, most).round().astype(int))
+    return tuple(centres[keep].tolist()), tuple(values[keep].round(6).tolist())

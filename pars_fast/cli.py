@@ -111,7 +111,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add(
         "--init",
         default="minilm",
-        help="starting weights: minilm, default, small, a local directory or a hub name (%(default)s)",
+        help="starting weights: minilm, default, small, a local directory or a hub name (%(default)s); "
+        "what is not given here is as a ranker was trained, and PARS's recipe for a mere encoder",
     )
     add("--model-column", default=DEFAULT, help="model whose lengths are learnt, or consensus")
     add("--loss", default=DEFAULT, help="margin (PARS), margin_unfiltered, listmle (LTR) or huber")
@@ -129,13 +130,14 @@ def _train(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from pars_fast.data import read_length_file
-    from pars_fast.training import Recipe, train
+    from pars_fast.training import Recipe, train, trained_with
 
     names = {field.name for field in fields(Recipe)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     files = [read_length_file(path) for path in arguments.data]
     exclude = [read_length_file(path) for path in arguments.exclude]
-    train(files, arguments.init, Recipe(**given), arguments.out, exclude=exclude)
+    recipe = Recipe(**{**trained_with(arguments.init), **given})
+    train(files, arguments.init, recipe, arguments.out, exclude=exclude)
     print(f"ranker written to {arguments.out}")
 
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pars_fast.calibration import fit_token_map
+from pars_fast.calibration import MAX_KNOTS, isotonic_knots
 
 COHORT_SIZE = 64
 ENDED_SHARE = 0.95  # of a cohort, before it is used; the rest count as censored where they are
@@ -191,8 +191,8 @@ def fit_token_scale(observations: Sequence[Observation]) -> TokenScale | None:
     served = [o for o in observations if o.ending is not Ending.CUT and o.output_tokens > 0]
     if len(served) < COHORT_SIZE:
         return None
-    fit = fit_token_map([o.ordered_by for o in served], [o.output_tokens for o in served])
-    return TokenScale(fit.scores, fit.tokens)
+    ordered_by, tokens = [o.ordered_by for o in served], [o.output_tokens for o in served]
+    return TokenScale(*isotonic_knots(ordered_by, tokens, MAX_KNOTS))
 
 
 def bias(scale: TokenScale, observations: Sequence[Observation]) -> float:

@@ -54,8 +54,9 @@ def compare_losses(
 
     A run that is there is not repeated, so an interrupted comparison goes on where it was.
 
-    Returns: a row per loss, seed and file: `loss`, `learning_rate`, `seed`, `file`, `split`, `kendall_tau`
-        (mean over the file's models), `validation_pair_accuracy`.
+    Returns: a row per loss, seed and file: `layers` and `max_prompts_per_file` of the budget, `loss`,
+        `learning_rate`, `seed`, `file`, `split`, `kendall_tau` (mean over the file's models),
+        `validation_pair_accuracy`.
     Raises: as `trained_once`.
     """
     losses, seeds = comparison.losses, comparison.seeds
@@ -69,7 +70,11 @@ def compare_losses(
     for seed in seeds:  # all losses of a seed before the next, so that what is there is comparable
         for loss in losses:
             run = _run(comparison, loss, chosen[loss], seed, out, on_run)
-            given = {"loss": loss, "learning_rate": chosen[loss], "seed": seed}
+            given = {
+                "layers": comparison.budget.layers,
+                "max_prompts_per_file": comparison.budget.max_prompts_per_file,
+                "loss": loss, "learning_rate": chosen[loss], "seed": seed,
+            }  # fmt: skip
             accuracy = {"validation_pair_accuracy": validation_accuracy(run)}
             ranker = Ranker.from_pretrained(run, device="cpu")
             rows += [{**given, **taus, **accuracy} for taus in held_out_taus(ranker, measured)]

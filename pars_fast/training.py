@@ -28,20 +28,21 @@ from pars_fast.losses import LOSSES
 from pars_fast.metrics import pair_accuracies
 from pars_fast.model import Pooling
 from pars_fast.packaged import PACKAGED, checkpoint_directory
-from pars_fast.ranker import MAX_TOKENS, Ranker, is_ranker
+from pars_fast.ranker import Ranker, is_ranker
 from pars_fast.tokenization import pack
 from pars_fast.training_state import TrainingState, fingerprint
 
 CHECKPOINT_EVERY_S = 240.0
+_GOES_ON = ("loss", "epochs", "batch_prompts", "learning_rate", "dropout")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What a run depends on, besides its data. Defaults: PARS.
 
-    `pooling` is the starting ranker's own if None, of a mere encoder `cls` (PARS).
-    `batch_prompts` 16 gives 120 pairs a step (PARS: 128); a pointwise loss may want more. `max_tokens` is
-    the prompt window in WordPiece tokens, of which `tail_tokens` are of the end of a longer prompt.
+    `pooling`, `max_tokens`, the prompt window in WordPiece tokens, and `tail_tokens`, how many of them are
+    of the end of a longer prompt, are the starting ranker's own if None, of a mere encoder `cls`, 128 and 0
+    (PARS). `batch_prompts` 16 gives 120 pairs a step (PARS: 128); a pointwise loss may want more.
     `max_prompts_per_file` keeps one large file from drowning the others; None takes all. `layers` keeps only
     the first so many of the starting encoder. With a `teacher` (`default` or a ranker directory trained to
     the same scale) the label is the mean of the recorded log length and the teacher's score: one recorded
@@ -62,8 +63,8 @@ class Recipe:
     clip_norm: float = 1.0
     dropout: float = 0.1
     max_prompts_per_file: int | None = None
-    max_tokens: int = MAX_TOKENS
-    tail_tokens: int = 0
+    max_tokens: int | None = None
+    tail_tokens: int | None = None
     layers: int | None = None
     teacher: str | None = None
     seed: int = 42
@@ -131,6 +132,8 @@ def train(
         taught = Ranker.from_pretrained(recipe.teacher, device=accelerator.device).score(training.prompts)
         training = replace(training, log_length=(training.log_length + taught.numpy()) / 2)
     ranker = _start(init, recipe, float(training.log_length.mean()))
+    window = {"max_tokens": ranker.max_tokens, "tail_tokens": ranker.tail_tokens}
+    recipe = replace(recipe, pooling=ranker.model.pooling, **window)
     run = _Run(accelerator, ranker, recipe, out, training, validation)
     run.fit()
     ranker = Ranker.from_pretrained(out, device="cpu")
@@ -165,21 +168,41 @@ def starting_directory(init: str) -> Path:
     return checkpoint_directory(init) if init in PACKAGED else resolve_encoder(init)
 
 
+def trained_with(init: str) -> dict[str, Any]:
+    """Loss and schedule that starting weights were trained with, as fields of a `Recipe`: to go on by them.
+
+    Nothing of a mere encoder, or of a ranker without a training.json.
+
+    Raises: CheckpointError: if that file is damaged; as `resolve_encoder`.
+    """
+    directory = starting_directory(init)
+    record = directory / "training.json"
+    if not is_ranker(directory) or not record.exists():
+        return {}
+    try:
+        recipe = json.loads(record.read_text())["recipe"]
+        found = {name: recipe[name] for name in _GOES_ON}
+        Recipe(**found)
+    except (ValueError, KeyError, TypeError, ParsFastError) as error:
+        raise CheckpointError(
+            f"{record} does not say how the ranker was trained ({error!r}); without it PARS's recipe is used"
+        ) from error
+    return found
+
+
 def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     """The ranker to train: a trained one goes on, an encoder gets a head that starts at the mean label."""
     torch.manual_seed(recipe.seed)
     directory = starting_directory(init)
-    max_tokens, tail_tokens = recipe.max_tokens, recipe.tail_tokens
+    asked = {"max_tokens": recipe.max_tokens, "tail_tokens": recipe.tail_tokens}
+    window = {name: value for name, value in asked.items() if value is not None}
     if is_ranker(directory):
         ranker = Ranker.from_pretrained(directory, device="cpu")
-        ranker = Ranker(
-            ranker.model, ranker.config, ranker.tokenizer, max_tokens=max_tokens, tail_tokens=tail_tokens
-        )
+        window = {"max_tokens": ranker.max_tokens, "tail_tokens": ranker.tail_tokens} | window
+        ranker = Ranker(ranker.model, ranker.config, ranker.tokenizer, **window)
         ranker.model.pooling = recipe.pooling or ranker.model.pooling
     else:
-        ranker = Ranker.from_encoder(
-            directory, pooling=recipe.pooling or "cls", max_tokens=max_tokens, tail_tokens=tail_tokens
-        )
+        ranker = Ranker.from_encoder(directory, pooling=recipe.pooling or "cls", **window)
         torch.nn.init.constant_(ranker.model.score_head.bias, mean_log_length)
     if recipe.layers is not None:
         ranker.keep_layers(recipe.layers)

@@ -154,6 +154,28 @@ def test_an_unknown_model_column_lists_those_there_are(
     )
 
 
+def test_a_ranker_goes_on_as_it_was_trained(
+    tiny_encoder: Path, lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = "--loss huber --pooling mean --max-tokens 32 "
+    made += "--epochs 1 --batch-prompts 4 --learning-rate 1e-3 --dropout 0"
+    first, on = tmp_path / "first", tmp_path / "on"
+    train = ["train", "--data", str(lengths)]
+    assert main([*train, "--init", str(tiny_encoder), "--out", str(first), *made.split()]) == 0
+    assert main([*train, "--init", str(first), "--out", str(on), "--epochs", "2"]) == 0
+    before, after = (json.loads((run / "training.json").read_text())["recipe"] for run in (first, on))
+    assert before["loss"] == "huber"
+    assert after == {**before, "epochs": 2}
+
+    for damaged in ("{", "{}", '{"recipe": {}}', json.dumps({"recipe": {**before, "epochs": "2"}})):
+        (first / "training.json").write_text(damaged)
+        message = error_of(capsys, *train, "--init", first, "--out", tmp_path / "again")
+        assert "training.json does not say how the ranker was trained" in message
+    (first / "training.json").unlink()
+    assert main([*train, "--init", str(first), "--out", str(tmp_path / "again"), "--epochs", "1"]) == 0
+    assert json.loads((tmp_path / "again" / "training.json").read_text())["recipe"]["loss"] == "margin"
+
+
 def test_an_output_that_cannot_be_written_is_named(
     checkpoint: Path, lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

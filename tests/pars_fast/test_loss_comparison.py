@@ -1,10 +1,12 @@
+import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pars_fast import training_runs
+from pars_fast import loss_comparison, training_runs
 from pars_fast.cli import main
 from pars_fast.data import read_length_file
 from pars_fast.errors import ParsFastError
@@ -50,6 +52,28 @@ def test_each_loss_and_seed_is_trained_once_and_measured(
 
     monkeypatch.setattr(training_runs, "train", lambda *_, **__: pytest.fail("a run is repeated"))
     assert compare_losses(comparison, [file], tmp_path / "runs") == rows
+
+
+def test_the_command_compares_what_it_is_told_to(
+    toy: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_comparison, "BUDGET", QUICK)
+    table = tmp_path / "losses.csv"
+    files = ["--data", str(toy), "--data-dir", str(toy.parent)]
+    made = ["--init", str(tiny_encoder), "--out", str(tmp_path / "runs"), "--csv", str(table)]
+    asked = ["--losses", "huber", "margin", "--learning-rates", "3e-3", "--layers", "1"]
+    assert main(["losses", *files, *made, *asked, "--max-prompts-per-file", "20", "--seeds", "2"]) == 0
+    with table.open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["loss"] for row in rows] == ["huber", "margin"] * 2
+    assert {(row["layers"], row["max_prompts_per_file"], row["learning_rate"]) for row in rows} == {
+        ("1", "20", "0.003")
+    }
+    assert {run.name for run in (tmp_path / "runs").iterdir()} == {
+        f"{loss}-0.003-{seed}" for loss in ("huber", "margin") for seed in (0, 1)
+    }
+    recipe = json.loads((tmp_path / "runs" / "huber-0.003-0" / "training.json").read_text())["recipe"]
+    assert (recipe["layers"], recipe["max_prompts_per_file"]) == (1, 20)
 
 
 def test_the_differences_are_paired_by_seed() -> None:

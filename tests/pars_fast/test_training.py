@@ -100,6 +100,20 @@ def test_a_student_keeps_fewer_layers_and_learns_from_its_teacher_too(
     np.testing.assert_allclose(taught, (recorded + scores) / 2, atol=1e-3)  # saved in float16
 
 
+def test_a_ranker_that_goes_on_keeps_its_pooling_and_window(
+    tiny_encoder: Path, toy: LengthFile, tmp_path: Path
+) -> None:
+    recipe = Recipe(pooling="mean", epochs=1, batch_prompts=16, max_tokens=32, tail_tokens=8)
+    train([toy], str(tiny_encoder), recipe, tmp_path / "first")
+    on = train([toy], str(tmp_path / "first"), Recipe(epochs=1, batch_prompts=16), tmp_path / "on")
+    assert (on.model.pooling, on.max_tokens, on.tail_tokens) == ("mean", 32, 8)
+    made = json.loads((tmp_path / "on" / "training.json").read_text())["recipe"]
+    assert (made["pooling"], made["max_tokens"], made["tail_tokens"]) == ("mean", 32, 8)
+    other = replace(SHORT, tail_tokens=0, max_tokens=16)
+    on = train([toy], str(tmp_path / "first"), other, tmp_path / "other")
+    assert (on.max_tokens, on.tail_tokens) == (16, 0)
+
+
 def test_a_student_cannot_have_more_layers_than_its_start(
     tiny_encoder: Path, toy: LengthFile, tmp_path: Path
 ) -> None:
