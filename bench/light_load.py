@@ -1,11 +1,11 @@
 """Below saturation, does a server with pars-fast answer as fast as stock vLLM?
 
-    python -m bench.light_load --json out/light_load.json  # half an hour and more
+    python -m bench.light_load --json out/light_load.json  # an hour
 
 A real server of the demo's model, whose scheduler becomes vLLM's own and the ranked one by turns
 (`stock_switch.py`). In a round each gets the same requests at the same times, some seconds of them, at half
-the capacity; who is first changes from round to round. A machine whose speed drifts over minutes does so for
-both, which runs of minutes cannot rid themselves of.
+the capacity; who is first changes from round to round. A machine whose speed drifts does so for both, if
+rounds are short; longer ones were seen to scatter no less, so many short ones tell more.
 
 A ratio is that of the means of a round, to stock; given are the geometric mean over the rounds and its 95 %
 interval (Student's t on logarithms). The CSV has a row for each, the JSON every round.
@@ -41,8 +41,8 @@ LOAD = LOADS["light"]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=110, help="at least 2 (%(default)s)")
-    parser.add_argument("--requests", type=int, default=40, help="of a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=600, help="at least 2 (%(default)s)")
+    parser.add_argument("--requests", type=int, default=10, help="of a round (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="F", help="every round")
     parser.add_argument("--csv", type=Path, metavar="F", default=RESULTS,
                         help="a row for each scheduler (bench/results/light_load.csv)")

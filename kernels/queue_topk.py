@@ -379,8 +379,7 @@ def queue_topk(
     Returns: (k,) int32 slot ids, then -1 where fewer than k are occupied; in the workspace's memory, so the
         next call overwrites them.
     Raises: ValueError: if a shape, dtype, layout, device or k is not as above, or the workspace is for
-        another
-        table or a smaller k. Values of ranks and seqs are not looked at (see the module docstring).
+        another table or a smaller k. Values of ranks and seqs are not looked at (see the module docstring).
     """
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k must be 1 to {MAX_K}, got {k}")
