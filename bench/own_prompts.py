@@ -4,18 +4,21 @@
 
 A ranker goes on training on so many prompts of a file that it has not seen, with the lengths of one model, as
 `pars-fast train --init RANKER --model-column MODEL` does; tau-b is of the file's held-out prompts and that
-model. No file that the packaged rankers have not seen has 3,000 prompts. So for mmlu_pro, which has 8,400,
-the start is `stranger`: like `small`, but without a teacher, and trained on all other files.
+model. The epoch is chosen by validation prompts of one's own: 15 for each 70, beyond that number. No file
+that the packaged rankers have not seen has 3,000 prompts. So for mmlu_pro, which has 8,400, the start is
+`stranger`: like `small`, but without a teacher, and trained on all other files.
 """
 
 import argparse
+import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pars_fast.bench_results import all_threads, machine
 from pars_fast.benchmark import held_out_rows, mean_tau, read_length_files
-from pars_fast.data import LengthFile
+from pars_fast.data import LengthFile, LengthRow
 from pars_fast.errors import DataError
 from pars_fast.output import write_csv
 from pars_fast.ranker import Ranker
@@ -75,11 +78,20 @@ def measure(
         own = sum(each.split == "train" and model in each.output_tokens for each in files[name].rows)
         for number in dict.fromkeys(min(number, own) for number in numbers):
             for seed in seeds:
-                recipe = Recipe(**goes_on, model_column=model, max_prompts_per_file=number, seed=seed)
+                recipe = Recipe(**goes_on, model_column=model, seed=seed)
                 directory = out / f"{Path(ranker).name}-{name}-{number}-{seed}"
-                run = trained_once(directory, [files[name]], start, recipe)
+                run = trained_once(directory, [_of_ones_own(files[name], model, number, seed)], start, recipe)
                 tau = _tau(run, files[name], model)
                 yield {**row, "own_prompts": number, "seed": seed, "kendall_tau": tau}
+
+
+def _of_ones_own(file: LengthFile, model: str, number: int, seed: int) -> LengthFile:
+    """So many prompts to train on, and of the validation split what belongs to them in 70 / 15 / 15."""
+    draw, rows = random.Random(seed), list[LengthRow]()
+    for split, wanted in (("train", number), ("val", number * 15 // 70)):
+        there = [row for row in file.rows if row.split == split and model in row.output_tokens]
+        rows += draw.sample(there, min(wanted, len(there)))
+    return replace(file, rows=tuple(rows))
 
 
 def _tau(ranker: str | Path, file: LengthFile, model: str) -> float:
