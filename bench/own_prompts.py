@@ -41,15 +41,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; goes on with them")
     parser.add_argument("--ranker", nargs="+", default=["small", "stranger"], metavar="NAME",
                         help="packaged ones, a directory, or stranger (%(default)s)")
-    parser.add_argument("--prompts", nargs="+", type=int, default=OWN_PROMPTS, metavar="N",
-                        help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each number of prompts (%(default)s)")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     files = {file.name: file for file in read_length_files(arguments.data)}
     rows, made = [], machine(all_threads())
     for name in arguments.ranker:
-        for row in measure(files, name, arguments.out, arguments.prompts, range(arguments.seeds)):
+        for row in measure(files, name, arguments.out, OWN_PROMPTS, range(arguments.seeds)):
             rows.append({**row, **made})
             print(row, flush=True)
             write_csv(arguments.csv, rows)
@@ -58,9 +56,11 @@ def main() -> None:
 def measure(
     files: dict[str, LengthFile], ranker: str, out: Path, numbers: Sequence[int], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """A row for the ranker as it is, and for each number of own prompts and seed; a file's last number is all
-    that it has, where they are fewer than asked for.
+    """What `ranker` orders as it is, and trained on by each number of own prompts, once a seed.
 
+    Where a file has fewer prompts than asked for, its last number is all of them.
+
+    Yields: `ranker`, `file`, `model`, `own_prompts` in training, `seed` (None as it is), `kendall_tau`.
     Raises: DataError: if a file is missing; as `trained_once`.
     """
     served = SERVED if ranker != "stranger" else {LARGE: LARGE_SERVED}

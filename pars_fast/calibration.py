@@ -2,7 +2,7 @@
 
 A ranker's score has no unit; queue keys, the guard and a caller's own estimates need tokens. The map is
 fitted by isotonic regression (Barlow et al. 1972; scipy) and kept as knots with linear interpolation
-between them, so that it is strictly increasing and the order of the scores is that of the tokens.
+between them, so that it is strictly increasing over the scores that it was fitted on.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,10 @@ def fit_token_map(scores: ArrayLike, tokens: ArrayLike) -> TokenMap:
 def isotonic_knots(
     scores: ArrayLike, tokens: ArrayLike, most: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Centres and values of the blocks, `most` at most, of an isotonic fit of (n,) tokens to (n,) scores."""
+    """An isotonic fit of (n,) tokens to (n,) scores, n >= 1.
+
+    Returns: the mean score of each block and its tokens; of more than `most` blocks so many, evenly chosen.
+    """
     from scipy.optimize import isotonic_regression
 
     levels, level, counts = np.unique(

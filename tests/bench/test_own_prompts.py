@@ -40,7 +40,16 @@ def test_every_number_of_own_prompts_is_trained_on_and_measured(files: Files, tm
         for name in own_prompts.SERVED
         for number, seed in ((0, None), (10, 0), (10, 1), (30, 0), (30, 1))  # there are but 30
     ]
-    assert all(-1 <= row["kendall_tau"] <= 1 for row in rows)
+    assert all(-1 <= row["kendall_tau"] <= 1 for row in rows)  # none is NaN
+
+
+def test_own_prompts_are_split_as_a_recorded_file_is(files: Files) -> None:
+    flask, model = files["flask"], own_prompts.SERVED["flask"]
+    own = own_prompts._of_ones_own(flask, model, 14, seed=0)
+    assert [row.split for row in own.rows] == ["train"] * 14 + ["val"] * 3
+    assert len({row.id for row in own.rows}) == 17
+    assert own_prompts._of_ones_own(flask, model, 14, seed=1).rows != own.rows
+    assert not own_prompts._of_ones_own(flask, "another", 14, seed=0).rows
 
 
 def test_a_stranger_has_seen_all_but_the_large_file(files: Files, tmp_path: Path) -> None:
