@@ -482,47 +482,6 @@ def test_counters_tell_the_overhead(make_engine: Any, make_request: MakeRequest,
     assert values["pars_waiting"] == 0
 
 
-def test_shadow_mode_keeps_arrival_order_and_estimates_the_gain(
-    make_engine: Any, make_request: MakeRequest, use_policy: Any
-) -> None:
-    runtime = use_policy("pars_fast", PARS_MODE="shadow")
-    runtime.answer = lambda prompt: 500.0 - prompt[0]
-    engine = make_engine(RankedScheduler, max_num_seqs=2)
-    engine.add([make_request(str(i), max_tokens=60 - i) for i in range(30)])
-    engine.run()
-    assert engine.admitted == [str(i) for i in range(30)]
-    engine.step()  # where the last endings are noted
-    engine.scheduler._learning.flush()
-    assert engine.scheduler._background.drain(10.0)
-    shadow = engine.scheduler._shadow
-    assert engine.scheduler._counters.values["pars_active"] == 0
-    assert shadow.estimate(list(shadow._finished)).startswith("Kendall tau-b 1.00 over ")
-
-
-def test_shadow_mode_goes_by_the_schedulers_clock(
-    make_engine: Any,
-    make_request: MakeRequest,
-    use_policy: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A simulation's seconds are its own: here a step takes one of them."""
-    now = 0.0
-    monkeypatch.setattr(RankingMixin, "clock", staticmethod(lambda: now))
-    runtime = use_policy("pars_fast", PARS_MODE="shadow")
-    runtime.answer = lambda prompt: 500.0 - prompt[0]
-    engine = make_engine(RankedScheduler, max_num_seqs=2)
-    engine.add([make_request(str(i), max_tokens=10) for i in range(40)])
-    with caplog.at_level(logging.INFO, "vllm.pars_fast"):
-        while engine.scheduler.has_requests():
-            engine.step()
-            now += 1.0
-        for _ in range(2):  # what was learnt, and the report that it called for
-            assert engine.scheduler._background.drain(10.0)
-    assert {request.service_s for request in engine.scheduler._shadow._finished} == {10.0}
-    assert sum("pars-fast shadow: Kendall tau-b" in message for message in caplog.messages) >= 2
-
-
 def test_shutdown_ends_the_ranker(make_engine: Any, use_policy: Any) -> None:
     runtime = use_policy("pars_fast")
     engine = make_engine(RankedScheduler)
@@ -550,19 +509,6 @@ def test_what_a_client_calls_its_priority_counts_only_under_vllms_policy_of_that
     engine.add([make_request(str(i), max_tokens=lengths[i], priority=priorities[i]) for i in range(3)])
     engine.run()
     assert engine.admitted == (["2", "1", "0"] if policy == "fcfs" else ["2", "0", "1"])
-
-
-@pytest.mark.parametrize("mode", ["on", "shadow"])
-@pytest.mark.parametrize("policy", ["oracle", "prompt_length", "justitia"])
-def test_shadow_mode_keeps_arrival_order_without_a_ranker_too(
-    policy: str, mode: str, make_engine: Any, make_request: MakeRequest, use_policy: Any
-) -> None:
-    use_policy(policy, PARS_MODE=mode)
-    engine = make_engine(RankedScheduler, max_num_seqs=1)
-    engine.add([make_request(str(i), max_tokens=30 - i, num_prompt_tokens=40 - i) for i in range(8)])
-    engine.run()
-    assert engine.admitted == [str(i) for i in (range(8) if mode == "shadow" else range(7, -1, -1))]
-    assert engine.scheduler._counters.values["pars_active"] == (mode == "on")
 
 
 def test_the_queue_is_not_called_ranked_where_the_policy_is_order_of_arrival(
